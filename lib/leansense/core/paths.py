@@ -11,6 +11,8 @@ import tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
+import leansense
+
 # %% ../../../nbs/core/00_paths.ipynb #87b554d1
 def _is_root(folder: Path) -> bool:
     """Whether `folder` holds the settings.ini of this project."""
@@ -22,7 +24,7 @@ def root() -> Path:
     """The repository's top folder; FileNotFoundError when there is none above us."""
     if os.environ.get("LEANSENSE_ROOT"):
         return Path(os.environ["LEANSENSE_ROOT"]).resolve()
-    for start in (Path.cwd(), Path(__file__).resolve().parent):
+    for start in (Path.cwd(), Path(leansense.__file__).resolve().parent):
         for folder in (start, *start.parents):
             if _is_root(folder):
                 return folder
