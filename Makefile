@@ -1,0 +1,60 @@
+# leansense: `make` alone lists what there is. Everything works from a fresh clone, with nothing activated.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup tables test lab papers prepare hooks clean unlock
+.DELETE_ON_ERROR:
+
+SYSTEM  ?=
+SCALE   ?= demo
+DATA    ?=
+PROFILE ?= default
+CORES   ?= 0
+FRESH   ?=
+PORT    ?= 8888
+PYTHON  ?= python3
+
+bin := .venv/bin
+# what the tests and the export need on top of the requirements
+EXTRAS := dev,onnx
+ready := .venv/ready-$(shell cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1)
+export LEANSENSE_ROOT := $(CURDIR)
+
+help:  ## this list
+	@echo "leansense: efficient perception, one notebook a step"
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## ?(.*)/  make \1|\2/' | column -t -s '|'
+	@echo "options: SYSTEM=leaf  SCALE=smoke|demo|paper  DATA=folder  FRESH=1  PROFILE=default|slurm  CORES=n  PORT=8888"
+
+setup: $(ready)  ## make .venv with all that is needed (once; tables, test and lab do it by themselves)
+
+$(ready):
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON): install Python 3.11 or newer, or name one: make setup PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$($(PYTHON) --version) is too old: name a Python of 3.11 or newer, as in make setup PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv --help >/dev/null 2>&1 || { echo "Python has no venv: apt-get install python3-venv"; exit 1; }
+	@echo "setting up .venv (a few minutes, about 6 GB: PyTorch comes with CUDA) ..."
+	@test -x $(bin)/python || $(PYTHON) -m venv .venv
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@rm -f .venv/ready-*; touch $@
+
+tables: $(ready)  ## rows without a current record, then tables, figures and PDF: the main job
+	@$(bin)/python -m leansense.core.batch --system '$(SYSTEM)' --scale '$(SCALE)' --data '$(DATA)' \
+		--profile '$(PROFILE)' --cores $(CORES) $(if $(filter-out 0,$(FRESH)),--fresh)
+
+test: $(ready)  ## the test suite
+	@$(bin)/python -m pytest -q
+
+lab: $(ready)  ## JupyterLab on localhost, with its token
+	@$(bin)/jupyter lab --ip=127.0.0.1 --port=$(PORT) --notebook-dir=nbs
+
+papers: tables  ## the same as tables: it ends with the PDFs
+
+prepare: $(ready)  ## for developers: notebooks -> lib, cleaned, then the tests
+	@$(bin)/nbdev_export && $(bin)/nbdev_clean && $(MAKE) --no-print-directory test
+
+hooks: $(ready)  ## for developers: nbdev's git and Jupyter hooks (also writes to ~/.jupyter)
+	@$(bin)/nbdev_install_hooks
+
+clean:  ## remove runs/ and the LaTeX by-products; records, data and .venv stay
+	@rm -rf runs .snakemake .pytest_cache; rm -f papers/*/main.{aux,bbl,blg,log,out,fls,fdb_latexmk}
+
+unlock:  ## after a crash that left a lock behind (tables does this by itself)
+	@rm -rf .snakemake/locks; $(if $(wildcard $(bin)/snakemake),$(bin)/python -m snakemake --snakefile papers/Snakefile --unlock >/dev/null 2>&1 || true;) echo unlocked
