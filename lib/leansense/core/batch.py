@@ -23,6 +23,7 @@ from pathlib import Path
 
 from .digest import digest
 from .paths import root, run_folder, write_atomic
+from .readme import update
 from .record import read, stale
 from .rows import Row, RowsError, fingerprint, paper_folder, read_rows, set_name, systems
 
@@ -319,6 +320,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
+    if given.scale == "demo" and not given.data:
+        update()
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 1 if failed else 0
