@@ -167,7 +167,7 @@ def test_environment_agrees_with_settings():
 
     pins = _pins()
     names = set()
-    for line in (SETTINGS["requirements"] + SETTINGS["cuda_requirements"]).split():
+    for line in (SETTINGS["requirements"] + " " + SETTINGS["cuda_requirements"]).split():
         requirement = Requirement(line)
         name = CONDA_NAMES.get(requirement.name, requirement.name)
         names.add(name)
@@ -181,7 +181,7 @@ def test_environment_agrees_with_settings():
 
 def test_the_users_packages_are_there():
     wanted = {"torch", "jupyterlab", "papermill", "timm", "mamba-ssm", "matplotlib", "seaborn", "nbdev", "torchmetrics"}
-    text = SETTINGS["requirements"] + SETTINGS["cuda_requirements"] + " " + SETTINGS["dev_requirements"]
+    text = " ".join(SETTINGS[f"{extra}requirements"] for extra in ("", "cuda_", "dev_"))
     assert {re.split(r"[<>=]", word)[0] for word in text.split()} >= wanted
 
 

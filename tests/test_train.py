@@ -177,6 +177,22 @@ def test_resume_after_kill(tmp_path, uninterrupted):
     assert result.history == expected.history and same(task, whole)
 
 
+@pytest.mark.parametrize("sent,raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_signals(tmp_path, uninterrupted, sent, raised):
+    class Send(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 8:
+                os.kill(os.getpid(), sent)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(raised):
+        run(tmp_path, ADAM, ema=0.8, save_every_steps=1, callbacks=(Send(),))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    task, result = run(tmp_path, ADAM, ema=0.8, resume="auto", seed=8)
+    whole, expected = uninterrupted("adamw-ema")
+    assert result.history == expected.history and same(task, whole)
+
+
 def test_same_seed_same_weights_other_seed_others(tmp_path):
     one, first = run(tmp_path / "a", ADAM)
     two, second = run(tmp_path / "b", ADAM, workers=2)

@@ -31,6 +31,7 @@ from .rows import Row, RowsError, fingerprint, paper_folder, read_rows, set_name
 @dataclass(frozen=True)
 class Step:
     """A row, and why it has to run; an empty reason: its record is current."""
+
     row: Row
     reason: str
 
@@ -44,7 +45,7 @@ class Step:
 
 
 def _data_key(row: Row) -> str:
-    """What decides which data a row reads: its system and the parameters with 'standin', 'data' and such in their names."""
+    """What decides which data a row reads: its system and the parameters that speak of data."""
     words = ("data", "metadata", "label2id", "standin", "layout", "split")
     return json.dumps([row.system, {k: v for k, v in row.params.items() if any(word in k for word in words)}])
 
@@ -58,8 +59,10 @@ def plan(system: str, scale: str = "demo", data: str = "", fresh: bool = False) 
         key = _data_key(row)
         if key not in prints:
             prints[key] = fingerprint(row)
-    return [Step(row, "FRESH=1" if fresh else stale(row.record, row.params, code[row.notebook], prints[_data_key(row)]))
-            for row in rows]
+    return [
+        Step(row, "FRESH=1" if fresh else stale(row.record, row.params, code[row.notebook], prints[_data_key(row)]))
+        for row in rows
+    ]
 
 # %% ../../../nbs/core/16_batch.ipynb #24207544
 def row_stamp(row: Row) -> Path:
@@ -73,11 +76,14 @@ def results_stamp(system: str, scale: str, data: str = "") -> Path:
 
 
 def results_key(system: str, rows: list[Row], claims: bool = True) -> str:
-    """A digest of all that a system's tables are made of: records, failures, the results notebook, rows.yaml, claims."""
+    """A digest of all that a system's tables are made of: records, failures, results notebook, rows.yaml, claims."""
     whole = hashlib.blake2b(digest(f"nbs/{system}/90_results.ipynb").encode(), digest_size=8)
     paper = root() / "papers" / system
-    for path in [paper / "rows.yaml", *sorted(paper.glob("*.yaml"))] + [row.record for row in rows] + [
-            Path(f"{row.folder}.error") for row in rows]:
+    for path in (
+        [paper / "rows.yaml", *sorted(paper.glob("*.yaml"))]
+        + [row.record for row in rows]
+        + [Path(f"{row.folder}.error") for row in rows]
+    ):
         whole.update(path.name.encode() + (path.read_bytes() if path.exists() else b"-"))
     return whole.hexdigest()
 

@@ -56,7 +56,9 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], axes) -> None:
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(matrix):
-        axes.text(j, i, f"{count:g}", ha="center", va="center", color="white" if share[i, j] > 0.55 else "black", fontsize=7)
+        axes.text(
+            j, i, f"{count:g}", ha="center", va="center", color="white" if share[i, j] > 0.55 else "black", fontsize=7
+        )
     names = [name.replace("_", " ") for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
     axes.set_yticks(range(len(names)), names)

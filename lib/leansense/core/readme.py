@@ -24,7 +24,10 @@ def headline(system: str) -> tuple[str, str]:
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     unit = head.get("unit", "")
     data = records[0]["data"]["name"]
-    return f"{rows[0].label}: {head['name']} {statistics.mean(values):.1f}{spread} {unit}".strip(), f"{data}, {len(values)} seeds"
+    return (
+        f"{rows[0].label}: {head['name']} {statistics.mean(values):.1f}{spread} {unit}".strip(),
+        f"{data}, {len(values)} seeds",
+    )
 
 # %% ../../../nbs/core/15_readme.ipynb #74bad4cb
 def block() -> str:

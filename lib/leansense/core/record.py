@@ -51,7 +51,9 @@ def text(record: dict) -> str:
 
 # %% ../../../nbs/core/14_record.ipynb #65ec5216
 _PACKAGES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "papermill")
-_PLACE = re.compile(r"papers/(?P<system>[^/]+)/records/(?P<set>[^/]+)/(?P<table>[^/]+)/(?P<row>[^/]+)\.s(?P<seed>\d+)\.json$")
+_PLACE = re.compile(
+    r"papers/(?P<system>[^/]+)/records/(?P<set>[^/]+)/(?P<table>[^/]+)/(?P<row>[^/]+)\.s(?P<seed>\d+)\.json$"
+)
 
 
 def versions() -> dict[str, str]:
@@ -79,10 +81,16 @@ class Run:
         place = _PLACE.search(Path(out).as_posix())
         which = place.groupdict() if place else {"system": "", "set": "", "table": "", "row": ""}
         record = which | {
-            "schema": SCHEMA, "seed": int(self.params.get("seed", 0)), "scale": which["set"].split("-")[0],
-            "code": self.code, "params": portable(self.params), "data": data, "metrics": metrics,
+            "schema": SCHEMA,
+            "seed": int(self.params.get("seed", 0)),
+            "scale": which["set"].split("-")[0],
+            "code": self.code,
+            "params": portable(self.params),
+            "data": data,
+            "metrics": metrics,
             "cost": {"seconds": round(time.perf_counter() - self.started, 2)} | cost,
-            "env": env | {"packages": versions()}}
+            "env": env | {"packages": versions()},
+        }
         if out:
             write_atomic(out, text(record))
         return record

@@ -239,6 +239,10 @@ class _Memory(_Rows):
                 torch.manual_seed(torch.initial_seed() + rank)
             return
         self.history, self.rates = {k: list(v) for k, v in kept["history"].items()}, dict(kept["rates"])
+        if len(kept["processes"]) != world:
+            raise ValueError(
+                f"the checkpoint is of {len(kept['processes'])} processes, this run has {world}: use as many"
+            )
         own = kept["processes"][rank]
         self.tally.load(own["tally"], self.device)
         set_metric_state(self, own["metrics"])

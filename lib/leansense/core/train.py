@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, TQDMProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -282,7 +283,9 @@ def _quietly(threads: int):
             warnings.filterwarnings("ignore", module=r"lightning\..*")
             warnings.filterwarnings("ignore", message=r".*(num_workers|does not have many workers|sync_dist).*")
             yield
-    except SystemExit:
+    except SystemExit as stop:
+        if isinstance(stop, SIGTERMException):  # the cluster ends the job: let it end
+            raise
         signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
     finally:

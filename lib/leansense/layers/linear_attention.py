@@ -41,7 +41,7 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, eps):
-        q3, k3, v3 = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))  # (B heads) d N
+        q3, k3, v3 = (x.flatten(0, 1) for x in (q, k, v))  # (B heads) d N
         kv = torch.bmm(v3, k3.mT)
         z = k3.sum(-1, keepdim=True)
         r = torch.bmm(z.mT, q3).add_(eps).reciprocal_()
@@ -55,7 +55,7 @@ class _LinearAttention(torch.autograd.Function):
         q, k, v, kv, z, r, out = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate once more
             return *torch.autograd.grad(_factorised(q, k, v, ctx.eps), (q, k, v), gradient, create_graph=True), None
-        q3, k3, v3, g, y = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v, gradient, out))
+        q3, k3, v3, g, y = (x.flatten(0, 1) for x in (q, k, v, gradient, out))
         g = g * r
         s = (g * y).sum(1, keepdim=True).neg_()
         dkv, dz = torch.bmm(g, q3.mT), torch.bmm(q3, s.mT)

@@ -17,10 +17,16 @@ from ..core.paths import write_atomic
 from ..core.record import plain, portable, versions
 from .model import build
 
-# %% ../../../nbs/leaf/30_checkpoint.ipynb #7ba84546
+# %% ../../../nbs/leaf/30_checkpoint.ipynb #a5f162df
 MARK = "leansense leaf checkpoint 1"
-NAMES = {"vanilla": "MobileNetV3_Small", "bot": "MobileNetV3_Small_BoT", "bot_linear": "MobileNetV3_Small_BoT_Linear",
-         "ca": "MobileNetV3_Small_CA", "eca": "MobileNetV3_Small_ECA", "hybrid": "MobileNetV3_Small_Hybrid"}
+NAMES = {
+    "vanilla": "MobileNetV3_Small",
+    "bot": "MobileNetV3_Small_BoT",
+    "bot_linear": "MobileNetV3_Small_BoT_Linear",
+    "ca": "MobileNetV3_Small_CA",
+    "eca": "MobileNetV3_Small_ECA",
+    "hybrid": "MobileNetV3_Small_Hybrid",
+}
 
 
 def save_checkpoint(path: Path, model: nn.Module, meta: dict) -> Path:
@@ -43,21 +49,28 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     except Exception:  # whatever torch, pickle or zip say of a foreign file
         ours = False
     if not ours:
-        raise ValueError(f"{path}: not a checkpoint of a leaf classifier; give a <model-name>_best.pt of this repository")
+        raise ValueError(
+            f"{path}: not a checkpoint of a leaf classifier; give a <model-name>_best.pt of this repository"
+        )
     wanted = ("heads", "reduction", "dropout", "feature_map", "pos", "attn_stride", "keep_unused_head")
-    model = build(meta["params"]["variant"], len(meta["label2id"]), image_size=meta["image_size"],
-                  **{name: meta["params"][name] for name in wanted if name in meta["params"]})
+    model = build(
+        meta["params"]["variant"],
+        len(meta["label2id"]),
+        image_size=meta["image_size"],
+        **{name: meta["params"][name] for name in wanted if name in meta["params"]},
+    )
     model.load_state_dict(kept["model"])
     return model.eval(), meta
 
 # %% ../../../nbs/leaf/30_checkpoint.ipynb #a55d2da8
 def seed_history(history: dict[str, list]) -> dict[str, list]:
-    """The history under the seed document's names: train/valid loss and accuracy, valid_f1, learning_rates per group."""
+    """The history under the seed document's names: losses, accuracies, valid_f1, learning_rates."""
     rates = {name.removeprefix("lr_"): values for name, values in history.items() if name.startswith("lr_")}
-    groups = sorted({name.split(".")[0].split("/")[0].split(" ")[0] for name in rates})
     names = ("train_loss", "valid_loss", "train_acc", "valid_acc", "valid_f1")
     return {name: history[name] for name in names} | {
-        "learning_rates": next(iter(rates.values())), "learning_rates_by_group": rates, "groups": groups}
+        "learning_rates": next(iter(rates.values())),
+        "learning_rates_by_group": rates,
+    }
 
 
 def save_results(folder: Path, name: str, metrics: dict, history: dict, save_history: bool, plot: bool) -> list[Path]:

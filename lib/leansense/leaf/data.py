@@ -685,12 +685,17 @@ def _whole(params: dict) -> Leaf:
 
 # %% ../../../nbs/leaf/00_data.ipynb #a8480622
 def dataset(params: dict) -> Leaf:
-    """The data of a row, limits applied: data, metadata, label2id, standin, classes, split, train_limit, valid_limit."""
+    """The data of a row: its data, metadata, label2id, standin, classes, split, train_limit and valid_limit."""
     data = _whole(params)
     limits = {name: params[name] for name in ("train_limit", "valid_limit") if params.get(name)}
-    return data.limit(**limits) if limits else data
+    return limit(data, **limits) if limits else data
 
 
 def identify(params: dict) -> str:
-    """The fingerprint of the data that a row with these parameters reads; a stand-in is written first."""
+    """What a record keeps to know its data again: the fingerprint, or the recipe of a stand-in."""
+    if params.get("data") == "standin" and not params.get("metadata"):
+        from leansense.leaf.standin import VERSION
+
+        kind = f"k{params.get('classes', 4)}-n{params.get('standin', 12)}"
+        return f"standin-{kind}-v{VERSION}-{params.get('split', 'given')}"
     return dataset(params).fingerprint

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.checkpoint import check_weights
 from leansense.layers.linear_attention import (
     FEATURE_MAPS,
     POSITIONS,
@@ -234,6 +233,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def load_weights(model: LeafNet, path: str | Path) -> LeafNet:
     """Load a checkpoint of this model, or timm's weights into its backbone; ValueError naming the first misfit."""
+    from leansense.core.checkpoint import check_weights  # loads Lightning
+
     given = _read_weights(Path(path))
     target, prefix = (model, "backbone.") if any(name.startswith("backbone.") for name in given) else (model.backbone, "")
     own = target.state_dict()

@@ -67,15 +67,28 @@ class LeafTask(Task):
         self.confusion.reset()
         return {"acc": found["acc"], "f1": found["f1"]}
 
-# %% ../../../nbs/leaf/20_task.ipynb #108f9c4f
-def recipe(epochs: int, weight_decay: float = 1e-2, scheduler_tmax: int | None = None, schedule: str = "cosine",
-           warmup: int = 0) -> Recipe:
-    """AdamW with the seed document's cosine per epoch (or `warmup_cosine`, `constant`); ValueError for a short t_max."""
+# %% ../../../nbs/leaf/20_task.ipynb #e5483552
+def recipe(
+    epochs: int,
+    weight_decay: float = 1e-2,
+    scheduler_tmax: int | None = None,
+    schedule: str = "cosine",
+    warmup: int = 0,
+) -> Recipe:
+    """AdamW with the seed document's cosine per epoch, or another schedule; ValueError for a short t_max."""
     if scheduler_tmax is not None and scheduler_tmax < epochs:
-        raise ValueError(f"scheduler_tmax={scheduler_tmax} is shorter than epochs={epochs}: the rate would rise again; "
-                         f"leave it out, or give at least {epochs}")
-    return Recipe(optimizer="adamw", weight_decay=weight_decay, schedule=schedule, per="epoch",
-                  t_max=scheduler_tmax or 0, warmup=warmup)
+        raise ValueError(
+            f"scheduler_tmax={scheduler_tmax} is shorter than epochs={epochs}: the rate would rise again; "
+            f"leave it out, or give at least {epochs}"
+        )
+    return Recipe(
+        optimizer="adamw",
+        weight_decay=weight_decay,
+        schedule=schedule,
+        per="epoch",
+        t_max=scheduler_tmax or 0,
+        warmup=warmup,
+    )
 
 # %% ../../../nbs/leaf/20_task.ipynb #1bea3c9b
 @torch.no_grad()
@@ -115,15 +128,20 @@ def unsure_below(confidence: np.ndarray, right: np.ndarray, wanted: float = 0.99
 
 # %% ../../../nbs/leaf/20_task.ipynb #f0ce4a1f
 def evaluate(model: nn.Module, loader: DataLoader, classes: int, t: float = 1.0) -> dict:
-    """Scores of one split: acc, f1, loss, per-class F1, calibration error at temperature `t`, labels and predictions."""
+    """Scores of one split: acc, f1, loss, F1 per class, calibration error at temperature `t`, labels, predictions."""
     logits, labels, _ = logits_of(model, loader)
     predicted = logits.argmax(1)
     found = scores(confusion(labels, predicted, classes))
     chance = (logits / t).softmax(1).max(1)
-    return {"acc": found.pop("acc"), "f1": found.pop("f1"), "loss": float(nn.functional.cross_entropy(logits, labels)),
-            "f1_per_class": list(found.values()),
-            "calibration_error": calibration_error(chance.values.numpy(), (predicted == labels).numpy()),
-            "labels": labels.tolist(), "predicted": predicted.tolist()}
+    return {
+        "acc": found.pop("acc"),
+        "f1": found.pop("f1"),
+        "loss": float(nn.functional.cross_entropy(logits, labels)),
+        "f1_per_class": list(found.values()),
+        "calibration_error": calibration_error(chance.values.numpy(), (predicted == labels).numpy()),
+        "labels": labels.tolist(),
+        "predicted": predicted.tolist(),
+    }
 
 # %% ../../../nbs/leaf/20_task.ipynb #f4150640
 def compare(labels: Sequence[int], first: Sequence[int], second: Sequence[int]) -> dict[str, float]:

@@ -29,7 +29,9 @@ def pictures(where: str | Path) -> list[Path]:
         return [where]
     found = sorted(path for path in where.rglob("*") if path.suffix.lower() in ENDINGS) if where.is_dir() else []
     if not found:
-        raise FileNotFoundError(f"{where}: no picture there; give a {', '.join(sorted(ENDINGS))} file or a folder of them")
+        raise FileNotFoundError(
+            f"{where}: no picture there; give a {', '.join(sorted(ENDINGS))} file or a folder of them"
+        )
     return found
 
 # %% ../../../nbs/leaf/40_use.ipynb #3c52a87a
@@ -40,12 +42,12 @@ def eval_tensor(path: str | Path, size: int) -> torch.Tensor:
 # %% ../../../nbs/leaf/40_use.ipynb #e9b3095c
 @torch.no_grad()
 def predict(model: nn.Module, meta: dict, paths: list[Path], batch_size: int = 32) -> list[dict]:
-    """One dict per picture: path, label ('unsure' below the threshold), best, confidence, confidences; or path, error."""
+    """One dict per picture: path, label (or 'unsure'), best, confidence, confidences; or path and error."""
     names = [name for name, _ in sorted(meta["label2id"].items(), key=lambda item: item[1])]
     answers = []
     for start in range(0, len(paths), batch_size):
         tensors, readable = [], []
-        for path in paths[start:start + batch_size]:
+        for path in paths[start : start + batch_size]:
             answers.append({"path": str(path)})
             try:
                 tensors.append(eval_tensor(path, meta["image_size"]))
@@ -56,8 +58,12 @@ def predict(model: nn.Module, meta: dict, paths: list[Path], batch_size: int = 3
         for answer, chance in zip(readable, chances):
             best = int(np.argmax(chance))
             sure = bool(chance[best] >= meta["unsure_below"])
-            answer |= {"label": names[best] if sure else "unsure", "best": names[best], "confidence": float(chance[best]),
-                       "confidences": dict(zip(names, map(float, chance)))}
+            answer |= {
+                "label": names[best] if sure else "unsure",
+                "best": names[best],
+                "confidence": float(chance[best]),
+                "confidences": dict(zip(names, map(float, chance))),
+            }
     return answers
 
 # %% ../../../nbs/leaf/40_use.ipynb #1558e70e
@@ -97,7 +103,7 @@ def export_onnx(model: nn.Module, meta: dict, path: str | Path, tolerance: float
 
 # %% ../../../nbs/leaf/40_use.ipynb #30a9e29a
 def main(argv: list[str] | None = None) -> int:
-    """The command line: predict | export; returns the exit status (1: some pictures could not be read, 2: nothing done)."""
+    """The command line: predict | export; exit status 1: some pictures could not be read, 2: nothing was done."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m leansense.leaf.use", description="use a trained leaf classifier")
