@@ -132,6 +132,14 @@ def test_real_data_has_a_set_of_its_own(house):
         rows.read_rows("toy", "demo", "nowhere")
 
 
+def test_tables_for_real_data_only(house):
+    notebook(house, "80_row", CELL + '\ndata: str = "standin"  # folder')
+    matrix(house, GOOD + "  extra:\n    only: real\n    rows: {three: {label: Three}}\n")
+    (house / "photos").mkdir()
+    assert {row.table for row in rows.read_rows("toy")} == {"main"}
+    assert {row.table for row in rows.read_rows("toy", "demo", "photos")} == {"main", "extra"}
+
+
 def test_digest_counts_what_counts(house):
     (house / "lib").unlink()
     lib = house / "lib/leansense"

@@ -190,7 +190,8 @@ def test_relative_logits_one_by_one():
 
 def test_both_layers_share_state_and_positions_stay_outside():
     softmax, linear = SoftmaxAttention2d(144), LinearAttention2d(144)
-    assert [(k, v.shape) for k, v in softmax.state_dict().items()] == [(k, v.shape) for k, v in linear.state_dict().items()]
+    layout = lambda layer: [(name, value.shape) for name, value in layer.state_dict().items()]
+    assert layout(softmax) == layout(linear)
     assert list(linear.state_dict()) == ["q.weight", "k.weight", "v.weight"]
     linear(torch.randn(1, 144, 9, 5))
     assert len(linear.state_dict()) == 3 and not list(linear.buffers())

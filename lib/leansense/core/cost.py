@@ -127,7 +127,7 @@ def _replay(sizes: Sequence[int]) -> int:
 
 
 def peak_memory(step: Callable[[], Any], device: str | torch.device = "cpu") -> int:
-    """Peak bytes that one call of step() allocates beyond what is held before it; allocator events, not process size."""
+    """Peak bytes that one call of step() allocates beyond what is held before it, by the allocator's own events."""
     device = torch.device(device)
     step()
     if device.type == "cuda":
@@ -239,22 +239,22 @@ def _rounds(names: Sequence[str], repeats: int) -> list[list[str]]:
     return [list(names) if n % 2 == 0 else list(names)[::-1] for n in range(repeats)]
 
 # %% ../../../nbs/core/30_cost.ipynb #228b5781
-def throughput(steps: Mapping[str, Callable[[], Any]], repeats: int = 12, warmup: int = 3, inner: int = 1, batch: int = 1,
-               clock: str = "process", device: str | torch.device = "cpu", dtype: str = "float32",
+def throughput(steps: Mapping[str, Callable[[], Any]], repeats: int = 12, warmup: int = 3, inner: int = 1,
+               batch: int = 1, clock: str = "process", device: str | torch.device = "cpu", dtype: str = "float32",
                threads: int | None = None) -> dict[str, Timing]:
     """Seconds per call of several steps, timed in turns (ABBA) in this process; name -> Timing.
 
     clock: process (CPU time, on one thread, for shared machines) or wall; on CUDA, events on the stream in either case.
-    threads: PyTorch's CPU threads; None: 1 for the process clock, else unchanged. batch, dtype: recorded with the result.
+    threads: PyTorch's CPU threads; None: 1 for the process clock, else unchanged. batch, dtype: only recorded.
     """
     device = torch.device(device)
     if clock not in CLOCKS:
         raise ValueError(f"clock={clock!r} is unknown: choose from {', '.join(CLOCKS)}")
     if repeats < 2 or inner < 1 or warmup < 1 or not steps:
-        raise ValueError(f"repeats={repeats} (2 or more), inner={inner} (1 or more), warmup={warmup} (1 or more) and at "
-                         f"least one step are needed")
+        raise ValueError(f"repeats={repeats} (2 or more), inner={inner} (1 or more), warmup={warmup} (1 or more) and "
+                         f"at least one step are needed")
     if clock == "process" and device.type == "cpu" and threads not in (None, 1):
-        raise ValueError(f"threads={threads}: the process clock adds the threads' times up; use clock='wall' or threads=1")
+        raise ValueError(f"threads={threads}: the process clock adds all threads' times; use clock='wall' or 1 thread")
     timer, spent = _timer(clock, device), {name: [] for name in steps}
     with set_threads(1 if clock == "process" and device.type == "cpu" else threads) as used:
         for step in steps.values():
@@ -289,7 +289,7 @@ def _processor() -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores this process may use, RAM in GiB, GPU name or None, threads, and the versions of PyTorch and Python."""
+    """CPU model, cores this process may use, RAM in GiB, GPU name or None, threads, versions of PyTorch and Python."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -79,7 +79,7 @@ def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_
                      fused: bool = True) -> torch.Tensor:
     """phi(q) (phi(k)^T v) / (phi(q) sum phi(k) + eps) for q, k, v of shape (B, heads, d, N); returns that shape.
 
-    feature_map: relu | elu1. eps: added to the denominator, so that a query whose features are all zero returns 0, not NaN.
+    feature_map: relu | elu1. eps: added to the denominator, so that a query whose features are all zero returns 0.
     fused: the hand-written backward; False: autograd's, which forward-mode derivatives and torch.func need.
     """
     if not (q.shape == k.shape == v.shape and q.ndim == 4):
@@ -212,7 +212,8 @@ class SoftmaxAttention2d(_Attention2d):
 class LinearAttention2d(_Attention2d):
     """Linear attention over a (B, C, H, W) map, with the weights' layout of SoftmaxAttention2d."""
 
-    def __init__(self, channels: int, heads: int = 4, pos: str = "sincos_qk", feature_map: str = "relu", eps: float = 1e-6):
+    def __init__(self, channels: int, heads: int = 4, pos: str = "sincos_qk", feature_map: str = "relu",
+                 eps: float = 1e-6):
         if pos == "relative":
             raise ValueError("pos='relative' adds a term to each of the N x N logits, which linear attention never "
                              "computes: use sincos_q, sincos_qk or none")

@@ -447,6 +447,7 @@ class Augment:
 AUGMENTS = {
     "none": Augment(),
     "seed": Augment(0.5, 12.0, (0.15, 0.15, 0.15, 0.03)),
+    "turned": Augment(0.5, 12.0, (0.15, 0.15, 0.15, 0.03), turn=True),
     "strong": Augment(0.5, 12.0, (0.3, 0.3, 0.3, 0.04), crop=0.6, turn=True, patch=0.25),
 }
 

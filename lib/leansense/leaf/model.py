@@ -105,9 +105,10 @@ def _backbone(keep_unused_head: bool) -> nn.Module:
 
 # %% ../../../nbs/leaf/10_model.ipynb #e1b885d0
 class LeafNet(nn.Module):
-    """Image (B, 3, S, S) -> logits (B, K): backbone with a block behind one of its stages, mean, dropout, linear layer."""
+    """Image (B, 3, S, S) -> logits (B, K): backbone with a block behind one of its stages, mean, dropout, linear."""
 
-    def __init__(self, backbone: nn.Module, block: nn.Module, num_classes: int, dropout: float, attn_stride: int, config: dict):
+    def __init__(self, backbone: nn.Module, block: nn.Module, num_classes: int, dropout: float, attn_stride: int,
+                 config: dict):
         super().__init__()
         self.backbone, self.block = backbone, block
         self.dropout = nn.Dropout(dropout)
@@ -166,12 +167,17 @@ def _check(config: dict) -> None:
         ("matrix", False, ("bot", "hybrid")), ("attn_stride", 32, ("bot", "bot_linear")),
     ):
         if config[name] != default and variant not in users:
-            raise ValueError(f"{name}={config[name]!r} has no effect on {variant!r}, only on {', '.join(users)}: leave it out")
+            raise ValueError(f"{name}={config[name]!r} has no effect on {variant!r}, only on {', '.join(users)}: "
+                             f"leave it out")
     if config["reduction"] is not None and config["reduction"] < 1:
         raise ValueError(f"reduction={config['reduction']}: give a divisor of 1 or more")
 
-# %% ../../../nbs/leaf/10_model.ipynb #5701f43a
-_FAITHFUL = {"bot": {"matrix": True}, "hybrid": {"matrix": True}, "bot_linear": {"feature_map": "elu1", "pos": "sincos_q"}}
+# %% ../../../nbs/leaf/10_model.ipynb #e2a1f796
+_FAITHFUL = {
+    "bot": {"matrix": True},
+    "hybrid": {"matrix": True},
+    "bot_linear": {"feature_map": "elu1", "pos": "sincos_q"},
+}
 
 
 def _as_published(config: dict, defaults: dict) -> dict:
@@ -180,7 +186,7 @@ def _as_published(config: dict, defaults: dict) -> dict:
     for name, default in defaults.items():
         fixed = published.get(name, default)
         if config[name] not in (default, fixed):
-            raise ValueError(f"{name}={config[name]!r} contradicts faithful=True, where it is {fixed!r}: leave one of them out")
+            raise ValueError(f"{name}={config[name]!r} contradicts faithful=True, where it is {fixed!r}: leave one out")
     return config | published
 
 # %% ../../../nbs/leaf/10_model.ipynb #717c7826
@@ -221,7 +227,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has errors of its own
-        raise ValueError(f"{path}: cannot be read as weights ({type(error).__name__}): download or train it again") from None
+        kind = type(error).__name__
+        raise ValueError(f"{path}: cannot be read as weights ({kind}): download or train it again") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -236,7 +243,8 @@ def load_weights(model: LeafNet, path: str | Path) -> LeafNet:
     from leansense.core.checkpoint import check_weights  # loads Lightning
 
     given = _read_weights(Path(path))
-    target, prefix = (model, "backbone.") if any(name.startswith("backbone.") for name in given) else (model.backbone, "")
+    whole = any(name.startswith("backbone.") for name in given)
+    target, prefix = (model, "backbone.") if whole else (model.backbone, "")
     own = target.state_dict()
     unused = (f"{prefix}conv_head.", *(() if prefix else ("classifier.",)))  # of layers that are not in use here
     given = {name: value for name, value in given.items() if name in own or not name.startswith(unused)}
@@ -250,7 +258,7 @@ HUB = "timm/mobilenetv3_small_100.lamb_in1k"  # ImageNet-1k weights of the backb
 
 
 def hub_weights(seconds: float = 5.0) -> str:
-    """The local path of timm's pretrained weights, fetched when absent; ConnectionError soon when the hub is out of reach."""
+    """The local path of timm's pretrained weights, fetched when absent; ConnectionError soon when that cannot be."""
     import urllib.error
     import urllib.request
 
@@ -260,7 +268,7 @@ def hub_weights(seconds: float = 5.0) -> str:
     cached = huggingface_hub.try_to_load_from_cache(HUB, name)
     if isinstance(cached, str):
         return cached
-    advice = f"pretrained=True needs {HUB} from the hub, which cannot be reached: pass weights=PATH of a copy of its {name}"
+    advice = f"pretrained=True needs {HUB} from the hub, which cannot be reached: pass weights=PATH of its {name}"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:  # the hub's own client would retry for a long time
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
