@@ -77,7 +77,7 @@ def frame(rows: list[Row]) -> pd.DataFrame:
         if note.exists():  # the newest attempt failed: an older record is not its result
             line["missing"] = "failed: " + note.read_text().strip()
         lines.append(line)
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines) if lines else pd.DataFrame(columns=["table", "name", "label", "seed", "missing"])
 
 # %% ../../../nbs/core/40_tables.ipynb #8485c8ec
 def over_seeds(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
