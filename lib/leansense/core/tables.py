@@ -254,8 +254,9 @@ def caption_facts(runs: pd.DataFrame, scale: str) -> str:
     )
 
 # %% ../../../nbs/core/40_tables.ipynb #731f71d3
-def verdict(claimed: float, measured: float | None, tolerance: float, why: str = "") -> str:
+def verdict(claimed: float, measured: float | None, tolerance: float, why: str = "", at_least: bool = False) -> str:
     """'reproduced', 'not reproduced', or 'cannot be judged here' with the reason; `tolerance` is absolute."""
     if measured is None or math.isnan(measured):
         return "cannot be judged here" + (f": {why}" if why else "")
-    return "reproduced" if abs(measured - claimed) <= tolerance else "not reproduced"
+    short = claimed - measured if at_least else abs(measured - claimed)
+    return "reproduced" if short <= tolerance else "not reproduced"
