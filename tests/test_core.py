@@ -205,6 +205,10 @@ def test_table_is_escaped_bold_and_dashed():
     assert r"C\textsuperscript{a} & -- \\" in tex and r"50\% of \$x\_1\$ \& \{y\}" in tex
 
 
+def test_no_negative_zero():
+    assert tables.Column("m", "M", digits=1).cell(pd.Series({"m": -0.01})) == "0.0"
+
+
 def test_ties_are_all_bold():
     tied = LINES.assign(f1=[0.5, 0.5, 0.25])
     assert tables.booktabs(tied, [tables.Column("f1", "F1", best=max)]).count(r"\textbf") == 2

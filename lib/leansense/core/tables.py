@@ -118,7 +118,8 @@ class Column:
         if self.text or isinstance(value, str):
             return str(value)
         spread = line.get(f"{self.source} sd", math.nan) if self.sd else math.nan
-        shown = f"{value * self.scale:,.{self.digits}f}".replace(",", "\u2009")
+        number = round(value * self.scale, self.digits) + 0.0  # no "-0.0"
+        shown = f"{number:,.{self.digits}f}".replace(",", "\u2009")
         return shown + (f" ± {spread * self.scale:.{self.digits}f}" if not pd.isna(spread) else "")
 
 # %% ../../../nbs/core/40_tables.ipynb #fb77770f
