@@ -210,8 +210,8 @@ class Paper:
         if not (prefix + name).isalpha():
             raise ValueError(f"number '{prefix + name}': a LaTeX macro's name has letters only")
         missing = value is None or (isinstance(value, float) and math.isnan(value))
-        shown = DASH if missing else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-        self.numbers[prefix + name] = escape(shown)
+        value = f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) and not missing else value
+        self.numbers[prefix + name] = escape(DASH if missing else value)
 
     def wrote(self, *paths: Path) -> None:
         """Remember files that belong to the results."""
