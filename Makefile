@@ -43,7 +43,7 @@ test: $(ready)  ## the test suite
 	@$(bin)/python -m pytest -q
 
 lab: $(ready)  ## JupyterLab on localhost, with its token
-	@$(bin)/jupyter lab --ip=127.0.0.1 --port=$(PORT) --notebook-dir=nbs
+	@$(bin)/jupyter lab --ip=127.0.0.1 --port=$(PORT) --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 papers: tables  ## the same as tables: it ends with the PDFs
 
