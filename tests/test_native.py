@@ -1,0 +1,259 @@
+"""Back ends and compiled C: what is chosen, what is cached, and what is never loaded."""
+import ctypes
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from leansense.layers import native
+from leansense.layers.backend import allowed, pick
+from leansense.layers.native import NativeError, isa, library, parallel, pointer, why_not
+
+SOURCE = "typedef float vec __attribute__((vector_size(4 * W)));\nint lanes(void) { return sizeof(vec) / 4; }\n"
+has_compiler = pytest.mark.skipif(bool(why_not("probe", "int f(void) { return 1; }")), reason="no C compiler")
+YES, NO = (lambda: ""), (lambda: "not today")
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    """A cache of the test's own, and nothing remembered from another."""
+    for name in ("LEANSENSE_BACKENDS", "LEANSENSE_ISA", "LEANSENSE_CC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LEANSENSE_CACHE", str(tmp_path / "cache"))
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+def cached(tmp_path) -> list[Path]:
+    return sorted((tmp_path / "cache").glob("*.so"))
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("", "triton"), ("torch", "torch"), ("cc", "cc"), ("cc,torch", "cc"), (" cc , triton ", "triton"),
+    ("nonsense", "torch"),
+])
+def test_variable_narrows_auto(monkeypatch, given, expected):
+    monkeypatch.setenv("LEANSENSE_BACKENDS", given)
+    assert pick("op", "auto", {"triton": YES, "cc": YES, "torch": YES}) == expected
+    assert pick("op", "cc", {"triton": YES, "cc": YES, "torch": YES}) == "cc", "a name is a name"
+    assert "torch" in allowed({"cc": YES, "torch": YES})
+
+
+def test_pick_errors_are_one_line():
+    order = {"cc": NO, "torch": YES}
+    assert pick("op", "auto", order) == "torch"
+    with pytest.raises(RuntimeError, match=r"^op: backend 'cc' cannot run here: not today$"):
+        pick("op", "cc", order)
+    with pytest.raises(ValueError, match=r"^op: unknown backend 'torhc'; nearest is 'torch'$"):
+        pick("op", "torhc", order)
+    with pytest.raises(RuntimeError, match="no back end"):
+        pick("op", "auto", {"cc": NO})
+
+
+def test_passing_over_is_logged_once(caplog):
+    caplog.set_level("INFO", "leansense")
+    for _ in range(3):
+        pick("logged_once", "auto", {"cc": NO, "torch": YES})
+    assert [r.getMessage() for r in caplog.records] == ["logged_once: not using cc: not today"]
+
+
+@has_compiler
+@pytest.mark.parametrize("kind", ["v4", "v3", "generic"])
+def test_each_instruction_set(monkeypatch, tmp_path, kind):
+    monkeypatch.setenv("LEANSENSE_ISA", kind)
+    if kind != "generic" and not native.ISAS[kind][1] <= native._features():
+        with pytest.raises(NativeError, match="cannot run it"):
+            isa()
+        return
+    assert library("lanes", SOURCE).lanes() == {"v4": 16, "v3": 8, "generic": 4}[kind]
+    assert cached(tmp_path)[0].name.startswith(f"lanes-{kind}-")
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("LEANSENSE_ISA", "v9")
+    assert why_not("lanes", SOURCE) == "LEANSENSE_ISA=v9: choose from v4, v3, generic"
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C compiler on the path" in why_not("lanes", SOURCE)
+    monkeypatch.setenv("CC", "nonsense-cc")
+    assert why_not("lanes", SOURCE) == "no C compiler: nonsense-cc is not on the path"
+    monkeypatch.setenv("LEANSENSE_CC", "0")
+    assert why_not("lanes", SOURCE) == "switched off by LEANSENSE_CC=0"
+
+
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    only_version = "[ $1 = --version ] || { echo 'x: error: no' >&2; exit 1; }"
+    for body, message in (("exit 3", "does not run: exit status 3"), (only_version, "failed: x: error: no")):
+        fake = tmp_path / "fakecc"
+        fake.write_text(f"#!/bin/sh\n{body}\n")
+        fake.chmod(0o755)
+        monkeypatch.setenv("CC", str(fake))
+        native._load.cache_clear()
+        native._version.cache_clear()
+        assert message in why_not("lanes", SOURCE) and "\n" not in why_not("lanes", SOURCE)
+    native._version.cache_clear()
+
+
+@has_compiler
+def test_off_switch_beats_a_loaded_library(monkeypatch):
+    assert why_not("lanes", SOURCE) == ""
+    monkeypatch.setenv("LEANSENSE_CC", "0")
+    assert why_not("lanes", SOURCE) == "switched off by LEANSENSE_CC=0"
+
+
+@has_compiler
+def test_second_process_compiles_nothing(tmp_path):
+    library("lanes", SOURCE)
+    before = cached(tmp_path)[0].stat()
+    native._load.cache_clear()
+    library("lanes", SOURCE)
+    after = cached(tmp_path)[0].stat()
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+    library("lanes", SOURCE + "// another source is another file\n")
+    assert len(cached(tmp_path)) == 2
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif how == "bit":
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "no note":
+        path.with_suffix(".hash").unlink()
+    elif how == "other note":
+        path.with_suffix(".hash").write_text("0" * 32)
+    elif how == "binary note":
+        path.with_suffix(".hash").write_bytes(b"\xff\xfe")
+
+
+@has_compiler
+@pytest.mark.parametrize("how", ["cut", "bit", "empty", "no note", "other note", "binary note"])
+def test_damaged_cache_is_rebuilt(tmp_path, how):
+    """In a process of its own: a library that is in use must not be written over."""
+    code = "from leansense.layers.native import library; import sys; print(library('lanes', sys.argv[1]).lanes())"
+    load = lambda: subprocess.run([sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT)
+    first = load()
+    path, = cached(tmp_path)
+    whole = path.read_bytes()
+    damage(path, how)
+    second = load()
+    assert second.returncode == 0 and second.stdout == first.stdout
+    assert cached(tmp_path) == [path] and path.read_bytes() == whole
+    assert path.with_suffix(".hash").read_text() == native._hash(whole)
+
+
+@has_compiler
+def test_wrong_library_under_the_right_name(tmp_path):
+    """Somebody else's library in our place: its bytes do not match the note, so it is never loaded."""
+    library("lanes", SOURCE)
+    right, = cached(tmp_path)
+    library("other", "int lanes(void) { return -1; }\n")
+    other = next(path for path in cached(tmp_path) if path.name.startswith("other"))
+    content = other.read_bytes()
+    right.unlink()
+    right.write_bytes(content)
+    native._load.cache_clear()
+    assert library("lanes", SOURCE).lanes() > 0
+
+
+@has_compiler
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
+def test_cache_open_to_others_is_refused_by_name(tmp_path):
+    library("lanes", SOURCE)
+    path, = cached(tmp_path)
+    path.chmod(0o777)
+    native._load.cache_clear()
+    assert why_not("lanes", SOURCE) == f"{path}: other users can write to it; delete it"
+    path.parent.chmod(0o777)
+    native._load.cache_clear()
+    assert f"{path.parent}: other users can write to it; chmod go-w it" in why_not("lanes", SOURCE)
+    path.parent.chmod(stat.S_IRWXU)
+
+
+def test_cache_that_is_a_file(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LEANSENSE_CACHE", str(tmp_path / "file"))
+    reason = why_not("lanes", SOURCE)
+    assert "LEANSENSE_CACHE" in reason or "no C compiler" in reason
+
+
+@has_compiler
+def test_many_at_once(tmp_path):
+    """Eight threads and no lock: each gets a whole library, one stays."""
+    results = []
+    load = lambda: results.append(native._load.__wrapped__("lanes", SOURCE, ()).lanes())
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(set(results)) == 1 and len(results) == 8 and len(cached(tmp_path)) == 1
+    assert not list((tmp_path / "cache").glob(".build-*"))
+
+
+@has_compiler
+def test_broken_source_is_one_line():
+    with pytest.raises(NativeError, match="failed: .*error") as caught:
+        library("broken", "int f(void) { return x; }")
+    assert "\n" not in str(caught.value)
+
+
+def test_pointer():
+    assert pointer(None).value is None
+    x = torch.arange(4.0)
+    assert ctypes.cast(pointer(x), ctypes.POINTER(ctypes.c_float))[3] == 3
+    with pytest.raises(ValueError, match="contiguous"):
+        pointer(torch.zeros(3, 4).T)
+    with pytest.raises(ValueError, match="on the CPU"):
+        pointer(torch.zeros(3, device="meta"))
+
+
+def test_parallel_runs_all_and_raises_after_all():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            done = []
+            parallel([lambda i=i: done.append(i) for i in range(6)])
+            assert sorted(done) == list(range(6))
+            parallel([])
+        done.clear()
+
+        def fail():
+            raise ValueError("task 2")
+
+        with pytest.raises(ValueError, match="task 2"):
+            parallel([lambda: done.append(0), fail, lambda: done.append(2)])
+        assert sorted(done) == [0, 2]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_fork_gets_its_own_pool():
+    """Data loader workers are forks, and threads do not survive one."""
+    code = """
+import os, torch
+from leansense.layers.native import parallel
+torch.set_num_threads(2)
+parallel([int, int])
+pid = os.fork()
+if pid == 0:
+    torch.set_num_threads(2)
+    parallel([int, int])
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "7", done.stderr
