@@ -192,7 +192,18 @@ class PlanMemory:
         self.plans.move_to_end(key)
         return self.plans[key]
 
-# %% ../../../nbs/layers/20_lift_splat.ipynb #5a1fe72f
+# %% ../../../nbs/layers/20_lift_splat.ipynb #2d5b17a1
+def _check_features(depth_logits, features, rots, frustum, sampling) -> None:
+    """ValueError with one line unless depths and feature pixels are those of the frustum."""
+    cameras = math.prod(rots.shape[:2])
+    for name, x, channels in (("depth_logits", depth_logits, len(frustum.d)), ("features", features, None)):
+        wanted = (channels or x.shape[-3] if x.ndim > 3 else 0, len(frustum.v), len(frustum.u))
+        if tuple(x.shape[-3:]) != wanted or x.shape[:-3] not in (rots.shape[:2], (cameras,)):
+            raise ValueError(f"{name} is {tuple(x.shape)}; {sampling['input_size']} pixels at stride "
+                             f"{sampling['downsample']} and (B, N) = {tuple(rots.shape[:2])} need (B, N, "
+                             f"{channels or 'C'}, {wanted[1]}, {wanted[2]}), B and N may be merged")
+
+# %% ../../../nbs/layers/20_lift_splat.ipynb #b7bb958e
 class LiftSplat(nn.Module):
     """Depth logits and features of N cameras -> a map (B, C nz, X, Y), channels_last; rows +x, columns +y (left)."""
 
@@ -229,14 +240,3 @@ class LiftSplat(nn.Module):
         half = depth_logits.dtype in (torch.float16, torch.bfloat16)
         depth = depth_logits.softmax(-3, dtype=torch.float32 if half else None)
         return bev_pool(depth, features, plan, self.backend)
-
-
-def _check_features(depth_logits, features, rots, frustum, sampling) -> None:
-    """ValueError with one line unless depths and feature pixels are those of the frustum."""
-    cameras = math.prod(rots.shape[:2])
-    for name, x, channels in (("depth_logits", depth_logits, len(frustum.d)), ("features", features, None)):
-        wanted = (channels or x.shape[-3] if x.ndim > 3 else 0, len(frustum.v), len(frustum.u))
-        if tuple(x.shape[-3:]) != wanted or x.shape[:-3] not in (rots.shape[:2], (cameras,)):
-            raise ValueError(f"{name} is {tuple(x.shape)}; {sampling['input_size']} pixels at stride "
-                             f"{sampling['downsample']} and (B, N) = {tuple(rots.shape[:2])} need (B, N, "
-                             f"{channels or 'C'}, {wanted[1]}, {wanted[2]}), B and N may be merged")
