@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Up', 'BasicBlock', 'residual_layer', 'BevEncoder']
 
-# %% ../../../nbs/layers/24_bev_encoder.ipynb #4a7b0b99
+# %% ../../../nbs/layers/24_bev_encoder.ipynb #ba408749
 import torch
 from torch import nn
-from torch.nn.functional import relu
+from torch.nn.functional import linear
 
+from .norm_act import norm_act
 from .trunk import recompute
 from .upsample_conv import UpsampleConv2d
 
-# %% ../../../nbs/layers/24_bev_encoder.ipynb #f55cda9a
+# %% ../../../nbs/layers/24_bev_encoder.ipynb #0defa131
 class Up(nn.Module):
     """x (B, C, h, w) enlarged by `scale` behind skip (B, S, H, W), two 3x3 convolutions: (B, out_channels, H, W)."""
 
@@ -27,9 +28,10 @@ class Up(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        return self.conv[1:](self.conv[0](x, skip))
+        x = norm_act(self.conv[0](x, skip), self.conv[1])
+        return norm_act(self.conv[3](x), self.conv[4])
 
-# %% ../../../nbs/layers/24_bev_encoder.ipynb #e137f192
+# %% ../../../nbs/layers/24_bev_encoder.ipynb #d6fc64bf
 class BasicBlock(nn.Module):
     """(B, C, h, w) -> (B, out_channels, h/stride, w/stride): two 3x3 convolutions beside a shortcut."""
 
@@ -50,7 +52,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = relu(self.bn1(self.conv1(x)), inplace=True)
+        y = norm_act(self.conv1(x), self.bn1)
         return self.bn2(self.conv2(y)).add_(shortcut).relu_()
 
 
@@ -58,7 +60,7 @@ def residual_layer(in_channels: int, out_channels: int, stride: int) -> nn.Seque
     """Two basic blocks, the first of which may change size and width."""
     return nn.Sequential(BasicBlock(in_channels, out_channels, stride), BasicBlock(out_channels, out_channels))
 
-# %% ../../../nbs/layers/24_bev_encoder.ipynb #050f2be0
+# %% ../../../nbs/layers/24_bev_encoder.ipynb #e9c7a36b
 class BevEncoder(nn.Module):
     """Splatted map (B, C, X, Y) -> logits (B, K, X, Y); X and Y must be multiples of 8."""
 
@@ -85,10 +87,15 @@ class BevEncoder(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         fine = run(self, x, function=self._fine)
         x = run(self.layer3, run(self.layer2, fine))
-        return run(self.up2, self.dropout(run(self.up1, x, fine)))
+        return run(self, self.dropout(run(self.up1, x, fine)), function=self._last)
+
+    def _last(self, x: torch.Tensor) -> torch.Tensor:
+        _, enlarge, norm, _, classify = self.up2
+        x = norm_act(enlarge(x), norm).permute(0, 2, 3, 1)  # b x y c
+        return linear(x, classify.weight.flatten(1), classify.bias).permute(0, 3, 1, 2)
 
     def _fine(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer1(relu(self.bn1(self.conv1(x)), inplace=True))
+        return self.layer1(norm_act(self.conv1(x), self.bn1))
 
 
 def _call(module: nn.Module, *inputs: torch.Tensor, function=None) -> torch.Tensor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['frozen_statistics', 'recompute', 'hub_weights', 'create', 'Trunk']
 
-# %% ../../../nbs/layers/26_trunk.ipynb #40a2f240
+# %% ../../../nbs/layers/26_trunk.ipynb #79020f98
 import contextlib
 import difflib
 import os
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .norm_act import fuse
 
 # %% ../../../nbs/layers/26_trunk.ipynb #cd605676
 @contextlib.contextmanager
@@ -84,7 +86,7 @@ def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Mod
     last = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
     return timm.create_model(name, features_only=True, out_indices=last, **settings)
 
-# %% ../../../nbs/layers/26_trunk.ipynb #83aafc96
+# %% ../../../nbs/layers/26_trunk.ipynb #21cdbd4b
 def _stages(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """The network's stages in order, by timm's names; empty for a kind of network that cannot be taken apart."""
     if hasattr(network, "conv_stem") and hasattr(network, "blocks"):
@@ -108,7 +110,7 @@ class Trunk(nn.Module):
             settings |= {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
         network = create(name, strides, **settings)
         self.channels, self.taps = network.feature_info.channels(), network.feature_info.module_name()
-        self.network, self.checkpointing = network, checkpointing
+        self.network, self.checkpointing = fuse(network), checkpointing
         if keep_head:
             import timm
 

@@ -174,7 +174,7 @@ class _AddUpsampled(torch.autograd.Function):
         grad_weight = grad_taps.view(k, k, O, C).permute(2, 3, 0, 1) if wants_weight else None
         return grad, grad_x, grad_weight, None
 
-# %% ../../../nbs/layers/23_upsample_conv.ipynb #a26200c0
+# %% ../../../nbs/layers/23_upsample_conv.ipynb #07e891eb
 def _native_why_not(*tensors: torch.Tensor) -> str:
     """Empty if the loops in C can take these tensors as they are, else why not."""
     first = tensors[0]
@@ -208,7 +208,7 @@ def upsample_conv(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], 
         fine = interpolate(x, size, mode="bilinear", align_corners=align_corners)
         return conv2d(fine if skip is None else torch.cat([skip, fine], 1), weight, padding=k // 2)
     if skip is None:
-        y = x.new_zeros(x.shape[0], *size, weight.shape[0]).permute(0, 3, 1, 2)
+        y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=x.dtype, memory_format=torch.channels_last).zero_()
     else:
         y = conv2d(skip, weight[:, :S], padding=k // 2).contiguous(memory_format=torch.channels_last)
     return _AddUpsampled.apply(y, x, weight[:, S:], align_corners)
