@@ -65,7 +65,7 @@ class Rig:
         at = [self.names.index(name) for name in names]
         return Rig(tuple(names), self.translation[at], self.rotation[at], self.K[at], self.height, self.width)
 
-# %% ../../../nbs/world/10_camera.ipynb #9aff4567
+# %% ../../../nbs/world/10_camera.ipynb #858605dd
 def looking(yaw: float, pitch: float = 0.0) -> np.ndarray:
     """The rotation optical -> ego of a camera with a yaw to the left and a pitch downwards, in radians."""
     cy, sy, cp, sp = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
@@ -75,7 +75,7 @@ def looking(yaw: float, pitch: float = 0.0) -> np.ndarray:
 
 
 def quaternion(rotation: np.ndarray) -> np.ndarray:
-    """Unit quaternions (..., 4) w, x, y, z of rotation matrices, w >= 0, by the eigenvector method (Bar-Itzhack 2000)."""
+    """Unit quaternions (..., 4) w, x, y, z of rotation matrices, w >= 0; eigenvector method (Bar-Itzhack 2000)."""
     m = np.asarray(rotation, float)
     t = np.trace(m, axis1=-2, axis2=-1)
     k = np.zeros((*m.shape[:-2], 4, 4))
@@ -223,12 +223,11 @@ def _faces(objects: Objects, rig: Rig) -> _Faces:
     rows = _quads(quad, np.linalg.inv(rig.K)[camera])
     return _Faces(camera, owner, face, rows, top[seen], bottom[seen])
 
-# %% ../../../nbs/world/10_camera.ipynb #619d2edd
+# %% ../../../nbs/world/10_camera.ipynb #e624090c
 def _unfold(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For counts (3, 0, 2): the owner of each item, 0 0 0 2 2, and its place within the owner, 0 1 2 0 1."""
     owner = np.repeat(np.arange(len(count)), count)
-    first = np.cumsum(count) - count
-    return owner, np.arange(len(owner)) - first[owner]
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
 
 
 def _spans(faces: _Faces, width: int) -> tuple[np.ndarray, ...]:
@@ -249,7 +248,7 @@ def _spans(faces: _Faces, width: int) -> tuple[np.ndarray, ...]:
     some = count > 0
     return face[some], row[some], first[some], count[some]
 
-# %% ../../../nbs/world/10_camera.ipynb #4e856a7b
+# %% ../../../nbs/world/10_camera.ipynb #0b6d9235
 @dataclass(frozen=True, eq=False)
 class _Hits:
     """The visible pixels of faces: flat pixel in (N, H, W), face, inverse depth, u and v of the pixel's centre."""
@@ -261,36 +260,35 @@ class _Hits:
     v: np.ndarray
 
 
-def _hits(faces: _Faces, rig: Rig, nearest: bool = True) -> _Hits:
-    """All pixels that faces fill; nearest: only the nearest face of each."""
+def _hits(faces: _Faces, rig: Rig) -> _Hits:
+    """The nearest face of each pixel that faces fill."""
     face, row, first, count = _spans(faces, rig.width)
+    span, step = _unfold(count)
+    pixel = np.repeat((faces.camera[face] * rig.height + row) * rig.width + first, count) + step
     slope, b, c = faces.rows[face, 4].T
     start = slope * (first + 0.5) + b * (row + 0.5) + c  # inverse depth at the first pixel of each span
-    line = (faces.camera[face] * rig.height + row) * rig.width + first
-    span, step = _unfold(count)
-    inverse = start[span] + slope[span] * step
-    pixel = line[span] + step
-    keep = slice(None)
-    if nearest:
-        bits = inverse.astype(np.float32).view(np.int32).astype(np.int64)
-        key = (bits << 24) | face[span]
-        best = np.zeros(len(rig.names) * rig.height * rig.width, np.int64)
-        np.maximum.at(best, pixel, key)
-        keep = np.flatnonzero(best[pixel] == key)
-        span, step = span[keep], step[keep]
-    return _Hits(pixel[keep], face[span], inverse[keep], first[span] + step + 0.5, row[span] + 0.5)
+    inverse = np.repeat(start, count) + np.repeat(slope, count) * step
+    key = inverse.astype(np.float32).view(np.int32).astype(np.int64) << 24
+    key |= np.repeat(face, count)
+    best = np.zeros(len(rig.names) * rig.height * rig.width, np.int64)
+    np.maximum.at(best, pixel, key)
+    keep = np.flatnonzero(best[pixel] == key)
+    span = span[keep]
+    return _Hits(pixel[keep], face[span], inverse[keep], first[span] + step[keep] + 0.5, row[span] + 0.5)
 
-# %% ../../../nbs/world/10_camera.ipynb #d164c482
+# %% ../../../nbs/world/10_camera.ipynb #a51545b9
 @dataclass(frozen=True, eq=False)
 class _Plane:
     """What a rig sees of the plane z = 0 and of the sky."""
 
     pixel: np.ndarray  # (G,) flat pixels that see the ground
+    sky: np.ndarray  # (S,) flat pixels that do not
     x: np.ndarray  # (G,) float32, ego metres
     y: np.ndarray
     depth: np.ndarray  # (N * H * W,) float32, inf where there is sky
+    distance: np.ndarray  # (G,) float32, metres along the ray
+    rise: np.ndarray  # (S,) float32, sine of the ray's elevation
     stretch: np.ndarray  # (N * H * W,) float32, metres along the ray for each metre of depth
-    rise: np.ndarray  # (N * H * W,) float32, sine of the ray's elevation
 
 
 def _plane(rig: Rig) -> _Plane:
@@ -303,12 +301,12 @@ def _plane(rig: Rig) -> _Plane:
             depth = -rig.translation[:, None, 2] / rays[..., 2]
         depth[(rays[..., 2] >= 0) | (depth <= 0)] = np.inf
         length = np.linalg.norm(rays, axis=-1)
-        seen = np.flatnonzero(np.isfinite(depth))
-        bottom = np.where(np.isfinite(depth), depth, 0)[..., None]
-        points = (rays * bottom + rig.translation[:, None]).reshape(-1, 3)[seen]
-        single = lambda a: np.ascontiguousarray(a, np.float32)
-        rig.__dict__["_plane"] = _Plane(seen, single(points[:, 0]), single(points[:, 1]), single(depth.ravel()),
-                                        single(length.ravel()), single((rays[..., 2] / length).ravel()))
+        ground = np.isfinite(depth)
+        x, y = ((rays[..., k] * np.where(ground, depth, 0) + rig.translation[:, None, k])[ground] for k in (0, 1))
+        rise = (rays[..., 2] / length)[~ground]
+        made = (x, y, depth.ravel(), (depth * length)[ground], rise, length.ravel())
+        rig.__dict__["_plane"] = _Plane(np.flatnonzero(ground), np.flatnonzero(~ground),
+                                        *(np.ascontiguousarray(a, np.float32) for a in made))
     return rig.__dict__["_plane"]
 
 # %% ../../../nbs/world/10_camera.ipynb #365733d2
@@ -372,29 +370,29 @@ def _palette(light: Light) -> np.ndarray:
     grain = 1 + calm * (grain - 1)  # (materials + 1, BANDS, LEVELS)
     return np.clip(np.rint(255 * np.array(colours)[:, :, None] * grain[..., None]), 0, 255).astype(np.uint8)
 
-# %% ../../../nbs/world/10_camera.ipynb #75b910a7
+# %% ../../../nbs/world/10_camera.ipynb #a6bdd599
 def _backdrop(snapshot: Snapshot, rig: Rig, sensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The picture without objects, (N H W, 3) uint8, and its classes (N H W,); sensor: noise of each pixel, 0..7."""
     plane, light, ground = _plane(rig), snapshot.light, snapshot.ground
     x0, y0, yaw = snapshot.pose
-    c, s = (np.float32(f(yaw) / STEP) for f in (math.cos, math.sin))
+    c, s = np.float32(math.cos(yaw) / STEP), np.float32(math.sin(yaw) / STEP)
     i = (c * plane.x - s * plane.y + np.float32((x0 + EXTENT) / STEP)).astype(np.int64)
     j = (s * plane.x + c * plane.y + np.float32((y0 + EXTENT) / STEP)).astype(np.int64)
     material = ground.lookup(i, j)
-    level = _noise()[0].ravel().take(((i >> 1) & 255) << 8 | ((j >> 1) & 255)) + sensor[plane.pixel]
-    keep = np.exp((plane.depth * plane.stretch)[plane.pixel] * np.float32(-light.fog))
-    band = (keep * np.float32(BANDS - 1) + sensor[plane.pixel] * np.float32(1 / 8)).astype(np.int64)
-    palette = _palette(light).reshape(-1, 3)
-    rise = np.clip(plane.rise * np.float32(2.5 * (BANDS - 1)), 0, BANDS - 1.001)
-    index = (rise + sensor * np.float32(1 / 8)).astype(np.int64) * LEVELS + sensor + len(MATERIALS) * BANDS * LEVELS
-    index[plane.pixel] = (material * np.int64(BANDS) + band) * LEVELS + level
+    grain, dither = sensor[plane.pixel], sensor * np.float32(1 / 8)
+    level = _noise()[0].take(((i >> 1) & 255) << 8 | ((j >> 1) & 255)) + grain
+    keep = np.exp(plane.distance * np.float32(-light.fog)) * np.float32(BANDS - 1)
+    index = np.empty(len(sensor), np.int64)
+    index[plane.pixel] = (material * np.int64(BANDS) + (keep + dither[plane.pixel]).astype(np.int64)) * LEVELS + level
+    rise = np.clip(plane.rise * np.float32(2.5 * (BANDS - 1)), 0, BANDS - 1.001) + dither[plane.sky]
+    index[plane.sky] = (rise.astype(np.int64) + len(MATERIALS) * BANDS) * LEVELS + sensor[plane.sky]
     image = np.empty((len(index), 3), np.uint8)
-    palette.take(index, axis=0, out=image, mode="clip")
+    _palette(light).reshape(-1, 3).take(index, axis=0, out=image, mode="clip")
     kind = np.zeros(len(index), np.uint8)
-    kind[plane.pixel] = MATERIAL_CLASS[material]
+    kind[plane.pixel] = MATERIAL_CLASS.take(material)
     return image, kind
 
-# %% ../../../nbs/world/10_camera.ipynb #5407534e
+# %% ../../../nbs/world/10_camera.ipynb #2bb69a8d
 def _shade(objects: Objects, faces: _Faces, hits: _Hits, snapshot: Snapshot, stretch, sensor) -> np.ndarray:
     """The colours (hits, 3) uint8 of visible pixels of objects."""
     light, kind = snapshot.light, objects.kind[faces.owner]
@@ -402,22 +400,25 @@ def _shade(objects: Objects, faces: _Faces, hits: _Hits, snapshot: Snapshot, str
     azimuth, elevation = light.sun[0] - snapshot.pose[2], light.sun[1]
     cosine = np.where(faces.face < 4, np.cos(heading - azimuth) * math.cos(elevation), math.sin(elevation))
     lit = light.ambient + light.direct * np.clip(cosine, 0, 1) * (faces.face != 5)
-    paint = np.tile(PAINTS, (len(kind), 1, 1))
+    paint = np.tile(PAINTS, (len(kind), 1, 1))  # (M, paints, 3)
     paint[:, BODY] = objects.colour[faces.owner]
-    paint = (paint * lit[:, None, None]).astype(np.float32)
+    paint = paint * lit[:, None, None]
     lamps = (TAIL, HEAD)
     paint[:, lamps] = np.maximum(paint[:, lamps], 0.9 * PAINTS[list(lamps)])
-    rows = faces.rows[hits.face]
-    along, up = (((rows[:, k, 0] * hits.u + rows[:, k, 1] * hits.v + rows[:, k, 2]) / hits.inverse * TEXELS)
-                 .astype(np.int64).clip(0, TEXELS - 1) for k in (5, 6))
-    texel = _textures()[kind[hits.face], faces.face[hits.face], up, along]
-    colour = paint[hits.face, texel] * np.array(light.tint, np.float32)
-    colour *= (1 + (sensor[hits.pixel, None] - np.float32(3.5)) / 3 * np.float32(0.02 + light.noise))
-    keep = np.exp(-light.fog * stretch[hits.pixel] / hits.inverse).astype(np.float32)[:, None]
-    colour = colour * keep + (1 - keep) * np.array(light.haze, np.float32)
-    return np.clip(colour * 255, 0, 255).astype(np.uint8)
+    paint = np.ascontiguousarray((paint * light.tint).reshape(-1, 3).T, np.float32)  # planar: all reds, greens, blues
+    a, b, c = (np.ascontiguousarray(faces.rows[:, 5:, k].T) for k in range(3))
+    along, up = (((a[k].take(hits.face) * hits.u + b[k].take(hits.face) * hits.v + c[k].take(hits.face)) *
+                  (TEXELS / hits.inverse)).astype(np.int64).clip(0, TEXELS - 1) for k in (0, 1))
+    texture = (kind.astype(np.int64) * 6 + faces.face) * TEXELS**2
+    texel = _textures().take(texture.take(hits.face) + up * TEXELS + along)
+    keep = np.exp(-light.fog * stretch[hits.pixel] / hits.inverse.astype(np.float32))
+    gain = 255 * keep * (1 + (sensor[hits.pixel] - np.float32(3.5)) / 3 * np.float32(0.02 + light.noise))
+    colour, index = np.empty((len(texel), 3), np.uint8), hits.face * len(PAINTS) + texel
+    for n, haze in enumerate(light.haze):
+        colour[:, n] = np.clip(paint[n].take(index) * gain + (1 - keep) * np.float32(255 * haze), 0, 255)
+    return colour
 
-# %% ../../../nbs/world/10_camera.ipynb #3e7b8f71
+# %% ../../../nbs/world/10_camera.ipynb #126dd542
 def _shadows(objects: Objects, snapshot: Snapshot, rig: Rig) -> np.ndarray:
     """Flat pixels of the ground that lie in shadow (some may repeat, some may be hidden by objects)."""
     azimuth = snapshot.light.sun[0] - snapshot.pose[2]
@@ -432,9 +433,10 @@ def _shadows(objects: Objects, snapshot: Snapshot, rig: Rig) -> np.ndarray:
     seen, top, bottom = _limits(quad, rig.K[camera], rig.height, rig.width)
     camera, owner = camera[seen], owner[seen]
     rows = _quads(quad[seen], np.linalg.inv(rig.K)[camera])
-    return _hits(_Faces(camera, owner, np.full(len(owner), 5), rows, top[seen], bottom[seen]), rig, nearest=False).pixel
+    face, row, first, count = _spans(_Faces(camera, owner, owner, rows, top[seen], bottom[seen]), rig.width)
+    return np.repeat((camera[face] * rig.height + row) * rig.width + first, count) + _unfold(count)[1]
 
-# %% ../../../nbs/world/10_camera.ipynb #20cf00a0
+# %% ../../../nbs/world/10_camera.ipynb #79b4e9f2
 @dataclass(frozen=True, eq=False)
 class Images:
     """What N cameras see."""
@@ -458,13 +460,15 @@ def render(snapshot: Snapshot, rig: Rig, seed: int = 0) -> Images:
         faces = _faces(objects, rig)
         hits = _hits(faces, rig)
         owner = faces.owner[hits.face]
-        image[hits.pixel] = _shade(objects, faces, hits, snapshot, plane.stretch, sensor)
+        colour = _shade(objects, faces, hits, snapshot, plane.stretch, sensor)
+        for n in range(3):  # writing one colour at a time is twice as fast as writing triples
+            image[:, n][hits.pixel] = colour[:, n]
         depth[hits.pixel], kind[hits.pixel] = 1 / hits.inverse, objects.kind[owner]
         instance[hits.pixel] = objects.instance[owner]
     shape = (len(rig.names), rig.height, rig.width)
     return Images(image.reshape(*shape, 3), depth.reshape(shape), kind.reshape(shape), instance.reshape(shape))
 
-# %% ../../../nbs/world/10_camera.ipynb #bd5dc9b0
+# %% ../../../nbs/world/10_camera.ipynb #1cd662fd
 EDGES = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]])
 
 
@@ -474,7 +478,7 @@ def project_boxes(objects: Objects, rig: Rig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def box_segments(objects: Objects, rig: Rig, near: float = 0.1) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each camera: the owners (m,) and end points (m, 2, 2) u, v of the boxes' edges that are in view, cut at `near`."""
+    """For each camera: owners (m,) and end points (m, 2, 2) u, v of the edges of boxes in view, cut at `near`."""
     corners, found = objects.corners(), []
     for n in range(len(rig.names)):
         q = (corners - rig.translation[n]) @ rig.rotation[n]

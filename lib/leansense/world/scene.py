@@ -449,12 +449,19 @@ def _traffic(b: _Builder, street: Street, ego: Tracks, density: float, duration:
                 kind = str(rng.choice(["car", "truck"]))
                 b.add(kind, street.crossing + lane, edge + side * distance, side * math.pi / 2, 6.0)
 
-# %% ../../../nbs/world/00_scene.ipynb #876e97c5
+# %% ../../../nbs/world/00_scene.ipynb #4c85f641
 def _street_life(b: _Builder, street: Street, span: tuple[float, float], density: float, vehicles: bool) -> None:
     """What stands or walks beside the lanes, for x in span."""
     rng, (outer_r, bay, right, left, outer_l) = b.rng, street.edges
     crossing = math.inf if street.crossing is None else street.crossing
     near_side = lambda x, room: abs(x - crossing) < SIDE_HALF + SIDE_PAVEMENT + room
+    if rng.random() < 0.6 * density:  # a building site at the right kerb
+        x = rng.uniform(span[0] + 60, span[1] - 60)
+        for i in range(4):
+            b.add("traffic_cone", x + 1.5 * i, right - 0.6)
+        for i in range(2):
+            b.add("barrier", x + 7.0 + 2.6 * i, right - 0.6)
+        b.add("hazard", x + 3.0, right - 1.8)
     for x in np.arange(span[0], span[1], 7.0):
         if vehicles and street.bay and rng.random() < 0.4 * density and not near_side(x, 3.0):
             b.add(str(rng.choice(["car", "car", "car", "truck"])), x, (bay + right) / 2)
@@ -468,13 +475,6 @@ def _street_life(b: _Builder, street: Street, span: tuple[float, float], density
     if street.zebra is not None:
         for _ in range(int(rng.integers(0, 3))):
             b.add("pedestrian", street.zebra + rng.uniform(0.5, 2.5), left + 1.0, -math.pi / 2, rng.uniform(0.8, 1.4))
-    if rng.random() < 0.6 * density:  # a building site at the left kerb
-        x = rng.uniform(span[0] + 30, span[1] - 30)
-        for i in range(4):
-            b.add("traffic_cone", x + 1.5 * i, left - 0.5)
-        for i in range(2):
-            b.add("barrier", x + 7.0 + 2.6 * i, left - 0.5)
-        b.add("hazard", x + 3.0, left - 1.6)
 
 
 def _houses(b: _Builder, street: Street, span: tuple[float, float]) -> None:
