@@ -246,9 +246,16 @@ def _as_map(cells: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     B, X, Y, Z = sizes[0], *sizes[5:]
     return cells.view(B, X, Y, Z * cells.shape[1]).permute(0, 3, 1, 2)
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #40896191
+# %% ../../../nbs/layers/18_bev_pool.ipynb #2b21ff1b
 def _compute_type(*tensors: torch.Tensor) -> torch.dtype:
+    """The type of sums: fp32, or fp64 if anything is."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _as_rows(depth: torch.Tensor, feat: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as rows; Triton widens half precision itself, while loading."""
+    wide = _compute_type(depth, feat)
+    return tuple(_rows(x, x.dtype if backend == "triton" else wide) for x in (depth, feat))
 
 
 def _forward(depth_rows: torch.Tensor, feat_rows: torch.Tensor, arrays: Sequence[torch.Tensor], sizes: Sequence[int],
@@ -277,14 +284,13 @@ def _backward(gradient: torch.Tensor, depth_rows: torch.Tensor, feat_rows: torch
         return pool_backward(cells, depth_rows, feat_rows, arrays, need_depth, need_feat)
     return _torch_backward(cells, depth_rows, feat_rows, arrays, need_depth, need_feat)
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #bbf90002
+# %% ../../../nbs/layers/18_bev_pool.ipynb #d87c53cf
 class _BevPool(torch.autograd.Function):
     """bev_pool for eager mode."""
 
     @staticmethod
     def forward(ctx, depth, feat, arrays, sizes, backend):
-        dtype = _compute_type(depth, feat)
-        rows = _rows(depth, dtype), _rows(feat, dtype)
+        rows = _as_rows(depth, feat, backend)
         ctx.save_for_backward(depth, feat, *rows)
         ctx.arrays, ctx.backend = arrays, backend
         return _forward(*rows, arrays, sizes, backend, feat.dtype)
@@ -296,13 +302,12 @@ class _BevPool(torch.autograd.Function):
         found = _backward(gradient, *rows, ctx.arrays, ctx.backend, *ctx.needs_input_grad[:2])
         return *(None if g is None else _unrows(g, x) for g, x in zip(found, (depth, feat))), None, None, None
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #e5ce28c3
+# %% ../../../nbs/layers/18_bev_pool.ipynb #23bb034d
 @torch.library.custom_op("leansense::bev_pool", mutates_args=())
 def _operator(depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor], sizes: Sequence[int],
               backend: str) -> torch.Tensor:
     """bev_pool as a registered operator; see `bev_pool`."""
-    dtype = _compute_type(depth, feat)
-    return _forward(_rows(depth, dtype), _rows(feat, dtype), arrays, sizes, backend, feat.dtype)
+    return _forward(*_as_rows(depth, feat, backend), arrays, sizes, backend, feat.dtype)
 
 
 @_operator.register_fake
@@ -310,13 +315,12 @@ def _(depth, feat, arrays, sizes, backend):
     B, X, Y, Z = sizes[0], *sizes[5:]
     return feat.new_empty(B, X, Y, Z * feat.shape[-3]).permute(0, 3, 1, 2)
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #f93c4296
+# %% ../../../nbs/layers/18_bev_pool.ipynb #de85046c
 @torch.library.custom_op("leansense::bev_pool_backward", mutates_args=())
 def _operator_backward(gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor],
                        backend: str, need_depth: bool, need_feat: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of depth and feat; empty where not needed."""
-    dtype = _compute_type(depth, feat)
-    found = _backward(gradient, _rows(depth, dtype), _rows(feat, dtype), arrays, backend, need_depth, need_feat)
+    found = _backward(gradient, *_as_rows(depth, feat, backend), arrays, backend, need_depth, need_feat)
     return tuple(_unrows(g, x).contiguous() if need else x.new_empty(0)
                  for g, x, need in zip(found, (depth, feat), (need_depth, need_feat)))
 
