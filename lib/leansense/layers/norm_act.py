@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ACTS', 'SUMS', 'SOURCE', 'LARGEST', 'norm_act', 'NormAct', 'fuse']
 
-# %% ../../../nbs/layers/25_norm_act.ipynb #4aa4bc1b
+# %% ../../../nbs/layers/25_norm_act.ipynb #451b3488
 import ctypes
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .backend import pick
 from .native import library, parallel, pointer, why_not
@@ -184,7 +185,7 @@ class _NormAct(torch.autograd.Function):
             _over(f"{ctx.act}_backward", rows, C, [x, grad, a, b, p.float(), q.float(), dx])
         return dx, (dux * rstd).float(), du.float(), None, None
 
-# %% ../../../nbs/layers/25_norm_act.ipynb #dfd4d6ec
+# %% ../../../nbs/layers/25_norm_act.ipynb #7acfa376
 def _native_why_not(x: torch.Tensor, norm: nn.Module) -> str:
     """Empty if the loops in C can do this norm and what follows, else why not."""
     if type(norm) is not nn.BatchNorm2d or norm.weight is None or not norm.track_running_stats:
@@ -199,7 +200,7 @@ def _native_why_not(x: torch.Tensor, norm: nn.Module) -> str:
         return "gradients of a norm in eval mode"
     if x.numel() // max(x.shape[1], 1) < 2:
         return "fewer than 2 values per channel"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return "the operators are being traced or counted"
     return why_not("norm_act", SOURCE)
 

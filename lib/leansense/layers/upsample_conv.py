@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['GATHER', 'SCATTER', 'SOURCE', 'axis_weights', 'axis_adjoint', 'upsample_conv', 'UpsampleConv2d']
 
-# %% ../../../nbs/layers/23_upsample_conv.ipynb #5ed3982a
+# %% ../../../nbs/layers/23_upsample_conv.ipynb #0c6b28d8
 import ctypes
 import functools
 
 import torch
 from torch import nn
 from torch.nn.functional import conv2d, interpolate
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .backend import pick
 from .native import library, parallel, pointer, why_not
@@ -174,7 +175,7 @@ class _AddUpsampled(torch.autograd.Function):
         grad_weight = grad_taps.view(k, k, O, C).permute(2, 3, 0, 1) if wants_weight else None
         return grad, grad_x, grad_weight, None
 
-# %% ../../../nbs/layers/23_upsample_conv.ipynb #07e891eb
+# %% ../../../nbs/layers/23_upsample_conv.ipynb #43a26de9
 def _native_why_not(*tensors: torch.Tensor) -> str:
     """Empty if the loops in C can take these tensors as they are, else why not."""
     first = tensors[0]
@@ -184,7 +185,7 @@ def _native_why_not(*tensors: torch.Tensor) -> str:
         return "it needs float32 or float64 throughout"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return "the operators are being traced or counted"
     return why_not("upsample_conv", SOURCE)
 
