@@ -90,8 +90,9 @@ def footprint_cells(objects: Objects, grid: Grid, fill: str = "touched") -> tupl
     keep = (abs(c * dx + s * dy) <= half[:, 0]) & (abs(c * dy - s * dx) <= half[:, 1])
     return owner[keep], row[keep], column[keep]
 
-# %% ../../../nbs/world/25_bev.ipynb #7451fcea
+# %% ../../../nbs/world/25_bev.ipynb #02a32bef
 _PART_OF = {"road": ("road", "road_line", "crosswalk")}
+_PAINTED = ("road", "road_line", "sidewalk", "crosswalk", "terrain")  # the classes of MATERIALS
 
 
 @lru_cache(maxsize=16)
@@ -119,8 +120,13 @@ def raster(snapshot: Snapshot, grid: Grid, classes: Sequence[str] = SIMBEV_CLASS
     """
     ground, things = _tables(tuple(classes))
     label = np.zeros((len(classes), grid.rows, grid.columns), np.uint8)
-    if ground[:, [class_id(n) for n in ("road", "road_line", "sidewalk", "crosswalk", "terrain")]].any():
-        label[:] = ground[:, snapshot.ground_kind(*_centres(grid))]
+    x, y = _centres(grid)
+    if set(classes) & set(_PAINTED):
+        ground.take(snapshot.ground_kind(x, y), axis=1, out=label, mode="clip")
+    if "road_line" in classes and fill == "touched":
+        thin, quarter = label[list(classes).index("road_line")], grid.cell_size / 4
+        for dx, dy in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+            thin |= snapshot.ground_kind(x + quarter * dx, y + quarter * dy) == class_id("road_line")
     sets = [snapshot.objects] + ([boxes("car", (0, 0), EGO_SIZE)] if ego else [])
     for objects in sets:
         owner, row, column = footprint_cells(objects, grid, fill)

@@ -283,10 +283,10 @@ def _light(condition: str) -> Light:
         raise ValueError(f"condition={condition!r} is unknown: choose from {', '.join(CONDITIONS)}")
     return CONDITIONS[condition]
 
-# %% ../../../nbs/world/00_scene.ipynb #626faebe
+# %% ../../../nbs/world/00_scene.ipynb #0425fae2
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A street, the objects' tracks and looks, the observer's track, light; `seed` and `name` only identify it."""
+    """A street, the objects' tracks and looks, the observer's track, light; `seed` only identifies it."""
 
     objects: Objects  # at time 0 in the world frame
     tracks: Tracks
