@@ -14,8 +14,8 @@ PORT    ?= 8888
 PYTHON  ?= python3
 
 bin := .venv/bin
-# what the tests and the export need on top of the requirements
-EXTRAS := dev,onnx
+# what the tests, the export and the benchmark need on top of the requirements
+EXTRAS := dev,onnx,bench
 ready := .venv/ready-$(shell cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1)
 export LEANSENSE_ROOT := $(CURDIR)
 

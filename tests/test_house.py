@@ -175,7 +175,7 @@ def test_environment_agrees_with_settings():
         assert requirement.specifier.contains(pins[name]), f"{name}={pins[name]} is outside {requirement.specifier}"
     assert set(pins) - names == {"python", "pip", "tectonic"}, "environment.yml has packages that settings.ini lacks"
     pip = [p for p in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"] if isinstance(p, dict)]
-    assert pip == [{"pip": ["-e .[dev,onnx]"]}]
+    assert pip == [{"pip": ["-e .[dev,onnx,bench]"]}]
     assert pins["python"].startswith(SETTINGS["min_python"])
 
 

@@ -5,14 +5,22 @@
 # %% auto #0
 __all__ = ['headline', 'block', 'update']
 
-# %% ../../../nbs/core/15_readme.ipynb #c506a66b
+# %% ../../../nbs/core/15_readme.ipynb #4abbca94
 import statistics
 
 from .paths import root, write_atomic
 from .record import read
 from .rows import read_matrix, read_rows, systems
 
-# %% ../../../nbs/core/15_readme.ipynb #553c8e7f
+# %% ../../../nbs/core/15_readme.ipynb #bfb0cb4d
+def _value(record: dict, path: str) -> float:
+    """The number at a dotted path of a record."""
+    found = record if path.startswith("cost.") else record["metrics"]
+    for key in path.split("."):
+        found = found[key]
+    return found
+
+# %% ../../../nbs/core/15_readme.ipynb #63eef18f
 def headline(system: str) -> tuple[str, str]:
     """What a system's headline measured (mean ± sd over seeds, in words) and on which data; dashes without records."""
     head = read_matrix(system).get("headline") or {}
@@ -20,16 +28,16 @@ def headline(system: str) -> tuple[str, str]:
     records = [read(row.record) for row in rows if row.record.exists()]
     if not records:
         return "–", "–"
-    values = [record["metrics"][head["metric"]] * head.get("scale", 1) for record in records]
+    values = [_value(record, head["metric"]) * head.get("scale", 1) for record in records]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     unit = head.get("unit", "")
     data = records[0]["data"]["name"]
     return (
         f"{rows[0].label}: {head['name']} {statistics.mean(values):.1f}{spread} {unit}".strip(),
-        f"{data}, {len(values)} seeds",
+        f"{data}, {len(values)} seed{'s' * (len(values) != 1)}",
     )
 
-# %% ../../../nbs/core/15_readme.ipynb #74bad4cb
+# %% ../../../nbs/core/15_readme.ipynb #fe560cd8
 def block() -> str:
     """The README's table of systems, as Markdown."""
     lines = ["| system | notebooks | measured here (scale demo) | data | paper |", "|---|---|---|---|---|"]
@@ -40,7 +48,7 @@ def block() -> str:
                      f"| [papers/{system}](papers/{system}) |")
     return "\n".join(lines)
 
-# %% ../../../nbs/core/15_readme.ipynb #9a3dde91
+# %% ../../../nbs/core/15_readme.ipynb #bf2eab49
 def update() -> bool:
     """Renew the block between the README's two marks; whether anything changed."""
     path = root() / "README.md"
