@@ -6,7 +6,7 @@
 __all__ = ['FRUSTUM_SAMPLINGS', 'Rig', 'looking_along', 'surround_rig', 'augmentation_matrix', 'Frustum', 'make_frustum',
            'frustum_points', 'inverse3', 'camera_matrix', 'get_geometry', 'project', 'PlanMemory', 'LiftSplat']
 
-# %% ../../../nbs/layers/20_lift_splat.ipynb #0d9368b1
+# %% ../../../nbs/layers/20_lift_splat.ipynb #8ae7286e
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .bev_pool import BINNINGS, Grid, PoolPlan, bev_pool
+from .bev_pool import BINNINGS, PLAIN, Grid, PoolPlan, bev_pool
 
 # %% ../../../nbs/layers/20_lift_splat.ipynb #b161cf2d
 class Rig(NamedTuple):
@@ -203,7 +203,7 @@ def _check_features(depth_logits, features, rots, frustum, sampling) -> None:
                              f"{sampling['downsample']} and (B, N) = {tuple(rots.shape[:2])} need (B, N, "
                              f"{channels or 'C'}, {wanted[1]}, {wanted[2]}), B and N may be merged")
 
-# %% ../../../nbs/layers/20_lift_splat.ipynb #b7bb958e
+# %% ../../../nbs/layers/20_lift_splat.ipynb #ce3d52d0
 class LiftSplat(nn.Module):
     """Depth logits and features of N cameras -> a map (B, C nz, X, Y), channels_last; rows +x, columns +y (left)."""
 
@@ -228,7 +228,7 @@ class LiftSplat(nn.Module):
     def plan(self, rots, trans, intrins, post_rots, post_trans) -> PoolPlan:
         """A new plan for these matrices, which are shaped as in `get_geometry`."""
         points = get_geometry(Frustum(self.u, self.v, self.d), rots, trans, intrins, post_rots, post_trans)
-        return PoolPlan.build(points, self.grid, self.binning)
+        return PoolPlan.build(points, self.grid, self.binning, ordered=self.backend not in PLAIN)
 
     def forward(self, depth_logits, features, rots, trans, intrins, post_rots, post_trans, plan=None):
         """depth_logits (B, N, D, fH, fW), features (B, N, C, fH, fW), B and N may be merged; matrices as in `plan`."""
