@@ -309,7 +309,7 @@ def _probes(u: Tensor, A: Tensor, double: bool, last: bool) -> dict[str, Callabl
     order = ("cc", "torch", "triton", "mamba_ssm") if device == "cpu" else ("mamba_ssm", "triton", "torch", "cc")
     return {name: probes[name] for name in order}
 
-# %% ../../../nbs/layers/00_scan.ipynb #36442d63
+# %% ../../../nbs/layers/00_scan.ipynb #3c748bfd
 def _double(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.dtype == torch.float64 for x in tensors)
 
@@ -333,19 +333,38 @@ def _forward(u, delta, A, B, C, D, z, bias, softplus: bool, reverse: bool, backe
         return torch.empty_like(u), u.new_zeros(u.shape[0], *A.shape, dtype=kind), empty, empty.clone()
     with _no_autocast(u.device.type):
         if backend == "mamba_ssm":
-            return _extension_forward(*tensors, softplus, reverse)
+            y, last, saved, plain = _extension_forward(*tensors, softplus, reverse)
+            return y, last, saved.flatten(), plain
         if backend == "triton":
             from leansense.layers import scan_triton
 
-            return *scan_triton.forward(*tensors, softplus, reverse, save), empty
+            y, last, saved = scan_triton.forward(*tensors, softplus, reverse, save)
+            return y, last, saved.flatten(), empty
         wide = [None if x is None else x.to(kind) for x in tensors]
         if backend == "cc":
             y, last, saved = scan_native.forward(*wide, softplus, reverse, save)
         else:
             y, last, saved = _torch_forward(*wide, softplus, reverse, save, tile, _parts_of(u.shape[1], u.device))
-        return y.to(u.dtype), last, saved, empty
+        return y.to(u.dtype), last, saved.flatten(), empty
 
-# %% ../../../nbs/layers/00_scan.ipynb #41f324f9
+# %% ../../../nbs/layers/00_scan.ipynb #af584b6b
+def _saved_shape(u: Tensor, A: Tensor, backend: str, tile: int) -> tuple[int, ...]:
+    """The shape of what a back end keeps for its backward pass."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    if backend == "mamba_ssm":
+        return batch, channels, (length + 2047) // 2048, 2 * states
+    if backend == "triton":
+        from leansense.layers import scan_triton
+
+        return scan_triton.saved_shape(batch, length, channels, states)
+    if backend == "cc":
+        return scan_native.saved_shape(batch, length, channels, states)
+    parts = _parts_of(length, u.device)
+    steps = (length + parts - 1) // parts
+    return (steps + tile - 1) // tile, batch * parts, states, channels
+
+# %% ../../../nbs/layers/00_scan.ipynb #dbe74347
 def _backward(dy, dlast, u, delta, A, B, C, D, z, bias, saved, plain, softplus: bool, reverse: bool, backend: str,
               tile: int) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, bias in their own types, None where there is no input."""
@@ -353,6 +372,7 @@ def _backward(dy, dlast, u, delta, A, B, C, D, z, bias, saved, plain, softplus: 
     if u.numel() == 0:
         return [None if x is None else torch.zeros_like(x) for x in tensors]
     dy = torch.zeros_like(u) if dy is None else dy
+    saved = saved.view(_saved_shape(u, A, backend, tile))
     with _no_autocast(u.device.type):
         if backend == "mamba_ssm":
             found = _extension_backward(dy, *tensors, saved, plain, softplus, reverse)
@@ -389,29 +409,12 @@ class _SelectiveScan(torch.autograd.Function):
         found = _backward(dy, dlast, *ctx.saved_tensors, *ctx.options)
         return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad)), None, None, None, None
 
-# %% ../../../nbs/layers/00_scan.ipynb #a6e22174
-def _saved_shape(u: Tensor, A: Tensor, backend: str, tile: int) -> tuple[int, ...]:
-    """The shape of what a back end keeps for its backward pass."""
-    batch, length, channels = u.shape
-    states = A.shape[1]
-    if backend == "mamba_ssm":
-        return batch, channels, (length + 2047) // 2048, 2 * states
-    if backend == "triton":
-        from leansense.layers import scan_triton
-
-        return scan_triton.saved_shape(batch, length, channels, states)
-    if backend == "cc":
-        return scan_native.saved_shape(batch, length, channels, states)
-    parts = _parts_of(length, u.device)
-    steps = (length + parts - 1) // parts
-    return (steps + tile - 1) // tile, batch * parts, states, channels
-
-
+# %% ../../../nbs/layers/00_scan.ipynb #24dc3fa5
 def _resolve(backend: str, u: Tensor, tensors: Sequence[Tensor | None], last: bool) -> str:
     """The back end to use for these tensors; see `layers.backend.pick`."""
     return pick("selective_scan", backend, _probes(u, tensors[2], _double(*tensors), last))
 
-# %% ../../../nbs/layers/00_scan.ipynb #606a88bc
+# %% ../../../nbs/layers/00_scan.ipynb #cbc79ed8
 @torch.library.custom_op("leansense::selective_scan", mutates_args=())
 def _operator(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
               bias: Tensor | None, softplus: bool, reverse: bool, backend: str, tile: int, save: bool,
@@ -425,9 +428,8 @@ def _(u, delta, A, B, C, D, z, bias, softplus, reverse, backend, tile, save, las
     tensors = (u, delta, A, B, C, D, z, bias)
     kind = torch.float64 if _double(*tensors) else torch.float32
     chosen = _resolve(backend, u, tensors, last)
-    kept = _saved_shape(u, A, chosen, tile) if save or chosen == "mamba_ssm" else (0,)
-    if chosen == "torch" and not save:
-        kept = (0, *_saved_shape(u, A, chosen, tile)[1:])
+    keeps = u.numel() > 0 and (save or chosen == "mamba_ssm")
+    kept = math.prod(_saved_shape(u, A, chosen, tile)) if keeps else 0
     plain = (u.shape[0], u.shape[2], u.shape[1]) if chosen == "mamba_ssm" and z is not None else (0,)
     make = partial(torch.empty, device=u.device)
     return (make(u.shape, dtype=u.dtype), make((u.shape[0], *A.shape), dtype=kind), make(kept, dtype=kind),

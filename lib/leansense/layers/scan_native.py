@@ -459,7 +459,7 @@ def _run(function: str, parts: list[tuple[_Call, int, int, int, int]]) -> None:
 
     native.parallel([partial(one, *part) for part in parts])
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #786a6996
+# %% ../../../nbs/layers/03_scan_native.ipynb #11f56669
 def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
             bias: Tensor | None, softplus: bool, reverse: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(y, last state (B, D, N), checkpoints) of the scan of fp32 tensors on the CPU, none of them empty."""
@@ -467,7 +467,8 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     states = A.shape[1]
     made = {"y": u.new_empty(u.shape), "last": u.new_empty(batch, channels, states),
             "saved": u.new_empty(saved_shape(batch, length, channels, states)) if save else None}
-    call = _describe(_sizes(u, A, softplus, reverse), _inputs(u, delta, A, B, C, D, z, bias) | made)
+    tensors = _inputs(u, delta, A, B, C, D, z, bias) | made  # a name, so that copies live until the call is over
+    call = _describe(_sizes(u, A, softplus, reverse), tensors)
     rows, columns = _parts(batch, channels, torch.get_num_threads())
     _run("scan_forward", [(call, *row, *column) for row in rows for column in columns])
     return made["y"], made["last"], made["saved"] if save else u.new_empty(0)
