@@ -85,12 +85,12 @@ def _number(points: torch.Tensor, grid: Grid, binning: str) -> tuple[torch.Tenso
         number = nearest if number is None else torch.add(nearest, number, alpha=n)
     return number.int(), inside.int().neg_()
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #8ffea902
-def _order(cells: torch.Tensor, depths: int, bags: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+# %% ../../../nbs/layers/18_bev_pool.ipynb #d79c1e77
+def _sorted(cells: torch.Tensor, depths: int, bags: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Points sorted by cell, stably; the pixel of each; where each of the `bags` cells begins, and the end. int32."""
     if cells.numel() == 0:
         return cells.clone(), cells.clone(), cells.new_zeros(bags + 1)
-    if cells.device.type != "cpu" or torch.compiler.is_compiling():
+    if cells.device.type != "cpu" or _intercepted(cells):
         ordered, points = torch.sort(cells, stable=True)
         edges = torch.arange(bags + 1, dtype=torch.int32, device=cells.device)
         points, offsets = points.int(), torch.searchsorted(ordered, edges, out_int32=True)
@@ -105,7 +105,32 @@ def _order(cells: torch.Tensor, depths: int, bags: int) -> tuple[torch.Tensor, t
     lists = by_cell.data, by_cell.indices, by_cell.indptr
     return tuple(torch.from_numpy(a.astype(np.int32, copy=False)) for a in lists)
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #c6b194f7
+
+def _intercepted(*tensors: torch.Tensor) -> bool:
+    """Whether somebody looks at operators: a tracer, or a tool like the FLOP counter."""
+    return (torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+            or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors))
+
+# %% ../../../nbs/layers/18_bev_pool.ipynb #5f7c0c32
+def _cc_why_not(*tensors: torch.Tensor) -> str:
+    """Why the compiled version is not for these tensors; empty if it is."""
+    if not all(t.device.type == "cpu" and t.dtype != torch.float64 for t in tensors):
+        return "compiled for fp32 on the CPU only"
+    from leansense.layers import bev_pool_native
+
+    return bev_pool_native.why_not()
+
+
+def _native(tensor: torch.Tensor):
+    """The compiled version's module if the plan may be built with it, else None."""
+    order = {"cc": lambda: _cc_why_not(tensor), "torch": lambda: ""}
+    if _intercepted(tensor) or tensor.numel() == 0 or pick("a bev_pool plan", "auto", order) == "torch":
+        return None
+    from leansense.layers import bev_pool_native
+
+    return bev_pool_native
+
+# %% ../../../nbs/layers/18_bev_pool.ipynb #766d31f5
 def _check_points(points: torch.Tensor, grid: Grid, binning: str) -> None:
     """ValueError with one line unless a plan can be built from these."""
     if binning not in BINNINGS:
@@ -122,18 +147,22 @@ def _check_points(points: torch.Tensor, grid: Grid, binning: str) -> None:
 
 def _lists(points: torch.Tensor, grid: Grid, binning: str, ordered: bool) -> tuple[tuple[int, ...], list[torch.Tensor]]:
     """(B, N, D, H, W) and the six index lists of a plan; the last three are empty unless `ordered`."""
-    total = math.prod(grid.nx)
-    if points.is_floating_point():
-        number, inside = _number(points, grid, binning)
+    native, total = _native(points), math.prod(grid.nx)
+    B, N, D, H, W = points.shape[:5]
+    if native and points.is_floating_point():
+        planes = points.movedim((-1, 2), (0, -1)).contiguous()
+        cells, inside, targets = native.number(planes, (grid.xbound, grid.ybound, grid.zbound), grid.nx, binning)
     else:
-        number, inside = points.int(), ((points >= 0) & (points < total)).int().neg_()
-    B, N, D, H, W = number.shape
-    if B > 1:
-        number = number + total * torch.arange(B, dtype=torch.int32, device=number.device).view(-1, 1, 1, 1, 1)
-    number, inside = (x.permute(0, 1, 3, 4, 2).reshape(-1) for x in (number, inside))
-    cells = ((number - B * total) & inside) + B * total
-    order = _order(cells, D, B * total + 1) if ordered else [cells[:0]] * 3
-    return (B, N, D, H, W), [cells, inside, number & inside, *order]
+        if points.is_floating_point():
+            number, inside = _number(points, grid, binning)
+        else:
+            number, inside = points.int(), ((points >= 0) & (points < total)).int().neg_()
+        if B > 1:
+            number = number + total * torch.arange(B, dtype=torch.int32, device=number.device).view(-1, 1, 1, 1, 1)
+        number, inside = (x.permute(0, 1, 3, 4, 2).flatten() for x in (number, inside))
+        cells, targets = ((number - B * total) & inside) + B * total, number & inside
+    order = (native.order if native else _sorted)(cells, D, B * total + 1) if ordered else [cells[:0]] * 3
+    return (B, N, D, H, W), [cells, inside, targets, *order]
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #2d581d8c
 @dataclass(frozen=True)
@@ -248,7 +277,7 @@ def _as_map(cells: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     B, X, Y, Z = sizes[0], *sizes[5:]
     return cells.view(B, X, Y, Z * cells.shape[1]).permute(0, 3, 1, 2)
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #2b21ff1b
+# %% ../../../nbs/layers/18_bev_pool.ipynb #c8c36081
 def _compute_type(*tensors: torch.Tensor) -> torch.dtype:
     """The type of sums: fp32, or fp64 if anything is."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -265,12 +294,8 @@ def _forward(depth_rows: torch.Tensor, feat_rows: torch.Tensor, arrays: Sequence
     """The map (B, C nz, X, Y) in `dtype`, channels_last, from rows."""
     if depth_rows.numel() == 0 or feat_rows.numel() == 0:
         cells = feat_rows.new_zeros(math.prod([sizes[0], *sizes[5:]]), feat_rows.shape[1])
-    elif backend == "triton":
-        from leansense.layers.bev_pool_triton import pool_forward
-
-        cells = pool_forward(depth_rows, feat_rows, arrays)
     else:
-        cells = _torch_forward(depth_rows, feat_rows, arrays)
+        cells = _kernels(backend)[0](depth_rows, feat_rows, arrays)
     return _as_map(cells.to(dtype), sizes)
 
 
@@ -280,11 +305,18 @@ def _backward(gradient: torch.Tensor, depth_rows: torch.Tensor, feat_rows: torch
     if depth_rows.numel() == 0 or feat_rows.numel() == 0:
         return torch.zeros_like(depth_rows), torch.zeros_like(feat_rows)
     cells = gradient.permute(0, 2, 3, 1).to(feat_rows.dtype).reshape(-1, feat_rows.shape[1]).contiguous()
-    if backend == "triton":
-        from leansense.layers.bev_pool_triton import pool_backward
+    return _kernels(backend)[1](cells, depth_rows, feat_rows, arrays, need_depth, need_feat)
 
-        return pool_backward(cells, depth_rows, feat_rows, arrays, need_depth, need_feat)
-    return _torch_backward(cells, depth_rows, feat_rows, arrays, need_depth, need_feat)
+
+def _kernels(backend: str):
+    """(forward, backward) of a back end."""
+    if backend == "triton":
+        from leansense.layers import bev_pool_triton as module
+    elif backend == "cc":
+        from leansense.layers import bev_pool_native as module
+    else:
+        return _torch_forward, _torch_backward
+    return module.pool_forward, module.pool_backward
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #d87c53cf
 class _BevPool(torch.autograd.Function):
@@ -304,11 +336,29 @@ class _BevPool(torch.autograd.Function):
         found = _backward(gradient, *rows, ctx.arrays, ctx.backend, *ctx.needs_input_grad[:2])
         return *(None if g is None else _unrows(g, x) for g, x in zip(found, (depth, feat))), None, None, None
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #23bb034d
+# %% ../../../nbs/layers/18_bev_pool.ipynb #4e4702da
+PLAIN = ("index_add", "reference")
+
+
+def _triton_why_not(device: str) -> str:
+    """Why Triton is not for tensors on this device; nothing is looked up for the usual CPU tensors."""
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors are on {device}; Triton kernels need a CUDA device"
+    return triton_why_not(device)
+
+
+def _choose(wanted: str, depth: torch.Tensor, feat: torch.Tensor) -> str:
+    """The back end to use: see `bev_pool`."""
+    order = {"triton": lambda: _triton_why_not(depth.device.type), "cc": lambda: _cc_why_not(depth, feat),
+             "torch": lambda: "", **dict.fromkeys(PLAIN, lambda: "")}
+    return pick("bev_pool", wanted, order)
+
+# %% ../../../nbs/layers/18_bev_pool.ipynb #1ccd729c
 @torch.library.custom_op("leansense::bev_pool", mutates_args=())
 def _operator(depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor], sizes: Sequence[int],
               backend: str) -> torch.Tensor:
     """bev_pool as a registered operator; see `bev_pool`."""
+    backend = _choose(backend, depth, feat)
     return _forward(*_as_rows(depth, feat, backend), arrays, sizes, backend, feat.dtype)
 
 
@@ -317,11 +367,12 @@ def _(depth, feat, arrays, sizes, backend):
     B, X, Y, Z = sizes[0], *sizes[5:]
     return feat.new_empty(B, X, Y, Z * feat.shape[-3]).permute(0, 3, 1, 2)
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #de85046c
+# %% ../../../nbs/layers/18_bev_pool.ipynb #f13c54da
 @torch.library.custom_op("leansense::bev_pool_backward", mutates_args=())
 def _operator_backward(gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor],
                        backend: str, need_depth: bool, need_feat: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of depth and feat; empty where not needed."""
+    backend = _choose(backend, depth, feat)
     found = _backward(gradient, *_as_rows(depth, feat, backend), arrays, backend, need_depth, need_feat)
     return tuple(_unrows(g, x).contiguous() if need else x.new_empty(0)
                  for g, x, need in zip(found, (depth, feat), (need_depth, need_feat)))
@@ -356,14 +407,7 @@ def _flops(depth_shape, feat_shape, *_, **__) -> int:
 def _flops_backward(gradient_shape, depth_shape, feat_shape, arrays, backend, need_depth, need_feat, **_) -> int:
     return 2 * math.prod(depth_shape) * feat_shape[-3] * (need_depth + need_feat)
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #c067c9a6
-def _triton_why_not(device: str) -> str:
-    """Why Triton is not for tensors on this device; nothing is looked up for the usual CPU tensors."""
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"tensors are on {device}; Triton kernels need a CUDA device"
-    return triton_why_not(device)
-
-
+# %% ../../../nbs/layers/18_bev_pool.ipynb #8593eeb4
 def _check(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan) -> None:
     """ValueError with one line unless the three belong together."""
     B, N, D, H, W = plan.shape
@@ -376,28 +420,18 @@ def _check(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan) -> None:
                          f"plan.to(device) moves it")
 
 
-def _intercepted(*tensors: torch.Tensor) -> bool:
-    """Whether somebody looks at operators: a tracer, or a tool like the FLOP counter."""
-    return (torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-            or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors))
-
-
-PLAIN = ("index_add", "reference")
-
-
 def bev_pool(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, backend: str = "auto") -> torch.Tensor:
     """Sum depth * feat over the points in each cell: (B, C nz, X, Y), channels_last; level z has channels z C + c.
 
     depth: (B, N, D, H, W) or (B N, D, H, W). feat: (B, N, C, H, W) or (B N, C, H, W); the result has its type, sums are
-    fp32. backend: auto | triton | torch | index_add | reference. Empty cells are zero (Philion and Fidler 2020,
+    fp32. backend: auto | triton | cc | torch | index_add | reference. Empty cells are zero (Philion and Fidler 2020,
     arXiv:2008.05711; precomputed ranks as in arXiv:2211.17111).
     """
     _check(depth, feat, plan)
-    name = pick("bev_pool", backend, {"triton": lambda: _triton_why_not(depth.device.type), "torch": lambda: "",
-                                      "index_add": lambda: "", "reference": lambda: ""})
+    intercepted = _intercepted(depth, feat)
+    name = backend if intercepted else _choose(backend, depth, feat)
     if name in PLAIN:
         return _plain(depth, feat, plan, torch.float64 if name == "reference" else _compute_type(depth, feat))
     if plan.offsets.numel() == 0:
         raise ValueError(f"the plan was built with ordered=False: backend '{name}' cannot use it, only {PLAIN} can")
-    call = _operator if _intercepted(depth, feat) else _BevPool.apply
-    return call(depth, feat, plan.arrays, plan.sizes, name)
+    return (_operator if intercepted else _BevPool.apply)(depth, feat, plan.arrays, plan.sizes, name)

@@ -6,14 +6,14 @@
 __all__ = ['STRIDE', 'CHANNELS', 'OPERATOR', 'augmented_rig', 'problem', 'lss_cumsum', 'scatter', 'prepare_cached_ranks',
            'reference', 'work']
 
-# %% ../../../nbs/layers/72_pool_peers.ipynb #ecf6df23
+# %% ../../../nbs/layers/72_pool_peers.ipynb #e9390608
 import math
 import random
 
 import torch
 
 from .bench import Contender, Operator, Problem
-from .bev_pool import Grid, PoolPlan, bev_pool
+from .bev_pool import Grid, PoolPlan, _cc_why_not, bev_pool
 from .backend import triton_why_not
 from .lift_splat import Rig, augmentation_matrix, get_geometry, make_frustum, surround_rig
 
@@ -175,7 +175,7 @@ def work(size: dict) -> dict:
     bytes_ = 4 * (pixels * (grid.depths + C) + size["B"] * math.prod(grid.nx) * C)
     return {"bytes": bytes_, "flops": 2 * pixels * grid.depths * C, "exps": 0}
 
-# %% ../../../nbs/layers/72_pool_peers.ipynb #c0594227
+# %% ../../../nbs/layers/72_pool_peers.ipynb #32dd674d
 OPERATOR = Operator("bev_pool", problem, reference, {
     "lss": Contender("LSS, cumulative sum", False, _each_call(lss_cumsum),
                      note="sorted in every call (arXiv:2008.05711)"),
@@ -183,6 +183,7 @@ OPERATOR = Operator("bev_pool", problem, reference, {
     "bev_pool_v2": Contender("BEVPoolv2, in PyTorch", False, prepare_cached_ranks,
                              note="cached ranks (arXiv:2211.17111), without its CUDA kernel"),
     "torch": Contender("ours, plan held", True, _ours("torch"), note="embedding_bag and sampled_addmm"),
+    "cc": Contender("ours in C, plan held", True, _ours("cc"), _cc_why_not, "gradients are read once", ("cpu",)),
     "rebuilt": Contender("ours, plan built in each call", True, _rebuilt, note="as under image augmentation"),
     "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"), "plan held", ("cuda",)),
 }, work)
