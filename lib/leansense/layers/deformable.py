@@ -67,8 +67,8 @@ def _samples(at: Tensor, height: int, width: int, wide: torch.dtype) -> _Samples
         y1.zero_()
     return _Samples(cell, tx, ty, x0, x1, y0, y1)
 
-# %% ../../../nbs/layers/30_deformable.ipynb #57b7acd4
-CHUNK = 2**17  # corners handled together
+# %% ../../../nbs/layers/30_deformable.ipynb #74965961
+CHUNK = 2**18  # corners of a level handled together
 
 
 def _steps(height: int, width: int) -> tuple[int, int, int, int]:
@@ -93,13 +93,13 @@ def _bags(shapes: Sequence[tuple[int, int]], at: Tensor, weight: Tensor, wide: t
         start += h * w
     return torch.cat(rows, 1), torch.cat(shares, 1)
 
-# %% ../../../nbs/layers/30_deformable.ipynb #353e9422
+# %% ../../../nbs/layers/30_deformable.ipynb #355defa0
 def _forward(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """Deformable attention by embedding_bag, (B, Q, heads * d); fp32 inside unless value is fp64."""
     (batch, _, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     bag = 4 * levels * points
-    chunk = max(1, min(queries, CHUNK // bag))
+    chunk = max(1, min(queries, CHUNK // (4 * points)))
     first = torch.arange(0, chunk * bag, bag, dtype=torch.int32, device=value.device)
     out = value.new_empty(batch, queries, heads, d)
     for b in range(batch):
