@@ -230,6 +230,10 @@ def test_threads(threads, batch):
         check(inputs, {"delta_softplus": True}, "cc", 3e-6)
         first, second = (selective_scan(**inputs, delta_softplus=True) for _ in range(2))
         assert torch.equal(first, second)
+        weight = inputs["B"].new_ones(70, 4).requires_grad_()
+        mixed = [causal_conv1d(inputs["u"], weight, backend=name) for name in ("cc", "torch")]
+        torch.testing.assert_close(*mixed)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), weight)[0] for y in mixed))
     finally:
         torch.set_num_threads(before)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCAN_VECTORS', 'SCAN_POWER', 'SCAN_SOFTPLUS', 'SCAN_CALL', 'SCAN_ROOM', 'SCAN_TILE', 'SCAN_FORWARD_TILE',
            'SCAN_FORWARD', 'SCAN_BACKWARD_TILE', 'SCAN_BACKWARD_ENDS', 'SCAN_BACKWARD', 'SCAN_BACKWARD_ALL', 'SOURCE',
-           'STEPS', 'PAD', 'CONV', 'CONV_BACKWARD', 'CONV_SOURCE', 'even_rows', 'saved_shape', 'forward', 'backward',
-           'why_not', 'conv', 'conv_backward']
+           'STEPS', 'PAD', 'STATES', 'CONV', 'CONV_BACKWARD', 'CONV_SOURCE', 'even_rows', 'saved_shape', 'forward',
+           'backward', 'why_not', 'conv', 'conv_backward']
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #1b820da9
 import ctypes
@@ -96,9 +96,10 @@ INLINE void softplus(vf x, vf *value, vf *slope) {
 }
 '''
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #c5a5a4a3
+# %% ../../../nbs/layers/03_scan_native.ipynb #ab7cd2bb
 SCAN_CALL = r'''
 #define STEPS 16  /* time steps from one checkpoint to the next */
+#define STATES 8  /* states and channels are padded to multiples of these */
 #define PAD 16
 #define AHEAD (W == 4 ? 4 : 8)  /* states that one sweep keeps in registers, forward */
 #define BACK 4                  /* and backward */
@@ -117,7 +118,7 @@ typedef struct {
     void *memory;
 } room;
 
-static inline int64_t padded(int64_t n) { return (n + PAD - 1) / PAD * PAD; }
+static inline int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 /* the row of logical step t of batch row b: backwards in time is only another index */
 static inline int64_t row(const call *c, int64_t b, int64_t t) {
     return b * c->length + (c->reverse ? c->length - 1 - t : t);
@@ -134,10 +135,10 @@ INLINE void copy_states(const call *c, const room *w, int64_t b, int64_t d0, int
 }
 '''
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #63bc8614
+# %% ../../../nbs/layers/03_scan_native.ipynb #e0f068c7
 SCAN_ROOM = r'''
 static int make_room(const call *c, int64_t d0, int64_t d1, int backward, room *w) {
-    int64_t np = w->padded = padded(c->states), blocks = w->blocks = (d1 - d0 + W - 1) / W, all = blocks * np;
+    int64_t np = w->padded = padded(c->states, STATES), blocks = w->blocks = (d1 - d0 + W - 1) / W, all = blocks * np;
     int64_t vectors = 2 * all + blocks + (backward ? all + 2 * STEPS * np + (2 * STEPS + 1) * BACK : 0);
     size_t bytes = vectors * sizeof(vf) + 2 * STEPS * np * sizeof(float);
     vf *v = w->memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
@@ -219,7 +220,7 @@ INLINE void forward_tile(vf *states, const vf *A, tile *s, const room *w, int st
 }
 '''
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #7818ee37
+# %% ../../../nbs/layers/03_scan_native.ipynb #e86d3056
 SCAN_FORWARD = r'''
 INLINE void finish_tile(const call *c, tile *s, int64_t b, int64_t t0, int steps, int64_t d, int64_t lanes) {
     vf skip = c->D ? load(c->D + d, lanes) : splat(0.0f);
@@ -237,7 +238,7 @@ int scan_forward(const call *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1) 
     room w;
     tile s;
     if (make_room(c, d0, d1, 0, &w)) return 1;
-    int64_t np = w.padded, tiles = (c->length + STEPS - 1) / STEPS, width = padded(c->channels);
+    int64_t np = w.padded, tiles = (c->length + STEPS - 1) / STEPS, width = padded(c->channels, PAD);
     for (int64_t b = b0; b < b1; b++) {
         memset(w.h, 0, w.blocks * np * sizeof(vf));
         for (int64_t k = 0; k < tiles; k++) {
@@ -333,7 +334,7 @@ INLINE void store_gradient(const call *c, tile *s, int64_t b, int64_t t0, int st
 }
 '''
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #2e6c9743
+# %% ../../../nbs/layers/03_scan_native.ipynb #500e6074
 SCAN_BACKWARD = r'''
 INLINE void backward_tile(const vf *h, const call *c, tile *s, const room *w, int64_t i, int steps, int wide) {
     for (int64_t n = 0; n < w->padded; n += BACK) {
@@ -349,7 +350,7 @@ INLINE void backward_tile(const vf *h, const call *c, tile *s, const room *w, in
     }
 }
 static void backward_step(const call *c, room *w, tile *s, int64_t b, int64_t k, int64_t d0, int64_t d1) {
-    int64_t np = w->padded, tiles = (c->length + STEPS - 1) / STEPS, width = padded(c->channels), t0 = k * STEPS;
+    int64_t np = w->padded, tiles = (c->length + STEPS - 1) / STEPS, width = padded(c->channels, PAD), t0 = k * STEPS;
     int steps = c->length - t0 < STEPS ? c->length - t0 : STEPS;
     load_projections(c, w, b, t0, steps);
     memset(w->dB, 0, 2 * STEPS * np * sizeof(vf));
@@ -391,8 +392,8 @@ int scan_backward(const call *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1)
 SOURCE = "".join((SCAN_VECTORS, SCAN_POWER, SCAN_SOFTPLUS, SCAN_CALL, SCAN_ROOM, SCAN_TILE, SCAN_FORWARD_TILE,
                   SCAN_FORWARD, SCAN_BACKWARD_TILE, SCAN_BACKWARD_ENDS, SCAN_BACKWARD, SCAN_BACKWARD_ALL))
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #eca9a7c1
-STEPS = PAD = 16  # as in the C source
+# %% ../../../nbs/layers/03_scan_native.ipynb #5c435158
+STEPS, PAD, STATES = 16, 16, 8  # as in the C source
 _SIZES = ("batch", "length", "channels", "states", "softplus", "reverse",
           "u_row", "delta_row", "b_row", "c_row", "z_row", "dy_row")
 _ADDRESSES = ("u", "delta", "A", "B", "C", "D", "z", "bias", "y", "last", "saved", "dy", "dlast",
@@ -404,7 +405,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_int64) for name in _SIZES] + [(name, ctypes.c_void_p) for name in _ADDRESSES]
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #74ae95d0
+# %% ../../../nbs/layers/03_scan_native.ipynb #53d7bc84
 def even_rows(x: Tensor) -> Tensor:
     """x of shape (B, L, D) itself if its rows are contiguous and evenly spaced, else a contiguous copy."""
     batch, length, _ = x.shape
@@ -428,8 +429,8 @@ def _inputs(u, delta, A, B, C, D, z, bias) -> dict[str, Tensor | None]:
 
 def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, int, int]:
     """The shape of the checkpoints: (B, tiles, padded channels x padded states)."""
-    padded = lambda n: (n + PAD - 1) // PAD * PAD
-    return batch, (length + STEPS - 1) // STEPS, padded(channels) * padded(states)
+    padded = lambda n, unit: (n + unit - 1) // unit * unit
+    return batch, (length + STEPS - 1) // STEPS, padded(channels, PAD) * padded(states, STATES)
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #f98da721
 def _parts(batch: int, channels: int, threads: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -18,7 +18,7 @@ from .bench import Contender, Operator, Problem
 from .scan import _extension, selective_scan, selective_scan_flops
 from .scan_native import why_not as no_compiler
 
-# %% ../../../nbs/layers/70_scan_peers.ipynb #721d1a77
+# %% ../../../nbs/layers/70_scan_peers.ipynb #9857533f
 def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
     """u, delta (B, L, D), A (D, N), B, C (B, L, N), D (D,) and a gradient; size: B, L, D and, if wanted, N."""
     batch, length, channels, states = size["B"], size["L"], size["D"], size.get("N", 16)
@@ -35,7 +35,8 @@ def work(size: dict) -> dict[str, float]:
     """What no forward pass can avoid: bytes of fp32 inputs and output, FLOPs, exponentials."""
     batch, length, channels, states = size["B"], size["L"], size["D"], size.get("N", 16)
     return {"bytes": 4.0 * batch * length * (3 * channels + 2 * states),
-            "exps": 1.0 * batch * length * channels * states, "flops": float(selective_scan_flops((batch, length, channels), states))}
+            "exps": 1.0 * batch * length * channels * states,
+            "flops": float(selective_scan_flops((batch, length, channels), states))}
 
 # %% ../../../nbs/layers/70_scan_peers.ipynb #c05b9928
 def _discretised(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
