@@ -64,7 +64,7 @@ def placed(resize: float, bottom: float, across: float, size: tuple, final: tupl
     left = int(across * max(0, width - final[1]))
     return Choice(resize, (left, top, left + final[1], top + final[0]), flip, rotate)
 
-# %% ../../../nbs/simbev/04_augment.ipynb #d2b2696d
+# %% ../../../nbs/simbev/04_augment.ipynb #974efa2b
 def evaluation(augment: Augment, size: tuple[int, int], final: tuple[int, int]) -> Choice:
     """The choice that evaluation makes for images (H, W) `size` and a network input (H, W) `final`."""
     scale = max(final[0] / size[0], final[1] / size[1])
@@ -80,7 +80,7 @@ def draw(augment: Augment, size: tuple, final: tuple, rng: np.random.Generator, 
     between = lambda limits, share: limits[0] + (limits[1] - limits[0]) * share
     return [
         placed(
-            unit * between(augment.resize_lim, a),
+            float(unit * between(augment.resize_lim, a)),
             between(augment.bot_pct_lim, b),
             c,
             size,

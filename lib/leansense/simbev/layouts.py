@@ -134,7 +134,7 @@ def absent(paths: list[str], what: str, fix: str, report: Report) -> set[str]:
         report.add(where, f"{len(bad) - 10} more {what} files are missing or empty", fix, FileNotFoundError)
     return set(bad)
 
-# %% ../../../nbs/simbev/02_layouts.ipynb #9c9bad83
+# %% ../../../nbs/simbev/02_layouts.ipynb #6fc58668
 def _sample(entry, where: str, label: str, report: Report) -> tuple | None:
     """(token, images, K, E, label, size) of one entry of a meta.json; None, with words in the report, when unsound."""
     keys = ("token", "images", "intrinsics", "extrinsics", label)
@@ -153,7 +153,8 @@ def _sample(entry, where: str, label: str, report: Report) -> tuple | None:
     extrinsics = extrinsics if extrinsics is None else extrinsics[order]
     rigid(extrinsics, where, report)
     size = entry.get("image_size")
-    if size is not None and [type(k) is int and k > 0 for k in np.atleast_1d(size)] != [True, True]:
+    sound = isinstance(size, list) and [type(k) is int and k > 0 for k in size] == [True, True]
+    if size is not None and not sound:
         report.add(where, f"image_size {size!r}", "give [width, height] in pixels that the intrinsics are made for")
     if len(report.errors) > said:
         return None
