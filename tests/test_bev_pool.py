@@ -1,4 +1,4 @@
-"""BEV pooling: oracles, the algebra of the sum, derivatives, layouts, half precision, tracing, Triton, fall-backs, errors."""
+"""BEV pooling: oracles, the algebra of the sum, derivatives, layouts, types, tracing, C, Triton, fall-backs, errors."""
 import math
 import os
 import subprocess
@@ -168,7 +168,8 @@ def test_empty(backend, shape):
 # ---- which cell
 
 
-@pytest.mark.parametrize("grid", [Grid(), Grid((-3, 5, 0.4), (-2, 2, 0.8), (-5, 3, 0.5)), Grid((0, 3, 0.1), (-1, 2, 0.3))])
+@pytest.mark.parametrize("grid", [Grid(), Grid((-3, 5, 0.4), (-2, 2, 0.8), (-5, 3, 0.5)),
+                                  Grid((0, 3, 0.1), (-1, 2, 0.3))])
 @pytest.mark.parametrize("binning", ["floor", "lss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("allowed", ["", "torch"])
@@ -184,7 +185,8 @@ def test_cells_are_rounded_as_said(grid, binning, dtype, allowed, monkeypatch):
         steps = (points.numpy() - low) / np.array(grid.dx, low.dtype)
         cell = np.floor(steps) if binning == "floor" else np.trunc(steps)
         inside = ((cell >= 0) & (cell < grid.nx)).all(-1)
-    expected = np.where(inside, (cell[..., 0] * grid.nx[1] + cell[..., 1]) * grid.nx[2] + cell[..., 2], math.prod(grid.nx))
+    (x, y, z), (_, ny, nz) = np.moveaxis(cell, -1, 0), grid.nx
+    expected = np.where(inside, (x * ny + y) * nz + z, math.prod(grid.nx))
     plan = PoolPlan.build(points, grid, binning)
     assert np.array_equal(plan.cells.view(1, 2, 5, 9, 7).permute(0, 1, 4, 2, 3).numpy(), expected)
     assert inside.sum() > 10 and not inside[0, 0, 0, 0, 2:5].any() and inside[0, 0, 0, 0, 0]
@@ -372,6 +374,14 @@ def test_compile_and_export(backend):
     torch.testing.assert_close(program.module()(*(x.detach() for x in inputs)), expected.detach())
 
 
+def test_compiled_code_takes_any_plan():
+    depth, feat, cells, grid = make(dict(B=2, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=2), dtype=torch.float32)
+    compiled = torch.compile(bev_pool, backend="aot_eager", fullgraph=True)
+    for seed in (1, 2):
+        plan = PoolPlan.build(numbers(cells.shape, 30, seed), grid)
+        torch.testing.assert_close(compiled(depth, feat, plan), bev_pool(depth, feat, plan))
+
+
 @pytest.mark.parametrize("backend", ["torch", "index_add"])
 def test_building_a_plan_is_traced_too(backend):
     points = 3 * draw(2, 2, 3, 2, 4, 3, dtype=torch.float32)
@@ -385,7 +395,8 @@ def test_building_a_plan_is_traced_too(backend):
 def test_operator_is_registered_well():
     depth, feat, cells, grid = make(dict(B=1, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=1))
     plan = PoolPlan.build(cells, grid)
-    torch.library.opcheck(module._operator, (depth.requires_grad_(), feat.requires_grad_(), plan.arrays, plan.sizes, "torch"))
+    inputs = depth.requires_grad_(), feat.requires_grad_()
+    torch.library.opcheck(module._operator, (*inputs, plan.arrays, plan.sizes, "torch"))
     with torch._subclasses.FakeTensorMode():
         shapes = torch.empty(1, 2, 3, 2, 4, dtype=torch.float16), torch.empty(1, 2, 5, 2, 4, dtype=torch.float16)
         half = module._operator(*shapes, [], plan.sizes, "torch")
@@ -409,7 +420,7 @@ def test_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     depth, feat, cells, grid = make(dict(B=1, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=2), dtype=torch.float32)
-    pool, path = Pool(PoolPlan.build(cells, grid, ordered=False), "index_add"), tmp_path / "pool.onnx"
+    pool, path = Pool(PoolPlan.build(cells, grid, ordered=False), "index_add").eval(), tmp_path / "pool.onnx"
     torch.onnx.export(pool, (depth, feat), path, dynamo=True, input_names=["depth", "feat"], verbose=False)
     found, = runtime.InferenceSession(path).run(None, {"depth": depth.numpy(), "feat": feat.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), pool(depth, feat))
@@ -438,8 +449,9 @@ def test_compiled_equals_reference(isa, s, channels, seed):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
         for need in ((True, False), (False, True)):
             x = [t.detach().requires_grad_(n) for t, n in zip(inputs, need)]
-            found, = torch.autograd.grad(bev_pool(*x, plan, "cc"), x[need.index(True)], draw(*out.shape, seed=3).float())
-            assert torch.equal(found, results[0][1 + need.index(True)])
+            which, gradient = need.index(True), draw(*out.shape, seed=3).float()
+            found, = torch.autograd.grad(bev_pool(*x, plan, "cc"), x[which], gradient)
+            assert torch.equal(found, results[0][1 + which])
 
 
 @needs_cc
@@ -471,8 +483,8 @@ INTERPRETED = """
 import torch
 from leansense.layers.bev_pool import Grid, PoolPlan, bev_pool
 draw = torch.Generator().manual_seed(0)
-for shape, C, nx in (((1, 2, 3, 2, 4), 5, (3, 5, 2)), ((2, 1, 17, 1, 3), 64, (20, 3, 1)), ((1, 1, 1, 1, 1), 130, (1, 1, 1)),
-                     ((2, 3, 41, 2, 2), 3, (7, 7, 1))):
+for shape, C, nx in (((1, 2, 3, 2, 4), 5, (3, 5, 2)), ((2, 1, 17, 1, 3), 64, (20, 3, 1)),
+                     ((1, 1, 1, 1, 1), 130, (1, 1, 1)), ((2, 3, 41, 2, 2), 3, (7, 7, 1))):
     grid = Grid(*((0, n, 1) for n in nx), (0, 1, 1))
     cells = torch.randint(-2, nx[0] * nx[1] * nx[2] + 2, shape, generator=draw)
     plan = PoolPlan.build(cells, grid)
@@ -559,10 +571,12 @@ def test_cuda_agrees_with_cpu(backend, dtype):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_needs_no_synchronisation():
-    points = 30 * torch.randn(1, 6, 41, 8, 22, 3, device="cuda")
-    depth = torch.rand(1, 6, 41, 8, 22, device="cuda", requires_grad=True)
+    from leansense.layers.lift_splat import LiftSplat, surround_rig
+
+    lift, rig = LiftSplat().cuda().train(), [m.cuda() for m in surround_rig()]
+    logits = torch.randn(1, 6, 41, 8, 22, device="cuda", requires_grad=True)
     feat = torch.randn(1, 6, 64, 8, 22, device="cuda", requires_grad=True)
-    step = lambda: bev_pool(depth, feat, PoolPlan.build(points, Grid())).sum().backward()
+    step = lambda: lift(logits, feat, *rig).sum().backward()  # geometry, plan, pooling, gradients
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -599,19 +613,19 @@ def call(change=lambda d, f, p: (d, f, p), backend="auto"):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (lambda: call(lambda d, f, p: (d[:1], f, p)), r"depth is torch.float32 \(1, 2, 3, 2, 4\); the plan has 2 x 2 images"),
+    (lambda: call(lambda d, f, p: (d[:1], f, p)), r"depth is torch.float32 \(1, 2, 3, 2, 4\); the plan has"),
     (lambda: call(lambda d, f, p: (d[:, :, :2], f, p)), "depth is"),
     (lambda: call(lambda d, f, p: (d, f[..., :3], p)), r"feat is torch.float32 \(2, 2, 5, 2, 3\)"),
     (lambda: call(lambda d, f, p: (d, f[0, 0, 0], p)), "feat is"),
     (lambda: call(lambda d, f, p: (d.int(), f, p)), "depth is torch.int32"),
     (lambda: call(lambda d, f, p: (d, f.to("meta"), p)), r"feat on meta, the plan on cpu: plan.to\(device\) moves it"),
-    (lambda: call(lambda d, f, p: (d, f, PoolPlan.build(make(good)[2], p.grid, ordered=False)), "torch"), "ordered=False"),
+    (lambda: call(lambda d, f, p: (d, f, PoolPlan.build(make(good)[2], p.grid, ordered=False))), "ordered=False"),
     (lambda: call(backend="tritn"), "unknown backend 'tritn'; nearest is 'triton'"),
     (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 3), Grid()), r"positions \(B, N, D, H, W, 3\) or integer"),
     (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 2), Grid()), "positions"),
     (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool), Grid()), "positions"),
     (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3).half(), Grid()), "compute the geometry in float32"),
-    (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3), Grid(), "round"), "binning='round' is unknown: choose from floor"),
+    (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3), Grid(), "round"), "binning='round' is unknown"),
     (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3).expand(60_000, 1, 1, 1, 1, 3), Grid()), "split the batch"),
     (lambda: Grid((-1, 1, 0.3)), r"xbound=\(-1.0, 1.0, 0.3\): from -1.0 to 1.0 is 6.66667 steps of 0.3; make it whole"),
     (lambda: Grid(ybound=(1, -1, 1)), "ybound="),

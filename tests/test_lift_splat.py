@@ -1,4 +1,4 @@
-"""Geometry of the lift: golden numbers, the published formula, real image operations, conventions, half precision, tracing."""
+"""Geometry of the lift: golden numbers, the published formula, real image operations, conventions, types, tracing."""
 import copy
 import math
 import pickle
@@ -76,8 +76,9 @@ def test_geometry_of_simbev():
     frustum, rig = make_frustum(Grid(), frustum_sampling="lss"), surround_rig()
     assert abs(float(rig.intrins[0, 0, 0, 0]) - 953.4029) < 1e-3
     points = get_geometry(frustum, *rig)
-    for (camera, d, h, w), expected in {(1, 0, 0, 0): (4.6, 3.3564, 2.5726), (1, 40, 7, 21): (44.6, -36.7106, -14.3429),
-                                        (0, 10, 3, 10): (7.9458, 12.2072, 1.3712), (4, 6, 4, 5): (-11., -4.4066, .5716)}.items():
+    golden = {(1, 0, 0, 0): (4.6, 3.3564, 2.5726), (1, 40, 7, 21): (44.6, -36.7106, -14.3429),
+              (0, 10, 3, 10): (7.9458, 12.2072, 1.3712), (4, 6, 4, 5): (-11., -4.4066, .5716)}
+    for (camera, d, h, w), expected in golden.items():
         torch.testing.assert_close(points[0, camera, d, h, w], torch.tensor(expected), rtol=0, atol=1e-4)
     written_out = frustum_points(frustum)
     torch.testing.assert_close(written_out[0, 3, 10], torch.tensor([167.142853, 54.428570, 4.]))
@@ -86,8 +87,9 @@ def test_geometry_of_simbev():
 
 def test_rig_is_simbevs():
     """Its rotations as published quaternions (w, x, y, z)."""
-    quaternions = [(.6743797, -.6743797, .2126311, -.2126311), (.5, -.5, .5, -.5), (.2126311, -.2126311, .6743797, -.6743797),
-                   (.6963642, -.6963642, -.1227878, .1227878), (.5, -.5, -.5, .5), (.1227878, -.1227878, -.6963642, .6963642)]
+    quaternions = [(.6743797, -.6743797, .2126311, -.2126311), (.5, -.5, .5, -.5),
+                   (.2126311, -.2126311, .6743797, -.6743797), (.6963642, -.6963642, -.1227878, .1227878),
+                   (.5, -.5, -.5, .5), (.1227878, -.1227878, -.6963642, .6963642)]
     for R, (w, x, y, z) in zip(surround_rig().rots[0], quaternions):
         expected = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
@@ -137,7 +139,8 @@ def test_planes_are_contiguous():
     assert points.movedim((-1, 2), (0, -1)).is_contiguous()
 
 
-@pytest.mark.parametrize("size, stride, expected", [((128, 352), 16, (8, 22)), ((112, 308), 16, (7, 20)), ((7, 9), 4, (2, 3))])
+@pytest.mark.parametrize("size, stride, expected", [((128, 352), 16, (8, 22)), ((112, 308), 16, (7, 20)),
+                                                    ((7, 9), 4, (2, 3))])
 def test_feature_sizes(size, stride, expected):
     frustum = make_frustum(Grid(), size, stride)
     assert (len(frustum.v), len(frustum.u)) == expected
@@ -195,8 +198,8 @@ def test_autocast_moves_no_point(dtype):
 
 def inputs(batch=2, cameras=3, channels=4, seed=0, size=(5, 8)):
     draw = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, cameras, 6, *size, generator=draw), torch.randn(batch, cameras, channels, *size, generator=draw),
-            *random_rig(batch, cameras, seed))
+    logits = torch.randn(batch, cameras, 6, *size, generator=draw)
+    return logits, torch.randn(batch, cameras, channels, *size, generator=draw), *random_rig(batch, cameras, seed)
 
 
 def make(**changes) -> LiftSplat:
@@ -305,7 +308,7 @@ def geometry(**changes):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (lambda: geometry(trans=torch.zeros(1, 5, 3)), r"trans is \(1, 5, 3\); with rots \(B, N, 3, 3\) it must be \(1, 6, 3\)"),
+    (lambda: geometry(trans=torch.zeros(1, 5, 3)), r"trans is \(1, 5, 3\); with rots .* it must be \(1, 6, 3\)"),
     (lambda: geometry(rots=torch.zeros(6, 3, 3)), r"rots is \(6, 3, 3\)"),
     (lambda: geometry(intrins=torch.eye(4).expand(1, 6, 4, 4)), "intrins is"),
     (lambda: geometry(post_trans=torch.zeros(1, 6, 2)), "post_trans is"),
@@ -330,6 +333,7 @@ def test_errors_are_one_line(wrong, message):
 def test_a_level_camera_looks_where_it_should():
     for yaw in (0, 55, 180, -110):
         R = looking_along(yaw)
-        assert torch.allclose(R[:, 2], torch.tensor([math.cos(math.radians(yaw)), math.sin(math.radians(yaw)), 0.]), atol=1e-6)
+        ahead = torch.tensor([math.cos(math.radians(yaw)), math.sin(math.radians(yaw)), 0.])
+        assert torch.allclose(R[:, 2], ahead, atol=1e-6)
         assert torch.allclose(R[:, 1], torch.tensor([0., 0, -1])) and abs(float(torch.linalg.det(R)) - 1) < 1e-6
     assert camera_matrix(*surround_rig()[2:]).dtype == torch.float64

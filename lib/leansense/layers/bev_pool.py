@@ -164,8 +164,8 @@ def _lists(points: torch.Tensor, grid: Grid, binning: str, ordered: bool) -> tup
     order = (native.order if native else _sorted)(cells, D, B * total + 1) if ordered else [cells[:0]] * 3
     return (B, N, D, H, W), [cells, inside, targets, *order]
 
-# %% ../../../nbs/layers/18_bev_pool.ipynb #2d581d8c
-@dataclass(frozen=True)
+# %% ../../../nbs/layers/18_bev_pool.ipynb #97844108
+@dataclass(frozen=True, eq=False)
 class PoolPlan:
     """Which point falls into which cell, in the orders that `bev_pool` needs. Make it with `PoolPlan.build`."""
 

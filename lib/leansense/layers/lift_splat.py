@@ -110,7 +110,7 @@ def frustum_points(frustum: Frustum) -> torch.Tensor:
     d, v, u = torch.meshgrid(frustum.d, frustum.v, frustum.u, indexing="ij")
     return torch.stack((u, v, d), -1)
 
-# %% ../../../nbs/layers/20_lift_splat.ipynb #2dbd07cf
+# %% ../../../nbs/layers/20_lift_splat.ipynb #f995f011
 def _wide(x: torch.Tensor) -> torch.dtype:
     """Double precision, on devices that have it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
@@ -130,7 +130,7 @@ def camera_matrix(intrins: torch.Tensor, post_rots: torch.Tensor, post_trans: to
     """(..., 3, 3), double: the camera matrix of the augmented image, d (u', v', 1) = P p_cam."""
     intrins, post_rots, post_trans = (x.to(_wide(x)) for x in (intrins, post_rots, post_trans))
     upper = torch.cat((post_rots[..., :2, :2], post_trans[..., :2, None]), -1)
-    lower = torch.tensor([0.0, 0.0, 1.0], dtype=upper.dtype, device=upper.device).expand_as(upper[..., :1, :])
+    lower = torch.eye(3, dtype=upper.dtype, device=upper.device)[2].expand_as(upper[..., :1, :])
     return torch.cat((upper, lower), -2) @ intrins
 
 # %% ../../../nbs/layers/20_lift_splat.ipynb #7fa9227a

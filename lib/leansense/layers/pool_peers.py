@@ -6,15 +6,15 @@
 __all__ = ['STRIDE', 'CHANNELS', 'OPERATOR', 'augmented_rig', 'problem', 'lss_cumsum', 'scatter', 'prepare_cached_ranks',
            'reference', 'work']
 
-# %% ../../../nbs/layers/72_pool_peers.ipynb #e9390608
+# %% ../../../nbs/layers/72_pool_peers.ipynb #1bb0b3dd
 import math
 import random
 
 import torch
 
+from .backend import triton_why_not
 from .bench import Contender, Operator, Problem
 from .bev_pool import Grid, PoolPlan, _cc_why_not, bev_pool
-from .backend import triton_why_not
 from .lift_splat import Rig, augmentation_matrix, get_geometry, make_frustum, surround_rig
 
 # %% ../../../nbs/layers/72_pool_peers.ipynb #7473ec77
