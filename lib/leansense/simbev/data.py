@@ -255,7 +255,7 @@ def collate(items: Sequence[dict]) -> dict:
     return {name: [item[name] for item in items] if name == "id" else torch.stack([item[name] for item in items])
             for name in items[0]}
 
-# %% ../../../nbs/simbev/00_data.ipynb #542eab03
+# %% ../../../nbs/simbev/00_data.ipynb #2d6d89c2
 def options(params: dict) -> dict:
     """The keyword arguments for `SimBEVDataset` in a row's parameters."""
     from leansense.simbev.augment import AUGMENTS
@@ -265,7 +265,8 @@ def options(params: dict) -> dict:
     for name, (height, width) in {"size": ("H", "W"), "final": ("final_h", "final_w")}.items():
         default = Options.__dataclass_fields__[name].default
         found[name] = (int(given.get(height, default[0])), int(given.get(width, default[1])))
-    found["ncams"] = found.get("ncams", 0) % len(camera_rows(found.get("cams", "")))  # the whole rig is 0
+    if found.get("ncams", 0) >= len(camera_rows(found.get("cams", ""))):
+        found["ncams"] = 0  # the published default, 6, means all there are
     ranges = {name: given[name] for name in ("resize_lim", "rot_lim", "bot_pct_lim", "rand_flip") if name in given}
     if ranges:
         base = AUGMENTS[choose("augment", found.get("augment", "seed"), AUGMENTS)]
@@ -409,7 +410,7 @@ def check(folder: str | Path, layout: str = "auto", every: int = 1, resolution: 
     agreement([frame for frame in shown if set(frame.images) <= set(sizes)], report)
     return report
 
-# %% ../../../nbs/simbev/00_data.ipynb #e2c39d3c
+# %% ../../../nbs/simbev/00_data.ipynb #58fea621
 def _recipe(params: dict) -> dict:
     """How the stand-in that a row asks for is made."""
     layout = params.get("layout") or "auto"
@@ -434,7 +435,7 @@ def dataset(params: dict) -> SimBEV:
 def identify(params: dict) -> str:
     """What a record keeps to know its data again: the fingerprint, or the recipe of a stand-in."""
     if (params.get("data") or "standin") == "standin":
-        from leansense.simbev.standin import VERSION
+        from leansense.simbev.standin import version
 
-        return "-".join(["standin", *map(str, _recipe(params).values()), f"v{VERSION}"])
+        return "-".join(["standin", *map(str, _recipe(params).values()), version()])
     return dataset(params).fingerprint
