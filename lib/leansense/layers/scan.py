@@ -58,85 +58,90 @@ def _advance(a: Sequence[Tensor], h: Sequence[Tensor], state: Tensor, order: ran
         state = h[t].addcmul_(a[t], state)
     return state
 
-# %% ../../../nbs/layers/00_scan.ipynb #f02e6730
+# %% ../../../nbs/layers/00_scan.ipynb #4f573e4d
+def _time_first(part: slice, *tensors: Tensor) -> list[Tensor]:
+    """(B, L, n) -> (L, b, n), contiguous, for the batch rows of `part`."""
+    return [v[part].transpose(0, 1).contiguous() for v in tensors]
+
+
 def _sweep(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor, tile: int, reverse: bool,
            save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(y, last state, states at the chunks' starts (chunks, b, N, D)); A: (N, D), first: (b, N, D)."""
-    batch, length, channels = x.shape
-    states = A.shape[0]
+    (batch, length, channels), states = x.shape, A.shape[0]
     y, last = torch.empty_like(x), torch.empty_like(first)
     saved = x.new_empty((length + tile - 1) // tile if save else 0, batch, states, channels)
     together = _group(batch, states * channels, x.device)
     for low in range(0, batch, together):
         part = slice(low, min(low + together, batch))
-        delta_, x_, B_, C_, y_ = (v[part].transpose(0, 1) for v in (delta, x, B, C, y))
+        delta_, x_, y_ = (v[part].transpose(0, 1) for v in (delta, x, y))
+        B_, C_ = _time_first(part, B, C)
         a, h = x.new_empty(2, min(tile, length), part.stop - low, states, channels)
-        a_t, h_t = a.unbind(0), h.unbind(0)
-        state = first[part]
+        a_t, h_t, state = a.unbind(0), h.unbind(0), first[part]
         for k, start in enumerate(range(0, length, tile)):
             count = min(tile, length - start)
-            rows = _rows(length, start, count, reverse)
+            rows, now = _rows(length, start, count, reverse), h[:count]
             if save:
                 saved[k, part] = state
-            _fill(a[:count], h[:count], delta_[rows], x_[rows], A, B_[rows])
+            _fill(a[:count], now, delta_[rows], x_[rows], A, B_[rows])
             state = _advance(a_t, h_t, state, _order(count, reverse)).clone()
-            y_[rows] = (C_[rows].unsqueeze(2) @ h[:count]).squeeze(2)
+            y_[rows] = _read(C_[rows], now)
         last[part] = state
     return y, last, saved
 
-# %% ../../../nbs/layers/00_scan.ipynb #b6de1507
-def _adjoint(a: Tensor, h: Tensor, g: Tensor, arriving: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor,
-             dy: Tensor, reverse: bool) -> tuple[Tensor, ...]:
-    """Gradients of one chunk: (by the state before it, dx, ddelta, dA, dB, dC).
 
-    a: decays (T, b, N, D), used up; h: T + 1 states, the one before the chunk among them; g: C dy, used up.
-    """
-    count = a.shape[0]
-    before, after = (h[1:], h[:-1]) if reverse else (h[:-1], h[1:])
-    order = _order(count, not reverse)
-    a_t, g_t = a.unbind(0), g.unbind(0)
-    g_t[order[0]].add_(arriving)
+def _read(C: Tensor, h: Tensor) -> Tensor:
+    """sum_n C h for C (T, b, N), contiguous, and h (T, b, N, D): (T, b, D)."""
+    return torch.bmm(C.flatten(0, 1).unsqueeze(1), h.flatten(0, 1)).view(*h.shape[:2], -1)
+
+# %% ../../../nbs/layers/00_scan.ipynb #24f95ccb
+def _adjoint(a: Sequence[Tensor], g: Sequence[Tensor], arriving: Tensor, order: range) -> None:
+    """g[t] += a[after t] g[after t] in place, for t in order (against time); `arriving` enters the first."""
+    g[order[0]].add_(arriving)
     for late, early in zip(order, order[1:]):
-        g_t[early].addcmul_(a_t[late], g_t[late])
-    dC = (after @ dy.unsqueeze(3)).squeeze(3)
-    dB = (g @ x.unsqueeze(3)).squeeze(3)
-    dx = (B.unsqueeze(2) @ g).squeeze(2)
-    leaving = g.mul_(a)[order[-1]].clone()
-    q = g.mul_(before)
-    ddelta = torch.mul(q, A, out=a).sum(2)
-    return leaving, dx, ddelta, q.mul_(delta.unsqueeze(2)).sum((0, 1)), dB, dC
+        g[early].addcmul_(a[late], g[late])
 
-# %% ../../../nbs/layers/00_scan.ipynb #ed485512
+# %% ../../../nbs/layers/00_scan.ipynb #2390e3cc
+def _sums(a: Tensor, g: Tensor, before: Tensor, after: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor,
+          dy: Tensor) -> tuple[Tensor, ...]:
+    """A chunk's (dA, dx, ddelta, dB, dC); a, g and before are used up: g becomes e."""
+    flat_g, column = g.flatten(0, 1), lambda v: v.flatten(0, 1).unsqueeze(2)
+    dC = torch.bmm(after.flatten(0, 1), column(dy)).view(B.shape)
+    dB = torch.bmm(flat_g, column(x)).view(B.shape)
+    dx = _read(B, g)
+    q = torch.mul(g.mul_(a), before, out=before)
+    ddelta = torch.mul(q, A, out=a).sum(2)
+    return q.mul_(delta.unsqueeze(2)).sum((0, 1)), dx, ddelta, dB, dC
+
+# %% ../../../nbs/layers/00_scan.ipynb #917b250c
 def _sweep_back(dy: Tensor, arriving: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, saved: Tensor,
                 tile: int, reverse: bool, again: bool) -> tuple[Tensor | None, ...]:
     """(dx, ddelta, dA, dB, dC, y) for the gradients of y and of the last state; y only if `again`."""
-    batch, length, channels = x.shape
-    states = A.shape[0]
-    dx, ddelta, dB, dC = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, delta, B, C))
-    dA, y = torch.zeros_like(A), torch.empty_like(dx) if again else None
-    together = _group(batch, states * channels, x.device)
+    (batch, length, channels), states = x.shape, A.shape[0]
+    whole = [x.new_empty(v.shape) for v in (x, delta, B, C, x)]
+    dA, together = torch.zeros_like(A), _group(batch, states * channels, x.device)
     for low in range(0, batch, together):
         part = slice(low, min(low + together, batch))
-        dy_, delta_, x_, B_, C_ = (v[part].transpose(0, 1) for v in (dy, delta, x, B, C))
-        into = [v[part].transpose(0, 1) for v in (dx, ddelta, dB, dC)]
+        dy_, delta_, x_, *into, y_ = (v[part].transpose(0, 1) for v in (dy, delta, x, *whole))
+        B_, C_ = _time_first(part, B, C)
         a, g, h = x.new_empty(3, min(tile, length) + 1, part.stop - low, states, channels)
-        e = arriving[part]
+        a_t, g_t, e = a.unbind(0), g.unbind(0), arriving[part]
         for k in range(saved.shape[0] - 1, -1, -1):
             count = min(tile, length - k * tile)
             rows = _rows(length, k * tile, count, reverse)
-            now = h[:count] if reverse else h[1 : count + 1]  # one slot more, for the state before
+            before, after = (h[1 : count + 1], h[:count]) if reverse else (h[:count], h[1 : count + 1])
             h[count if reverse else 0] = saved[k, part]
-            _fill(a[:count], now, delta_[rows], x_[rows], A, B_[rows])
-            _advance(a.unbind(0), now.unbind(0), saved[k, part], _order(count, reverse))
+            _fill(a[:count], after, delta_[rows], x_[rows], A, B_[rows])
+            _advance(a_t, after.unbind(0), saved[k, part], _order(count, reverse))
             if again:
-                y[part].transpose(0, 1)[rows] = (C_[rows].unsqueeze(2) @ now).squeeze(2)
+                y_[rows] = _read(C_[rows], after)
             torch.mul(dy_[rows].unsqueeze(2), C_[rows].unsqueeze(3), out=g[:count])
-            e, dx_, ddelta_, dA_, *d = _adjoint(a[:count], h[: count + 1], g[:count], e, delta_[rows], x_[rows], A,
-                                                B_[rows], dy_[rows], reverse)
+            _adjoint(a_t, g_t, e, _order(count, not reverse))
+            dA_, *found = _sums(a[:count], g[:count], before, after, delta_[rows], x_[rows], A, B_[rows], dy_[rows])
             dA += dA_
-            for whole, value in zip(into, (dx_, ddelta_, *d)):
-                whole[rows] = value
-    return dx, ddelta, dA, dB, dC, y
+            for v, value in zip(into, found):
+                v[rows] = value
+            e = g_t[_order(count, reverse)[0]].clone()
+    return (*whole[:2], dA, *whole[2:4], whole[4] if again else None)
 
 # %% ../../../nbs/layers/00_scan.ipynb #505043d2
 PART = 32  # steps of a part on CUDA: a sequence of 1024 takes 32 + 32 + 32 steps
