@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'ACTS', 'SUMS', 'SOURCE', 'LARGEST', 'norm_act', 'NormAct', 'fuse']
 
-# %% ../../../nbs/layers/25_norm_act.ipynb #451b3488
+# %% ../../../nbs/layers/25_norm_act.ipynb #beed4924
 import ctypes
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .backend import pick
 from .native import library, parallel, pointer, why_not
+from .upsample_conv import _intercepted
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #08dd4cfd
 ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "hardswish": F.hardswish}
@@ -185,7 +185,7 @@ class _NormAct(torch.autograd.Function):
             _over(f"{ctx.act}_backward", rows, C, [x, grad, a, b, p.float(), q.float(), dx])
         return dx, (dux * rstd).float(), du.float(), None, None
 
-# %% ../../../nbs/layers/25_norm_act.ipynb #7acfa376
+# %% ../../../nbs/layers/25_norm_act.ipynb #145aaf6a
 def _native_why_not(x: torch.Tensor, norm: nn.Module) -> str:
     """Empty if the loops in C can do this norm and what follows, else why not."""
     if type(norm) is not nn.BatchNorm2d or norm.weight is None or not norm.track_running_stats:
@@ -200,11 +200,9 @@ def _native_why_not(x: torch.Tensor, norm: nn.Module) -> str:
         return "gradients of a norm in eval mode"
     if x.numel() // max(x.shape[1], 1) < 2:
         return "fewer than 2 values per channel"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
-        return "the operators are being traced or counted"
     return why_not("norm_act", SOURCE)
 
-# %% ../../../nbs/layers/25_norm_act.ipynb #cd8fc007
+# %% ../../../nbs/layers/25_norm_act.ipynb #b74c1f81
 def norm_act(x: torch.Tensor, norm: nn.Module, act: str = "relu", backend: str = "auto") -> torch.Tensor:
     """act(norm(x)) for maps (B, C, H, W); act: relu | silu | hardswish. backend: auto | native | torch.
 
@@ -213,7 +211,7 @@ def norm_act(x: torch.Tensor, norm: nn.Module, act: str = "relu", backend: str =
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is unknown: choose from {', '.join(ACTIVATIONS)}")
     order = {"native": lambda: _native_why_not(x, norm), "torch": str}
-    if pick("norm_act", backend, order) == "torch":
+    if _intercepted(x) or pick("norm_act", backend, order) == "torch":
         return ACTIVATIONS[act](norm(x))
     if not norm.training:
         scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()

@@ -86,7 +86,7 @@ def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Mod
     last = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
     return timm.create_model(name, features_only=True, out_indices=last, **settings)
 
-# %% ../../../nbs/layers/26_trunk.ipynb #21cdbd4b
+# %% ../../../nbs/layers/26_trunk.ipynb #4bbd9188
 def _stages(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """The network's stages in order, by timm's names; empty for a kind of network that cannot be taken apart."""
     if hasattr(network, "conv_stem") and hasattr(network, "blocks"):
@@ -109,7 +109,8 @@ class Trunk(nn.Module):
         if path:
             settings |= {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
         network = create(name, strides, **settings)
-        self.channels, self.taps = network.feature_info.channels(), network.feature_info.module_name()
+        self.channels = network.feature_info.channels()
+        self.taps = set(getattr(network, "return_layers", network.feature_info.module_name()))  # where maps come from
         self.network, self.checkpointing = fuse(network), checkpointing
         if keep_head:
             import timm
@@ -123,7 +124,8 @@ class Trunk(nn.Module):
             return self.network(images)
         maps, x = [], images
         for name, stage in stages:
-            x = recompute(stage, x) if torch.is_grad_enabled() else stage(x)
+            plain = not torch.is_grad_enabled() or next(stage.children(), None) is None  # a lone ReLU may be in place
+            x = stage(x) if plain else recompute(stage, x)
             if name in self.taps:
                 maps.append(x)
         return maps

@@ -175,7 +175,13 @@ class _AddUpsampled(torch.autograd.Function):
         grad_weight = grad_taps.view(k, k, O, C).permute(2, 3, 0, 1) if wants_weight else None
         return grad, grad_x, grad_weight, None
 
-# %% ../../../nbs/layers/23_upsample_conv.ipynb #43a26de9
+# %% ../../../nbs/layers/23_upsample_conv.ipynb #954cb96e
+def _intercepted(*tensors: torch.Tensor) -> bool:
+    """Whether a tracer or a counter looks at the operators; they are to see the plain form."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
+            or any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors))
+
+
 def _native_why_not(*tensors: torch.Tensor) -> str:
     """Empty if the loops in C can take these tensors as they are, else why not."""
     first = tensors[0]
@@ -185,8 +191,6 @@ def _native_why_not(*tensors: torch.Tensor) -> str:
         return "it needs float32 or float64 throughout"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
-        return "the operators are being traced or counted"
     return why_not("upsample_conv", SOURCE)
 
 
@@ -204,7 +208,8 @@ def upsample_conv(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], 
     if skip is not None and skip.shape != (x.shape[0], S, *size):
         raise ValueError(f"skip of shape {tuple(skip.shape)}: needs {(x.shape[0], S, *size)}")
     tensors = [t for t in (x, weight, skip) if t is not None]
-    chosen = pick("upsample_conv", backend, {"native": lambda: _native_why_not(*tensors), "torch": str})
+    order = {"native": lambda: _native_why_not(*tensors), "torch": str}
+    chosen = "torch" if _intercepted(*tensors) else pick("upsample_conv", backend, order)
     if chosen == "torch" or not x.numel():
         fine = interpolate(x, size, mode="bilinear", align_corners=align_corners)
         return conv2d(fine if skip is None else torch.cat([skip, fine], 1), weight, padding=k // 2)
