@@ -530,6 +530,30 @@ def test_doctor_notices_turned_labels(copies, flip):
     assert splat_overlap(simbev.load(folder), flip=flip)["overlap"] > 0.6
 
 
+@pytest.mark.parametrize(("factor", "said"), [(0.5, "labels hardly fit the depth"), (2, "labels do not fit the depth")])
+def test_doctor_notices_a_wrong_focal_length(copies, factor, said):
+    folder = copies("native")
+
+    def scale(content):
+        k = content["metadata"]["camera_intrinsics"]
+        k[0][0], k[1][1] = factor * k[0][0], factor * k[1][1]
+
+    for infos in (folder / "infos").iterdir():
+        change(infos, scale)
+    report = simbev.check(folder)
+    assert [p.what.split(",")[0] for p in report.errors + report.warnings] == [said] and report.ok == (factor < 1)
+
+
+def test_doctor_asks_whether_cameras_see_the_vehicles(copies, folder):
+    assert any("of the vehicle cells" in fact and fact.startswith(("9", "100")) for fact in simbev.check(folder).facts)
+    blind = copies()
+    for meta in blind.rglob("yaw0pitch0/meta.json"):  # a focal length in other units: every camera looks through a pipe
+        change(meta, lambda entries: [row.__setitem__(k, row[k] * 40) for e in entries for m in e["intrinsics"]
+                                      for k, row in ((0, m[0]), (1, m[1]))])
+    problems = simbev.check(blind).errors
+    assert len(problems) == 1 and "of the labelled vehicle cells lie in view of a camera" in problems[0].what
+
+
 def test_doctor_uses_lidar_where_there_is_no_depth(copies):
     folder = copies("native")
     for path in folder.rglob("*DPT*.png"):

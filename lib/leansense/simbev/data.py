@@ -366,7 +366,7 @@ def _intrinsics(frames: Sequence[Frame], sizes: dict, report: Report) -> None:
                 fix = "store K for the image's own size, or declare image_size in meta.json"
                 report.add(path, f"its K {said}", fix)
 
-# %% ../../../nbs/simbev/00_data.ipynb #c8246f7a
+# %% ../../../nbs/simbev/00_data.ipynb #c6506606
 def _labels(frames: Sequence[Frame], report: Report) -> list[Frame]:
     """Report each label that cannot be used; the frames that show a vehicle within 50 m."""
     def look(frame: Frame):
@@ -404,10 +404,13 @@ def check(folder: str | Path, layout: str = "auto", every: int = 1, resolution: 
     named = ", ".join(f"{count} {split}" for split, count in counts.items())
     report.facts.append(f"{layout} layout, {scenes} scenes, frames: {named}")
     sizes = _images(frames, report)
+    before = len(report.errors)
     _intrinsics(frames, sizes, report)
+    calibrated = len(report.errors) == before
     shown = _labels(frames, report)
     headings(frames, report)
-    agreement([frame for frame in shown if set(frame.images) <= set(sizes)], report)
+    if calibrated:  # else the reason is known already
+        agreement([frame for frame in shown if set(frame.images) <= set(sizes)], report)
     return report
 
 # %% ../../../nbs/simbev/00_data.ipynb #58fea621

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SQUARE', 'YAWS', 'read_depth', 'read_points', 'lifted', 'scanned', 'occupied', 'score', 'splat_overlap', 'by_flip',
-           'agreement', 'misplaced', 'headings']
+           'in_view', 'coverage', 'agreement', 'misplaced', 'headings']
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #14c366a0
 from collections.abc import Iterator, Sequence
@@ -118,19 +118,44 @@ def splat_overlap(
         triples.append((occupied(lifted(frame, size, stride=stride)), occupied(tested, 0.3), vehicle))
     return score(triples)
 
-# %% ../../../nbs/simbev/07_overlap.ipynb #b0bf50cb
+# %% ../../../nbs/simbev/07_overlap.ipynb #fd1771e2
 def by_flip(triples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, float]:
     """The overlap under each flip of the labels, for (seen, standing, vehicle) cells that were read with flip 180."""
     again = lambda vehicle, flip: to_lss(to_lss(vehicle, "180"), flip)
     return {flip: score([(a, b, again(vehicle, flip)) for a, b, vehicle in triples])["overlap"] for flip in FLIPS}
 
+# %% ../../../nbs/simbev/07_overlap.ipynb #55ffb276
+def in_view(frame: Frame, vehicle: np.ndarray) -> np.ndarray:
+    """For each True cell of (X, Y) bool `vehicle`: whether some camera has it in its image, hidden or not."""
+    rows, columns = np.nonzero(vehicle)
+    points = np.stack([cells(SQUARE)[rows], cells(SQUARE)[columns], np.full(len(rows), 0.5), np.ones(len(rows))], 1)
+    found = np.zeros(len(rows), bool)
+    for path, k, extrinsics in zip(frame.images, frame.intrinsics, frame.extrinsics):
+        size = np.array(frame.made_for or size_of(path))
+        seen = (points @ extrinsics.T)[:, :3] @ k.T
+        uv = seen[:, :2] / np.maximum(seen[:, 2:], 1e-6)
+        found |= (seen[:, 2] > 0.5) & (uv > 0).all(1) & (uv < size).all(1)
+    return found
 
+
+def coverage(frames: Sequence[Frame], report: Report, count: int = 12) -> None:
+    """Add to the report which share of the labelled vehicle cells lies in view of a camera."""
+    found = [in_view(frame, vehicle) for frame, vehicle in _with_vehicles(frames, count, "180")]
+    if found:
+        share = float(np.concatenate(found).mean())
+        report.facts.append(f"{share:.0%} of the vehicle cells in {len(found)} frames lie in view of a camera")
+        if share < 0.5:
+            fix = "compare extrinsics and intrinsics with the notebook 06_convention"
+            report.add(report.folder, f"only {share:.0%} of the labelled vehicle cells lie in view of a camera", fix)
+
+# %% ../../../nbs/simbev/07_overlap.ipynb #f6af6ec8
 def agreement(frames: Sequence[Frame], report: Report, count: int = 12) -> None:
     """Add to the report how well labels agree with depth images, or with lidar scans, or that neither is there."""
     deep = [frame for frame in frames if frame.depth]
     seen = deep or [frame for frame in frames if frame.lidar and frame.lidar_to_ego is not None]
     if not seen:
         report.facts.append("no depth images or lidar scans: the axes of the labels were not tested")
+        coverage(frames, report, count)
         return
     try:
         points = lambda frame: lifted(frame, size_of(frame.images[0])[::-1]) if deep else scanned(frame)
@@ -145,9 +170,11 @@ def agreement(frames: Sequence[Frame], report: Report, count: int = 12) -> None:
     if best != "180" and fits[best] > 0.1 and fits[best] > 1.5 * fits["180"]:
         fix = f"store SimBEV's axes (row -x, column -y), or train with flip={best}"
         report.add(report.folder, f"labels fit the {what} with flip={best} and not as they are", fix)
-    elif fits["180"] < 0.1:
+    elif fits["180"] < 0.4:  # right calibration measures .6 and more
+        weak = fits["180"] > 0.15
         fix = "compare extrinsics, intrinsics and label axes with the notebook 06_convention"
-        report.add(report.folder, f"labels do not fit the {what} whichever way they are flipped", fix)
+        said = f"labels {'hardly' if weak else 'do not'} fit the {what}, whichever way they are flipped"
+        report.warn(report.folder, said, fix) if weak else report.add(report.folder, said, fix)
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #ee96b895
 YAWS = {"front_left": 55, "front": 0, "front_right": -55, "back_left": 110, "back": 180, "back_right": -110}  # degrees
