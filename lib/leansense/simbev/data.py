@@ -366,7 +366,7 @@ def _intrinsics(frames: Sequence[Frame], sizes: dict, report: Report) -> None:
                 fix = "store K for the image's own size, or declare image_size in meta.json"
                 report.add(path, f"its K {said}", fix)
 
-# %% ../../../nbs/simbev/00_data.ipynb #c6506606
+# %% ../../../nbs/simbev/00_data.ipynb #f8454184
 def _labels(frames: Sequence[Frame], report: Report) -> list[Frame]:
     """Report each label that cannot be used; the frames that show a vehicle within 50 m."""
     def look(frame: Frame):
@@ -387,7 +387,7 @@ def _labels(frames: Sequence[Frame], report: Report) -> list[Frame]:
         report.warn(Path(frames[0].label).parent, "no label shows a vehicle", "nothing can be learnt from these")
     return shown
 
-
+# %% ../../../nbs/simbev/00_data.ipynb #f7b27f8d
 def check(folder: str | Path, layout: str = "auto", every: int = 1, resolution: float = 0.4) -> Report:
     """Everything that is wrong with the data set in `folder`; opens every image and label."""
     from leansense.simbev.overlap import agreement, headings
