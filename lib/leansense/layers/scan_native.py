@@ -96,9 +96,9 @@ INLINE void softplus(vf x, vf *value, vf *slope) {
 }
 '''
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #ab7cd2bb
+# %% ../../../nbs/layers/03_scan_native.ipynb #50a9577d
 SCAN_CALL = r'''
-#define STEPS 16  /* time steps from one checkpoint to the next */
+#define STEPS (W == 16 ? 12 : 16)  /* time steps from one checkpoint to the next */
 #define STATES 8  /* states and channels are padded to multiples of these */
 #define PAD 16
 #define AHEAD (W == 4 ? 4 : 8)  /* states that one sweep keeps in registers, forward */
@@ -392,8 +392,8 @@ int scan_backward(const call *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1)
 SOURCE = "".join((SCAN_VECTORS, SCAN_POWER, SCAN_SOFTPLUS, SCAN_CALL, SCAN_ROOM, SCAN_TILE, SCAN_FORWARD_TILE,
                   SCAN_FORWARD, SCAN_BACKWARD_TILE, SCAN_BACKWARD_ENDS, SCAN_BACKWARD, SCAN_BACKWARD_ALL))
 
-# %% ../../../nbs/layers/03_scan_native.ipynb #5c435158
-STEPS, PAD, STATES = 16, 16, 8  # as in the C source
+# %% ../../../nbs/layers/03_scan_native.ipynb #128d5653
+STEPS, PAD, STATES = 12, 16, 8  # as in the C source; the smallest STEPS there, so that checkpoints always fit
 _SIZES = ("batch", "length", "channels", "states", "softplus", "reverse",
           "u_row", "delta_row", "b_row", "c_row", "z_row", "dy_row")
 _ADDRESSES = ("u", "delta", "A", "B", "C", "D", "z", "bias", "y", "last", "saved", "dy", "dlast",
