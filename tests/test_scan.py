@@ -672,6 +672,17 @@ def test_mamba_is_the_published_formula(backend, length):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max(), name
 
 
+def test_mamba_agrees_with_another_implementation():
+    """mamba.py's block takes our state_dict as it is, gives us its own, and computes the same."""
+    theirs = pytest.importorskip("mambapy.mamba")
+    torch.manual_seed(0)
+    ours, other = Mamba(32), theirs.MambaBlock(theirs.MambaConfig(d_model=32, n_layers=1))
+    x = torch.randn(2, 21, 32)
+    ours.load_state_dict(other.state_dict(), strict=True)
+    torch.testing.assert_close(ours(x), other(x), rtol=1e-4, atol=1e-6)
+    other.load_state_dict(Mamba(32).state_dict(), strict=True)
+
+
 def test_mamba_in_float64_is_exact():
     torch.manual_seed(0)
     block, x = Mamba(16).double(), torch.randn(2, 20, 16).double()
