@@ -278,6 +278,20 @@ def test_compile_and_export():
         torch.testing.assert_close(program.module()(*inputs), y, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(tmp_path):
+    """With the splat as a scatter-add, another runtime gets the same numbers from the same six tensors."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = wake(tiny(pool="index_add")).eval()
+    inputs = example(model, 1, 2)
+    torch.onnx.export(model, inputs, dynamo=True, verbose=False).save(tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    given = {slot.name: tensor.numpy() for slot, tensor in zip(session.get_inputs(), inputs)}
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(None, given)[0]), model(*inputs), rtol=1e-3, atol=1e-4)
+
+
 # Copies, checkpoints, weights of the published code
 
 def test_copies_and_twins():

@@ -265,8 +265,8 @@ def example(model: LiftSplatShoot, batch: int = 1, cameras: int = 6, seed: int =
     noise = torch.Generator().manual_seed(seed)
     return (torch.randn(batch, cameras, 3, height, width, generator=noise), *(m[:, order] for m in rig))
 
-# %% ../../../nbs/simbev/10_model.ipynb #f58bef04
-DEMO = {"trunk": "mobilenetv3_small_050", "camC": 32, "up_width": 96, "bev_width": 24, "dropout": 0.0,
+# %% ../../../nbs/simbev/10_model.ipynb #99b7ba42
+DEMO = {"trunk": "mobilenetv3_small_050", "camC": 32, "up_width": 96, "bev_width": 16, "dropout": 0.0,
         "bev_dropout": 0.0, "drop_path": 0.0}
 
 # %% ../../../nbs/simbev/10_model.ipynb #619b2eed
