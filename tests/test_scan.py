@@ -1,7 +1,6 @@
 """Selective scan: every back end against the formula in float64, its edges, its fall-backs; the Mamba block."""
 import copy
 import io
-import subprocess
 import sys
 import types
 from functools import partial
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from leansense.layers import native, scan, scan_native
+from leansense.layers import scan, scan_native
 from leansense.layers.scan import (Mamba, bidirectional, causal_conv1d, selective_scan, selective_scan_flops,
                                    selective_scan_step)
 
@@ -33,8 +32,9 @@ def draw(batch=2, length=9, channels=5, states=3, dtype=torch.float64, seed=0, s
     """All eight inputs; delta is positive."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    made = {"u": normal(batch, length, channels), "delta": step * torch.rand(batch, length, channels, generator=generator),
-            "A": -0.1 - 3 * torch.rand(channels, states, generator=generator), "B": normal(batch, length, states),
+    uniform = lambda *shape: torch.rand(*shape, generator=generator)
+    made = {"u": normal(batch, length, channels), "delta": step * uniform(batch, length, channels),
+            "A": -0.1 - 3 * uniform(channels, states), "B": normal(batch, length, states),
             "C": normal(batch, length, states), "D": normal(channels), "z": normal(batch, length, channels),
             "delta_bias": normal(channels)}
     return {name: x.to(device, dtype) for name, x in made.items()}
@@ -61,7 +61,8 @@ def check(inputs: dict, options: dict, backend: str, tolerance: float) -> None:
     """Result, last state, and all gradients, those by way of the last state too, against the formula in float64."""
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     used = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    expected, found = oracle(**wide, **options), selective_scan(**used, **options, backend=backend, return_last_state=True)
+    expected = oracle(**wide, **options)
+    found = selective_scan(**used, **options, backend=backend, return_last_state=True)
     assert found[0].dtype == used["u"].dtype and found[0].shape == used["u"].shape
     generator = torch.Generator().manual_seed(1)
     incoming = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device) for x in expected]
@@ -90,8 +91,8 @@ def test_against_the_formula(backend, reverse, names, softplus, size):
 
 @settings(max_examples=40, deadline=None)
 @given(batch=st.integers(0, 4), length=st.integers(0, 50), channels=st.integers(0, 40), states=st.integers(1, 20),
-       reverse=st.booleans(), softplus=st.booleans(), names=st.sets(st.sampled_from(EVERYTHING)), seed=st.integers(0, 99),
-       backend=st.sampled_from(["torch"] + ["cc"] * (not scan_native.why_not())))
+       reverse=st.booleans(), softplus=st.booleans(), names=st.sets(st.sampled_from(EVERYTHING)),
+       seed=st.integers(0, 99), backend=st.sampled_from(["torch"] + ["cc"] * (not scan_native.why_not())))
 def test_any_shape(batch, length, channels, states, reverse, softplus, names, seed, backend):
     inputs = choose(draw(batch, length, channels, states, torch.float32, seed), names)
     softplus = softplus or "delta_bias" in inputs  # a negative step makes states grow without bound
@@ -151,8 +152,9 @@ def test_strided_inputs_and_gradients(backend):
     plain = draw(2, 21, 12, 4, torch.float32)
     wide = torch.cat([plain["z"], plain["u"]], -1)
     odd = {**plain, "u": wide[..., 12:], "z": wide[..., :12], "A": plain["A"].T.contiguous().T,
-           "B": plain["B"].permute(2, 0, 1).contiguous().permute(1, 2, 0), "delta": plain["delta"].transpose(0, 1).contiguous(
-           ).transpose(0, 1), "C": torch.stack([plain["C"], plain["C"]], -1)[..., 0]}
+           "B": plain["B"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+           "delta": plain["delta"].transpose(0, 1).contiguous().transpose(0, 1),
+           "C": torch.stack([plain["C"], plain["C"]], -1)[..., 0]}
     before = {name: x.clone() for name, x in odd.items()}
     gradients = []
     for inputs in (plain, odd):
@@ -243,7 +245,8 @@ WRONG = {
     "B has shape": {"B": torch.zeros(2, 9, 4)}, "C has shape": {"C": torch.zeros(2, 3, 9)},
     "D has shape": {"D": torch.zeros(6)}, "z has shape": {"z": torch.zeros(2, 9, 1)},
     "delta_bias has shape": {"delta_bias": torch.zeros(1)}, "at least one state": {"A": torch.zeros(5, 0)},
-    "B is torch.int64": {"B": torch.zeros(2, 9, 3, dtype=torch.long)}, "u is torch.int64": {"u": torch.zeros(2, 9, 5).long()},
+    "B is torch.int64": {"B": torch.zeros(2, 9, 3, dtype=torch.long)},
+    "u is torch.int64": {"u": torch.zeros(2, 9, 5, dtype=torch.long)},
     "A is torch.complex64": {"A": torch.zeros(5, 3, dtype=torch.complex64)}, "A has shape": {"A": torch.zeros(4, 3)},
 }
 
@@ -269,8 +272,8 @@ def test_named_backends_that_cannot_run_say_why():
         selective_scan(**draw(), backend="triton")
 
 
-@pytest.mark.parametrize("environment", [{"LEANSENSE_BACKENDS": "torch"}, {"LEANSENSE_CC": "0"}, {"CC": "no-such-compiler"}],
-                         ids=str)
+@pytest.mark.parametrize("environment", [{"LEANSENSE_BACKENDS": "torch"}, {"LEANSENSE_CC": "0"},
+                                         {"CC": "no-such-compiler"}], ids=str)
 def test_falls_back_to_torch(environment, monkeypatch):
     """With the variable, with C switched off, and without a compiler."""
     for name, value in environment.items():
@@ -344,8 +347,8 @@ def test_flops():
     with FlopCounterMode(display=False) as counter:
         y = selective_scan(**inputs, delta_softplus=True)
         y.sum().backward()
-    both = selective_scan_flops((2, 9, 5), 3, gate=True, softplus=True)
-    assert counter.get_total_flops() == both + selective_scan_flops((2, 9, 5), 3, gate=True, softplus=True, backward=True)
+    count = partial(selective_scan_flops, (2, 9, 5), 3, gate=True, softplus=True)
+    assert counter.get_total_flops() == count() + count(backward=True)
 
 
 # --- cost ----------------------------------------------------------------------------------------------------------
@@ -372,9 +375,9 @@ def unbind_loop(u, delta, A, B, C, D):
     return torch.stack(y, 1) + D * u
 
 
-@pytest.mark.parametrize("backend, least", [("torch", 1.4), pytest.param("cc", 6, marks=compiled)])
+@pytest.mark.parametrize("backend, least", [("torch", 2), pytest.param("cc", 10, marks=compiled)])
 def test_faster_than_the_loop(backend, least):
-    """Forward and backward, in turns on one thread; measured: 2.5 and 14 times, the bound leaves room for neighbours."""
+    """Forward and backward, in turns on one thread; 3.6 to 3.9 and 22 to 23 times were measured."""
     from leansense.core.cost import ratio, throughput
 
     inputs = [x.requires_grad_() for x in choose(draw(2, 128, 512, 16, torch.float32), ("D",)).values()]
@@ -389,7 +392,7 @@ def test_faster_than_the_loop(backend, least):
 
 
 def extension(calls: list) -> types.ModuleType:
-    """A stand-in for selective_scan_cuda: the published formula in the extension's layout, checking what it is given."""
+    """A stand-in for selective_scan_cuda: the published formula in its layout, which checks what it is given."""
     def formula(u, delta, A, B, C, D, z, bias, softplus):
         turn = lambda x: None if x is None else x.transpose(1, 2)
         y, h = oracle(turn(u), turn(delta), A, turn(B.squeeze(1)), turn(C.squeeze(1)), D, None, bias, softplus)
@@ -467,8 +470,8 @@ from test_scan import EVERYTHING, check, choose, draw
 from leansense.layers import scan_triton
 scan_triton.T, scan_triton.BD, scan_triton.GROUP = 4, 2, 2
 for size in ((2, 7, 3, 3), (1, 1, 1, 1)):
-    for names, options in (((), {}), (EVERYTHING, {"delta_softplus": True, "reverse": True}), (("z",), {"reverse": True}),
-                           (("D", "delta_bias"), {"delta_softplus": True})):
+    for names, options in (((), {}), (EVERYTHING, {"delta_softplus": True, "reverse": True}),
+                           (("z",), {"reverse": True}), (("D", "delta_bias"), {"delta_softplus": True})):
         check(choose(draw(*size, dtype=torch.float32), names), options, "triton", 5e-6)
 check(choose(draw(1, 9, 2, 2, torch.float32, step=10.0), ()), {}, "triton", 5e-6)
 half = {name: x.bfloat16() for name, x in draw(1, 9, 3, 2, torch.float32).items()}
@@ -510,7 +513,8 @@ def test_triton_compiles_for_a_gpu_that_is_not_here():
     if not (triton_has_assembler()):
         pytest.skip("this build of triton has no NVIDIA back end")
     done = run(ROOT, "python", "-c", ASSEMBLED)
-    assert done.stdout.split() == ["summary", "True", "carry", "True", "output", "True", "gradient", "True"], done.stderr
+    names = ("summary", "carry", "output", "gradient")
+    assert done.stdout.split() == [word for name in names for word in (name, "True")], done.stderr
 
 
 def triton_has_assembler() -> bool:
@@ -576,8 +580,8 @@ def test_step_errors():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("size, taps", [((2, 70, 19), 4), ((1, 2, 3), 4), ((2, 5, 16), 1), ((1, 130, 33), 7), ((0, 5, 3), 4),
-                                        ((2, 0, 3), 4)], ids=str)
+@pytest.mark.parametrize("size, taps", [((2, 70, 19), 4), ((1, 2, 3), 4), ((2, 5, 16), 1), ((1, 130, 33), 7),
+                                        ((0, 5, 3), 4), ((2, 0, 3), 4)], ids=str)
 def test_causal_conv(backend, reverse, activation, size, taps):
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(*s, generator=generator, requires_grad=True) for s in (size, (size[2], 1, taps), (size[2],))]
@@ -617,7 +621,8 @@ def mamba_formula(weights: dict, x: torch.Tensor) -> torch.Tensor:
     w = {name: v.double() for name, v in weights.items()}
     stream, z = (x.double() @ w["in_proj.weight"].T).chunk(2, -1)
     taps = w["conv1d.weight"].shape[-1]
-    u = F.silu(F.conv1d(F.pad(stream.mT, (taps - 1, 0)), w["conv1d.weight"], w["conv1d.bias"], groups=stream.shape[-1]).mT)
+    padded = F.pad(stream.mT, (taps - 1, 0))
+    u = F.silu(F.conv1d(padded, w["conv1d.weight"], w["conv1d.bias"], groups=stream.shape[-1]).mT)
     rank, states = w["dt_proj.weight"].shape[1], w["A_log"].shape[1]
     dt, B, C = (u @ w["x_proj.weight"].T).split([rank, states, states], -1)
     y, _ = oracle(u, dt @ w["dt_proj.weight"].T, -w["A_log"].exp(), B, C, w["D"], z, w["dt_proj.bias"], True)
@@ -689,8 +694,8 @@ def test_mamba_in_float64_is_exact():
     torch.testing.assert_close(block(x), mamba_formula(block.state_dict(), x))
 
 
-@pytest.mark.parametrize("options", [{}, {"d_state": 5, "d_conv": 2, "expand": 1, "dt_rank": 3, "bias": True}, {"d_conv": 1},
-                                     {"conv_bias": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"d_state": 5, "d_conv": 2, "expand": 1, "dt_rank": 3, "bias": True},
+                                     {"d_conv": 1}, {"conv_bias": False}], ids=str)
 def test_mamba_step_by_step(options):
     torch.manual_seed(0)
     block, x = Mamba(16, **options), torch.randn(3, 11, 16)
@@ -730,12 +735,14 @@ def test_mamba_under_autocast_compiled_and_copied():
         y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and block.A_log.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.02)
-    torch.testing.assert_close(torch.compile(block, backend="aot_eager", fullgraph=True)(x), expected, rtol=1e-4, atol=1e-6)
+    compiled_block = torch.compile(block, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled_block(x), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(copy.deepcopy(block)(x), expected)
     assert nn.Sequential(block, Mamba(16))(x[:0]).shape == (0, 13, 16) and block(x[:, :0]).shape == (2, 0, 16)
 
 
-@pytest.mark.parametrize("arguments, message", [({"d_model": 0}, "d_model=0"), ({"d_model": 8, "dt_init": "zero"}, "zero")])
+@pytest.mark.parametrize("arguments, message", [({"d_model": 0}, "d_model=0"),
+                                                ({"d_model": 8, "dt_init": "zero"}, "zero")])
 def test_mamba_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Mamba(**arguments)
