@@ -7,7 +7,7 @@ __all__ = ['CLOCKS', 'parameters', 'mib', 'state_mib', 'flops_by_operator', 'flo
            'saved_bytes', 'Timing', 'quartiles', 'set_threads', 'throughput', 'ratio', 'hardware', 'gpu_hours', 'Meter',
            'cost_of']
 
-# %% ../../../nbs/core/30_cost.ipynb #67c36719
+# %% ../../../nbs/core/30_cost.ipynb #788b3429
 import copy
 import os
 import platform
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# %% ../../../nbs/core/30_cost.ipynb #3ddc8079
+# %% ../../../nbs/core/30_cost.ipynb #e8ef7512
 def _call(model: nn.Module, example: Any) -> Any:
     """model(example), the example being one input, a tuple of inputs or a dict of named inputs."""
     if isinstance(example, dict):
@@ -49,7 +49,7 @@ def _as(model: nn.Module, training: bool) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
 
-# %% ../../../nbs/core/30_cost.ipynb #5d27e02b
+# %% ../../../nbs/core/30_cost.ipynb #f8b123d1
 def parameters(model: nn.Module, example: Any) -> dict[str, int]:
     """{"declared": all parameters, "live": those that the output of model(example) depends on}."""
     every = list(model.parameters())
@@ -69,7 +69,7 @@ def parameters(model: nn.Module, example: Any) -> dict[str, int]:
     live = sum(p.numel() for p, gradient in zip(usable, found) if gradient is not None)
     return {"declared": sum(p.numel() for p in every), "live": live}
 
-# %% ../../../nbs/core/30_cost.ipynb #4c88a0b1
+# %% ../../../nbs/core/30_cost.ipynb #224933a7
 def mib(count: int, dtype: torch.dtype = torch.float32) -> float:
     """The MiB (2^20 bytes) that `count` numbers of a type take."""
     return count * dtype.itemsize / 2**20
@@ -79,12 +79,14 @@ def state_mib(model: nn.Module) -> float:
     """The MiB of a model's weights and saved buffers in the types they have."""
     return sum(t.numel() * t.element_size() for t in model.state_dict().values() if torch.is_tensor(t)) / 2**20
 
-# %% ../../../nbs/core/30_cost.ipynb #049e0be9
+# %% ../../../nbs/core/30_cost.ipynb #bc159a74
 def flops_by_operator(model: nn.Module, example: Any) -> dict[str, int]:
     """FLOPs (2 per multiply-add) of one forward pass in eval mode, by operator."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-    with _as(model, False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # some versions of the counter do not know it
+    more = {} if flash in flop_registry else {flash: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    with _as(model, False), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=more) as counter:
         _call(model, example)
     return {str(operator): int(n) for operator, n in counter.get_flop_counts().get("Global", {}).items()}
 
@@ -93,7 +95,7 @@ def flops(model: nn.Module, example: Any) -> int:
     """FLOPs (2 per multiply-add) of one forward pass in eval mode; give a batch of one for FLOPs per sample."""
     return sum(flops_by_operator(model, example).values())
 
-# %% ../../../nbs/core/30_cost.ipynb #43eab7a2
+# %% ../../../nbs/core/30_cost.ipynb #70c1ebb8
 def eval_step(model: nn.Module, example: Any) -> Callable[[], Any]:
     """A function that runs model(example) in eval mode without gradients."""
     def step():
@@ -116,7 +118,7 @@ def train_step(model: nn.Module, example: Any, loss: Callable[[Any], torch.Tenso
     model.zero_grad(set_to_none=True)
     return step
 
-# %% ../../../nbs/core/30_cost.ipynb #21dbaca3
+# %% ../../../nbs/core/30_cost.ipynb #44ff8c96
 def _replay(sizes: Sequence[int]) -> int:
     """The highest running sum of signed sizes in bytes (allocations positive, releases negative)."""
     held = peak = 0
@@ -145,7 +147,7 @@ def peak_memory(step: Callable[[], Any], device: str | torch.device = "cpu") -> 
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     return _replay([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
 
-# %% ../../../nbs/core/30_cost.ipynb #c9763be4
+# %% ../../../nbs/core/30_cost.ipynb #78b3712d
 def saved_bytes(model: nn.Module, example: Any) -> int:
     """Bytes of the distinct tensors that autograd keeps for the backward pass of model(example) in train mode."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -166,7 +168,7 @@ def saved_bytes(model: nn.Module, example: Any) -> int:
     del output
     return sum(kept.values())
 
-# %% ../../../nbs/core/30_cost.ipynb #c6bc9292
+# %% ../../../nbs/core/30_cost.ipynb #03a9e115
 @dataclass(frozen=True)
 class Timing:
     """The seconds of repeated calls, and the circumstances."""
@@ -194,7 +196,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     p25, p50, p75 = statistics.quantiles(values, n=4, method="inclusive")
     return p25, p50, p75
 
-# %% ../../../nbs/core/30_cost.ipynb #659624bc
+# %% ../../../nbs/core/30_cost.ipynb #7d17028d
 @contextmanager
 def set_threads(count: int | None) -> Iterator[int]:
     """PyTorch's CPU threads inside a with-block, the old number afterwards; None leaves it."""
@@ -208,7 +210,7 @@ def set_threads(count: int | None) -> Iterator[int]:
     finally:
         torch.set_num_threads(before)
 
-# %% ../../../nbs/core/30_cost.ipynb #daf8dfd1
+# %% ../../../nbs/core/30_cost.ipynb #7755f5b7
 CLOCKS = ("process", "wall")
 
 
@@ -238,7 +240,7 @@ def _rounds(names: Sequence[str], repeats: int) -> list[list[str]]:
     """The order of the variants in each repeat: forwards, backwards, forwards ..."""
     return [list(names) if n % 2 == 0 else list(names)[::-1] for n in range(repeats)]
 
-# %% ../../../nbs/core/30_cost.ipynb #228b5781
+# %% ../../../nbs/core/30_cost.ipynb #ad417240
 def throughput(steps: Mapping[str, Callable[[], Any]], repeats: int = 12, warmup: int = 3, inner: int = 1,
                batch: int = 1, clock: str = "process", device: str | torch.device = "cpu", dtype: str = "float32",
                threads: int | None = None) -> dict[str, Timing]:
@@ -267,7 +269,7 @@ def throughput(steps: Mapping[str, Callable[[], Any]], repeats: int = 12, warmup
     kind = "cuda" if device.type == "cuda" else clock
     return {name: Timing(tuple(seconds), batch, kind, where, dtype, used) for name, seconds in spent.items()}
 
-# %% ../../../nbs/core/30_cost.ipynb #713dd725
+# %% ../../../nbs/core/30_cost.ipynb #89563a22
 def ratio(a: Timing, b: Timing) -> dict[str, float]:
     """How many times longer `a` takes than `b`: the ratio of medians, and quartiles of the ratios pair by pair."""
     if len(a.seconds) != len(b.seconds) or (a.clock, a.device, a.threads) != (b.clock, b.device, b.threads):
@@ -277,7 +279,7 @@ def ratio(a: Timing, b: Timing) -> dict[str, float]:
     p25, _, p75 = quartiles([x / y for x, y in zip(a.seconds, b.seconds)])
     return {"ratio": statistics.median(a.seconds) / statistics.median(b.seconds), "p25": p25, "p75": p75}
 
-# %% ../../../nbs/core/30_cost.ipynb #13c4dd72
+# %% ../../../nbs/core/30_cost.ipynb #805a5b6c
 def _processor() -> str:
     """The CPU's marketing name where Linux tells it, else what Python knows."""
     try:
@@ -297,7 +299,7 @@ def hardware() -> dict[str, Any]:
             "gpus": torch.cuda.device_count() if gpu else 0, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version()}
 
-# %% ../../../nbs/core/30_cost.ipynb #2a3249ea
+# %% ../../../nbs/core/30_cost.ipynb #acd63c04
 def gpu_hours(seconds: float, devices: int) -> float:
     """GPU hours of a run: wall seconds x devices / 3600; 0 without a device."""
     if seconds < 0 or devices < 0:
@@ -330,7 +332,7 @@ class Meter:
         return {"seconds": round(self.seconds, 3), "cpu_seconds": round(self.cpu_seconds, 3), "peak_mib": peak,
                 "gpu_hours": round(gpu_hours(self.seconds, self.devices if cuda else 0), 6)}
 
-# %% ../../../nbs/core/30_cost.ipynb #6a60ab69
+# %% ../../../nbs/core/30_cost.ipynb #b0947f6f
 def cost_of(model: nn.Module, example: Any, batch: int) -> dict[str, float | int]:
     """Parameters, MFLOPs and MiB per sample of a model on the CPU, for an example with `batch` samples."""
     count = parameters(model, example)
