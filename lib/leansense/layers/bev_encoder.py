@@ -31,7 +31,7 @@ class Up(nn.Module):
         x = norm_act(self.conv[0](x, skip), self.conv[1])
         return norm_act(self.conv[3](x), self.conv[4])
 
-# %% ../../../nbs/layers/24_bev_encoder.ipynb #d6fc64bf
+# %% ../../../nbs/layers/24_bev_encoder.ipynb #93a7ddf7
 class BasicBlock(nn.Module):
     """(B, C, h, w) -> (B, out_channels, h/stride, w/stride): two 3x3 convolutions beside a shortcut."""
 
@@ -42,8 +42,9 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = None
+        self.stride = stride
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False),
                                             nn.BatchNorm2d(out_channels))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -51,7 +52,8 @@ class BasicBlock(nn.Module):
         nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+        # the stride is taken by slicing: oneDNN's backward of a strided 1x1 convolution of 8 channels can crash
+        shortcut = x if self.downsample is None else self.downsample(x[..., :: self.stride, :: self.stride])
         y = norm_act(self.conv1(x), self.bn1)
         return self.bn2(self.conv2(y)).add_(shortcut).relu_()
 

@@ -6,7 +6,7 @@
 __all__ = ['bev_loss', 'overlap', 'iou', 'rings', 'SimBEVTask', 'evaluate', 'found_cells', 'without_cameras', 'bent_rig', 'link',
            'SeedLog', 'SeedFiles', 'SeedKeeper', 'SimBEVKeeper', 'stage_resume', 'clear_outputs', 'recipe']
 
-# %% ../../../nbs/simbev/20_task.ipynb #22e6163d
+# %% ../../../nbs/simbev/20_task.ipynb #2d3cf534
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..core.checkpoint import copy_checkpoint, read_checkpoint
+from ..core.checkpoint import check_weights, copy_checkpoint, read_checkpoint
 from ..core.schedule import Recipe
 from ..core.task import Task, gathered
 from .data import INPUTS
@@ -314,14 +314,17 @@ class SimBEVKeeper(SeedKeeper):
         if trainer.is_global_zero and (self.folder / "last.ckpt").exists():
             link(self.folder / "last.ckpt", self.folder / "model_final.pt")
 
-# %% ../../../nbs/simbev/20_task.ipynb #3820f396
-def stage_resume(resume: str, folder: str | Path) -> str:
-    """What to hand to fit as `resume`: "auto" and "" as they are; FileNotFoundError or ValueError for a file amiss."""
+# %% ../../../nbs/simbev/20_task.ipynb #ecd93ab2
+def stage_resume(resume: str, folder: str | Path, model: nn.Module | None = None) -> str:
+    """What to hand to fit as `resume`: "auto" and "" as they are; one-line error for a missing or unfit file."""
     if resume in ("", "auto"):
         return resume
     path, folder = Path(resume), Path(folder)
-    if "model_state_dict" not in read_checkpoint(path):  # says in one line what is wrong with a file
+    kept = read_checkpoint(path)  # says in one line what is wrong with a file
+    if "model_state_dict" not in kept:
         raise ValueError(f"{path}: no checkpoint of SimBEV training: name a model_*.pt or last.ckpt that it wrote")
+    if model is not None:
+        check_weights(model, kept["model_state_dict"], path)
     stage, step = folder / "resume", path.stem[6:]
     stage.mkdir(parents=True, exist_ok=True)
     for name, where, kept in (("best.ckpt", stage, f"best_at_{step}.ckpt"),

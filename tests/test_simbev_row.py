@@ -1,0 +1,242 @@
+"""The SimBEV row end to end: determinism, layouts, kill and resume, the seed's files, bad input, use of the result."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+from torch import nn
+
+from leansense.core.checkpoint import MARK, read_checkpoint
+from leansense.core.loader import loader
+from leansense.core.parameters import declared
+from leansense.core.train import fit
+from leansense.simbev.data import INPUTS, dataset
+from leansense.simbev.task import (
+    SimBEVKeeper,
+    SimBEVTask,
+    bev_loss,
+    evaluate,
+    iou,
+    overlap,
+    recipe,
+    rings,
+    stage_resume,
+)
+from leansense.simbev.use import load_checkpoint, main
+
+SMALL = {"standin": 20, "nepochs": 1, "bsz": 4, "nworkers": 0, "trunk": "mobilenetv3_small_050", "camC": 8,
+         "up_width": 16, "bev_width": 8, "final_h": 64, "final_w": 160, "xbound": [-32.0, 32.0, 2.0],
+         "ybound": [-32.0, 32.0, 2.0], "augment": "matched", "val_step": 0, "save_step": 0, "progress": False}
+PAPERMILL = str(Path(sys.executable).with_name("papermill"))
+
+
+def command(out: Path, **values) -> list[str]:
+    """papermill as a user would type it, writing below `out`; lists go through a YAML text."""
+    given = SMALL | {"folder": str(out / "folder"), "seed": 3,
+                     "out": str(out / "papers/simbev/records/demo/t/r.s3.json")} | values
+    words = ["-y", json.dumps(given)]
+    return [PAPERMILL, str(ROOT / "nbs/simbev/80_row.ipynb"), str(out / "row.ipynb"), "--no-progress-bar", *words]
+
+
+def row(out: Path, **values) -> subprocess.CompletedProcess:
+    out.mkdir(parents=True, exist_ok=True)
+    return run(ROOT, *command(out, **values))
+
+
+def same(out: Path, *less: str) -> str:
+    record = json.loads((out / "papers/simbev/records/demo/t/r.s3.json").read_text())
+    return json.dumps({k: v for k, v in record.items() if k not in ("cost", "env", *less)}, sort_keys=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """One row, three epochs of four steps, validated and saved within them, without disturbance."""
+    out = tmp_path_factory.mktemp("trained")
+    done = row(out, nepochs=3, val_step=3, save_step=2, panels=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_files_and_record(trained):
+    names = sorted(path.name for path in (trained / "folder").glob("*.pt"))
+    assert {f"model_{s:06d}.pt" for s in range(2, 13, 2)} | {"model_best.pt", "model_final.pt"} <= set(names)
+    kept = read_checkpoint(trained / "folder/model_000006.pt")
+    assert {"model_state_dict", "optimizer_state_dict", "counter", "epoch", "val_iou"} <= set(kept)
+    assert kept["counter"] == 6
+    record = json.loads(same(trained))
+    assert record["params"].keys() == declared("nbs/simbev/80_row.ipynb").keys() - {"seed", "out", "folder", "progress"}
+    assert [step for step, *_ in record["metrics"]["validations"]] == [3, 4, 6, 8, 9, 12]
+    assert len(record["metrics"]["panels"]) == 2 and record["data"]["valid"] == 4
+    assert str(ROOT) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_resume_from_a_numbered_file_is_an_undisturbed_run(trained, tmp_path, step):
+    """Into an empty folder: the same metrics, byte for byte, whether the file is from within an epoch or its end."""
+    done = row(tmp_path, nepochs=3, val_step=3, save_step=2, panels=2,
+               resume=str(trained / f"folder/model_{step:06d}.pt"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(same(tmp_path))["metrics"] == json.loads(same(trained))["metrics"]
+    ours, theirs = (read_checkpoint(where / "folder/model_final.pt") for where in (tmp_path, trained))
+    assert all(torch.equal(a, b) for a, b in zip(ours["state_dict"].values(), theirs["state_dict"].values()))
+
+
+def test_killed_and_run_again_is_an_undisturbed_run(trained, tmp_path):
+    process = subprocess.Popen(command(tmp_path, nepochs=3, val_step=3, save_step=2, panels=2), cwd=ROOT,
+                               env=os.environ | {"LEANSENSE_ROOT": str(ROOT)}, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(2400):
+        if (tmp_path / "folder/last.ckpt").exists():
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)  # the kernel has a session of its own
+    time.sleep(0.5)
+    assert (tmp_path / "folder/last.ckpt").exists() and not (tmp_path / "papers").exists(), "killed in the middle"
+    assert row(tmp_path, nepochs=3, val_step=3, save_step=2, panels=2).returncode == 0
+    assert same(tmp_path) == same(trained)
+
+
+def test_validation_in_between_changes_nothing(trained, tmp_path):
+    assert row(tmp_path, nepochs=3, nworkers=2).returncode == 0
+    history = [json.loads(same(where))["metrics"]["history"] for where in (trained, tmp_path)]
+    assert history[0] == history[1]
+
+
+def test_three_layouts_in_the_same_notebook(tmp_path):
+    """DATA= on a folder of each layout, written from the same scenes: the same tensors, so the same metrics.
+
+    On cells of half a metre: only there a label of 0.4 m and one of 0.5 m say the same.
+    """
+    found, cells = {}, {"xbound": [-32.0, 32.0, 0.5], "ybound": [-32.0, 32.0, 0.5]}
+    for layout in ("seed", "converted", "native"):
+        folder = dataset({"data": "standin", "standin": 20, "layout": layout}).folder
+        done = row(tmp_path / layout, data=str(folder), layout="auto", max_grad_norm=1.0, **cells)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[layout] = json.loads(same(tmp_path / layout))["metrics"]
+    assert found["seed"]["history"] == found["converted"]["history"]
+    for name, values in found["seed"]["history"].items():  # native matrices come through quaternions: 1e-16 apart
+        assert found["native"]["history"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"resume": "runs/nothing_here.pt"}, "runs/nothing_here.pt: no such checkpoint"),
+    ({"data": "nothing/here"}, "nothing/here"),
+    ({"cams": ["front", "fornt_left"], "trunk": "resnet999"}, "fornt_left"),
+])
+def test_bad_input_is_one_line(tmp_path, values, message):
+    done = row(tmp_path, **values)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0 and message in last, last
+    assert not (tmp_path / "papers").exists()
+
+
+def test_resume_of_another_model(trained, tmp_path):
+    done = row(tmp_path, nepochs=3, bev_width=16, resume=str(trained / "folder/model_000004.pt"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0 and "model_000004.pt: weights of another model" in last
+    broken = tmp_path / "model_000009.pt"
+    broken.write_bytes((trained / "folder/model_000004.pt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="model_000009.pt: cannot be read"):
+        stage_resume(str(broken), tmp_path)
+
+
+def test_predict_on_a_folder(trained, tmp_path, capsys):
+    checkpoint, folder = trained / "folder/model_best.pt", dataset({"data": "standin", "standin": 20}).folder
+    assert main([str(checkpoint), str(folder), "--out", str(tmp_path), "--limit", "2"]) == 0
+    answers = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    assert len(answers) == 2 and all(path.with_suffix(".png").exists() for path in tmp_path.glob("*.json"))
+    model, params = load_checkpoint(checkpoint)
+    assert params["bev_width"] == 8 and not model.training
+    assert main([str(tmp_path / "no.pt"), str(folder)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- loss and scores, in one process ---
+
+
+def test_loss_and_iou_vectors():
+    maps = lambda *rows: torch.tensor(rows, dtype=torch.float32)[None, None]
+    assert abs(float(bev_loss(maps([0, 0]), maps([1, 1]))) - 1.476404) < 1e-5
+    pairs = ((maps([1, -1], [1, -1]), maps([1, 0], [0, 0])), (maps([1, 1], [1, 1]), maps([1, 1], [1, 1])))
+    late = (maps([-1, -1], [-1, 1]), maps([0, 0], [1, 0]))
+    losses = [float(bev_loss(torch.cat([pairs[0][0], pairs[1][0]]), torch.cat([pairs[0][1], pairs[1][1]]))) * 2,
+              float(bev_loss(*late))]
+    assert abs(sum(losses) / 3 - 0.834421) < 1e-5
+    assert float(iou(sum(overlap(*pair) for pair in (*pairs, late)))) == 0.625
+
+
+def test_mask_equals_leaving_cells_out():
+    draw = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 1, 6, 8, generator=draw), (torch.rand(2, 1, 6, 8, generator=draw) > 0.7).float()
+    mask = torch.ones(2, 1, 6, 8)
+    mask[..., 4:] = 0
+    torch.testing.assert_close(bev_loss(logits, target, mask), bev_loss(logits[..., :4], target[..., :4]))
+    assert torch.equal(overlap(logits, target, mask), overlap(logits[..., :4], target[..., :4]))
+
+
+@pytest.mark.parametrize("edges", [(0, 15, 30, 50), (0, 10, 20, 30, 40, 50)])
+def test_rings_partition_the_map(edges):
+    masks = rings((-50, 50, 0.5), (-20, 20, 1.0), edges)
+    assert masks.shape == (len(edges) - 1, 200, 40) and bool((masks.sum(0) == 1).all())
+
+
+class Mean(nn.Module):
+    """A model that is two numbers and a batch norm, so that modes and statistics matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.scale = nn.BatchNorm2d(1), nn.Parameter(torch.ones(()))
+
+    def forward(self, imgs, *matrices):
+        return self.norm(imgs) * self.scale
+
+
+class Frames(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, key):
+        draw = torch.Generator().manual_seed(key[1])
+        imgs = torch.randn(1, 4, 4, generator=draw)
+        item = {name: torch.zeros(1) for name in INPUTS} | {"imgs": imgs, "target": (imgs > 0.5).float()}
+        return item | {"mask": torch.ones(1, 4, 4), "id": f"f{key[1]}"}
+
+
+def toy(folder, val_step=0, save_step=0, resume="", **more):
+    task = SimBEVTask(Mean(), recipe(lr=0.05, **more.pop("recipe", {})))
+    train, valid = (loader(Frames(), 2, seed=0, shuffle=shuffle) for shuffle in (True, False))
+    keeper = SimBEVKeeper(folder, valid, val_step, save_step)
+    fit(task, train, valid, epochs=4, folder=folder, seed=0, monitor="valid_iou", patience=0, progress=False,
+        resume=stage_resume(resume, folder), callbacks=(keeper,), **more)
+    return task, keeper
+
+
+@pytest.mark.parametrize("more", [{}, {"accumulate": 2}, {"recipe": {"schedule": "onecycle"}}, {"ema": 0.9}])
+def test_resume_from_every_file(tmp_path, more):
+    whole, kept = toy(tmp_path / "whole", 2, 1, **dict(more))
+    files = sorted((tmp_path / "whole").glob("model_0*.pt"))
+    assert len(files) >= 11
+    for file in files[::3]:
+        again, other = toy(tmp_path / file.stem, 2, 1, str(file), **dict(more))
+        assert again.history == whole.history and other.validations == kept.validations, file.name
+        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values()))
+        assert read_checkpoint(tmp_path / file.stem / "model_final.pt")[MARK]["position"] == [4, 0]
+
+
+def test_evaluate_keeps_the_mode_and_counts_false_alarms():
+    model = Mean().train()
+    ones = torch.ones(2, 1, 4, 4)
+    batch = {name: torch.zeros(2, 1) for name in INPUTS} | {"imgs": ones, "mask": ones}
+    batch["target"] = torch.zeros(2, 1, 4, 4)
+    batch["target"][0, 0, 0] = 1
+    found = evaluate(model, [batch], (-2, 2, 1), (-2, 2, 1))
+    assert model.training and found["empty_frames"] == 1 and found["false_alarms"] == 1.0 and found["iou"] == 4 / 32
+    assert int(model.norm.num_batches_tracked) == 0
