@@ -80,7 +80,7 @@ def results_key(system: str, rows: list[Row], claims: bool = True) -> str:
     whole = hashlib.blake2b(code_key(digest(f"nbs/{system}/90_results.ipynb")).encode(), digest_size=8)
     paper = root() / "papers" / system
     for path in (
-        [paper / "rows.yaml", *sorted(paper.glob("*.yaml"))]
+        [paper / "rows.yaml", paper / "vouched.json", *sorted(paper.glob("*.yaml"))]
         + [row.record for row in rows]
         + [Path(f"{row.folder}.error") for row in rows]
     ):

@@ -10,22 +10,32 @@ import statistics
 
 from .paths import root, write_atomic
 from .record import read
-from .rows import read_matrix, read_rows, systems
+from .rows import Row, read_matrix, read_rows, systems
 
 # %% ../../../nbs/core/15_readme.ipynb #bfb0cb4d
 def _value(record: dict, path: str) -> float:
     """The number at a dotted path of a record."""
     found = record if path.startswith("cost.") else record["metrics"]
     for key in path.split("."):
-        found = found[key]
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, (int, float)):
+        raise ValueError(f"headline of rows.yaml: no number '{path}' in a record of its row")
     return found
+
+
+def _record(row: Row) -> dict | None:
+    """A row's record; None where there is none, or none that can be read (its row will run again)."""
+    try:
+        return read(row.record)
+    except (FileNotFoundError, ValueError):
+        return None
 
 # %% ../../../nbs/core/15_readme.ipynb #63eef18f
 def headline(system: str) -> tuple[str, str]:
     """What a system's headline measured (mean ± sd over seeds, in words) and on which data; dashes without records."""
     head = read_matrix(system).get("headline") or {}
     rows = [row for row in read_rows(system) if (row.table, row.name) == (head.get("table"), head.get("row"))]
-    records = [read(row.record) for row in rows if row.record.exists()]
+    records = [record for row in rows if (record := _record(row)) is not None]
     if not records:
         return "–", "–"
     values = [_value(record, head["metric"]) * head.get("scale", 1) for record in records]

@@ -26,10 +26,10 @@ from .digest import code_key, digest
 from .parameters import MEMORY, OWNED, checked, declared, rebound
 from .paths import resolve, root, write_atomic
 
-# %% ../../../nbs/core/14_record.ipynb #b9c09659
+# %% ../../../nbs/core/14_record.ipynb #231ed21e
 _QUOTED = re.compile(r"""(["'`])(?:file://)?(/[^"'`\n]+)\1""")
 _BARE = re.compile(
-    r"""(?<![\w./~:%-])(?:file://)?/(?:[^\s/"'`,;:()\[\]{}<>|]+/)*([^\s/"'`,;:()\[\]{}<>|]+)/?"""
+    r"""(?<![\w./~-])(?:file://)?/(?:[^\s/"'`,;:()\[\]{}<>|]+/)*([^\s/"'`,;:()\[\]{}<>|]+)/?"""
 )
 
 
@@ -42,7 +42,7 @@ def without_paths(value: object) -> object:
     if not isinstance(value, (str, Path)):
         return value
     text = str(value)
-    if os.path.isabs(text) and (Path(text) == root() or "\n" not in text and os.path.lexists(text)):
+    if os.path.isabs(text) and not re.search(r"\n|: | /", text):
         return _short(Path(text))
     text = text.replace(f"{root()}/", "")
     text = _QUOTED.sub(lambda match: f"{match[1]}{_short(Path(match[2]))}{match[1]}", text)

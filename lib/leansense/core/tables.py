@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from .paths import root, write_atomic
-from .record import read
+from .record import read, vouched
 from .rows import Row, paper_folder, read_rows, set_name
 
 # %% ../../../nbs/core/40_tables.ipynb #a0c7fa2c
@@ -72,7 +72,9 @@ def frame(rows: list[Row]) -> pd.DataFrame:
         line |= _flat(row.claim, "claim.")
         note = Path(f"{row.folder}.error")
         if row.record.exists():
-            line |= _flat({key: value for key, value in read(row.record).items() if isinstance(value, dict)})
+            blocks = {key: value for key, value in read(row.record).items() if isinstance(value, dict)}
+            line |= _flat({key: value for key, value in blocks.items() if key != "code"})
+            line["vouched"] = vouched(row.record)
         line["missing"] = "" if row.record.exists() else "not run"
         if note.exists():  # the newest attempt failed: an older record is not its result
             line["missing"] = "failed: " + note.read_text().strip()
@@ -246,13 +248,14 @@ def caption_facts(runs: pd.DataFrame, scale: str) -> str:
     ]
     where = " or ".join(_distinct(done, "env.device")) or "unknown device"
     threads = _distinct(done, "env.threads")
+    kept = int((done["vouched"] == True).sum()) if "vouched" in done else 0  # noqa: E712 (NaN without record)
     seeds = sorted(set(done["seed"]))
     data = (
         f"data: {', '.join(names)}" + (f" ({', '.join(sizes)} images)" if sizes else "") if names else "no data needed"
     )
     return f"Scale {scale}; {data}; {len(seeds)} seed{'s' * (len(seeds) != 1)}; measured on {where}" + (
-        f", {'/'.join(threads)} thread{'s' * (threads != ['1'])}." if threads else "."
-    )
+        f", {'/'.join(threads)} thread{'s' * (threads != ['1'])}" if threads else ""
+    ) + (f"; {kept} record{'s' * (kept != 1)} vouched for." if kept else ".")
 
 # %% ../../../nbs/core/40_tables.ipynb #731f71d3
 def verdict(claimed: float, measured: float | None, tolerance: float, why: str = "", at_least: bool = False) -> str:
