@@ -5,24 +5,22 @@
 # %% auto #0
 __all__ = ['LIST', 'alone', 'written_once', 'stored_array']
 
-# %% ../../../nbs/core/62_store.ipynb #b05cee5d
+# %% ../../../nbs/core/62_store.ipynb #22b9fa3c
 import contextlib
+import errno
 import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .check import file_digests
-from .paths import naming, remove, sweep, temporary, try_lock, write_atomic
+from .check import content_digest, file_digests
+from .paths import naming, release, remove, sweep, temporary, try_lock, write_atomic
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# %% ../../../nbs/core/62_store.ipynb #89cd3827
+# %% ../../../nbs/core/62_store.ipynb #0f7080c3
 _HINT = ", or name another folder in LEANSENSE_DATA"
 
 
@@ -50,20 +48,20 @@ def alone(path: Path, patience: float = 5.0) -> Iterator[None]:
     while True:
         with naming(path, _HINT):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         _take(handle, path, patience)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(lock), os.fstat(handle)):
                 break
-        os.close(handle)
+        release(handle)
     try:
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         lock.unlink(missing_ok=True)
-        os.close(handle)
+        release(handle)
 
-# %% ../../../nbs/core/62_store.ipynb #667dc720
+# %% ../../../nbs/core/62_store.ipynb #2a002228
 LIST = ".files.json"  # in a folder; `.NAME.files.json` beside a single file
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", LIST}  # what desktops put into any folder
 
@@ -90,6 +88,18 @@ def _listed(manifest: Path) -> dict[str, list]:
         raise ValueError("the list of its files cannot be read")
     return listed
 
+# %% ../../../nbs/core/62_store.ipynb #efe9e963
+def _write_list(manifest: Path, files: dict[str, Path]) -> None:
+    """Write the list of some files: name, size, digest; their bytes are on disk then."""
+    def entry(path: Path) -> tuple[int, str]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        return path.stat().st_size, content_digest(path)
+
+    with ThreadPoolExecutor(16) as pool:
+        listed = dict(zip(files, pool.map(entry, files.values())))
+    write_atomic(manifest, json.dumps(listed, indent=0, sort_keys=True) + "\n")
+
 
 def _compare(folder: Path, listed: dict[str, list], present: set[str]) -> None:
     """ValueError naming the first file that is missing, not listed, or not what was written."""
@@ -106,7 +116,7 @@ def _compare(folder: Path, listed: dict[str, list], present: set[str]) -> None:
         if [size, digest] != listed[name]:
             raise ValueError(f"{name} is not what was written")
 
-# %% ../../../nbs/core/62_store.ipynb #3b3d2001
+# %% ../../../nbs/core/62_store.ipynb #f5cd3a0e
 def _fault(folder: Path) -> str:
     """What is wrong with a folder that `written_once` wrote, in words; empty when nothing is."""
     try:
@@ -133,11 +143,14 @@ def _draw(folder: Path, write: Callable[[Path], None], fault: str) -> None:
         _say(f"{folder}: {fault}; drawn again" + (f", the old one is kept as {aside.name}" if aside else ""))
     with temporary(folder, folder=True) as made, temporary(folder, folder=True) as trash:
         write(made)
-        listed = file_digests(made, _names(made))
-        write_atomic(made / LIST, json.dumps(listed, indent=0, sort_keys=True) + "\n")
+        _write_list(made / LIST, {name: made / name for name in _names(made)})
         if old:  # by a rename: nobody reads a folder that is half deleted
             os.rename(folder, aside or trash / "old")
-        os.rename(made, folder)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if _fault(folder):  # else another was faster, where there are no locks
+                raise
 
 
 def written_once(folder: str | Path, write: Callable[[Path], None]) -> Path:
@@ -154,8 +167,8 @@ def written_once(folder: str | Path, write: Callable[[Path], None]) -> Path:
             _draw(folder, write, fault)
     return folder
 
-# %% ../../../nbs/core/62_store.ipynb #acc87b48
-def _opened(path: Path, shape: tuple[int, ...], dtype: "np.dtype", verify: bool = True) -> "np.ndarray":
+# %% ../../../nbs/core/62_store.ipynb #ce15ac1d
+def _opened(path: Path, shape: tuple[int, ...], dtype, verify: bool = True):
     """The array at `path`, mapped read-only; ValueError in words when it is not what was asked for or written."""
     import numpy as np
 
@@ -173,26 +186,34 @@ def _opened(path: Path, shape: tuple[int, ...], dtype: "np.dtype", verify: bool 
     return array
 
 
-def _filled(path: Path, shape: tuple[int, ...], dtype: "np.dtype", fill: Callable) -> None:
+def _reserve(handle: int) -> None:
+    """Take the space of a sparse file on disk now, where the file system can."""
+    try:
+        os.posix_fallocate(handle, 0, max(1, os.fstat(handle).st_size))
+    except AttributeError:  # macOS has none
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+# %% ../../../nbs/core/62_store.ipynb #656f2c0a
+def _filled(path: Path, shape: tuple[int, ...], dtype, fill: Callable) -> None:
     """Make the array of `stored_array`, on disk and with its list, before it takes its name."""
     import numpy as np
 
     with temporary(path) as made:
         array = np.lib.format.open_memmap(made, "w+", dtype, shape)
         with open(made, "r+b") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, made.stat().st_size)
+            _reserve(file.fileno())
             fill(array)
             array.flush()
-            os.fsync(file.fileno())
         del array
-        entry = file_digests(made.parent, [made.name])[made.name]
         path.unlink(missing_ok=True)  # a damaged one: killed here, we leave none instead of a wrong one
-        write_atomic(path.with_name(f".{path.name}{LIST}"), json.dumps({path.name: entry}) + "\n")
+        _write_list(path.with_name(f".{path.name}{LIST}"), {path.name: made})
         os.replace(made, path)
 
 
-def stored_array(path: str | Path, shape: tuple[int, ...], dtype, fill: Callable) -> "np.ndarray":
+def stored_array(path: str | Path, shape: tuple[int, ...], dtype, fill: Callable):
     """The array kept at `path`, mapped read-only; made by `fill(array)` when missing, damaged or of another shape."""
     import numpy as np
 
