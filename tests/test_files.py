@@ -458,6 +458,33 @@ def test_threads_wait_for_each_other(tmp_path):
     assert made == [1] and not hidden(tmp_path)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_without_locks_work_is_done_twice_and_comes_out_whole(tmp_path, monkeypatch, damaged):
+    if damaged:
+        flip(written_once(tmp_path / "leaf-v1", draw) / "metadata.csv")
+        flip(Path(stored_array(tmp_path / "a.npy", (4,), "uint8", fill).filename))
+    for module in (paths, store):
+        monkeypatch.setattr(module, "try_lock", lambda *_, **__: None)
+    together, failed = threading.Barrier(3), []
+
+    def work():
+        try:
+            written_once(tmp_path / "leaf-v1", lambda folder: (draw(folder), together.wait(30)))
+            stored_array(tmp_path / "a.npy", (4,), "uint8", lambda array: (fill(array), together.wait(30)))
+        except BaseException as error:
+            failed.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and len(contents(tmp_path / "leaf-v1")) == 8 and not hidden(tmp_path)
+    written_once(tmp_path / "leaf-v1", lambda folder: pytest.fail("not whole"))
+    stored_array(tmp_path / "a.npy", (4,), "uint8", lambda array: pytest.fail("not whole"))
+
+
 def test_whoever_waits_long_says_for_whom(tmp_path, capsys):
     held, done = threading.Event(), threading.Event()
 
