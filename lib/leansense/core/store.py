@@ -20,7 +20,7 @@ from pathlib import Path
 from .check import content_digest, file_digests
 from .paths import naming, release, sweep, temporary, try_lock, write_atomic
 
-# %% ../../../nbs/core/62_store.ipynb #377af984
+# %% ../../../nbs/core/62_store.ipynb #a0a7f926
 _HINT = ", or name another folder in LEANSENSE_DATA"
 
 
@@ -43,7 +43,7 @@ def _take(handle: int, path: Path, patience: float) -> None:
 
 @contextlib.contextmanager
 def alone(path: Path, patience: float = 5.0) -> Iterator[None]:
-    """Let one process (and one thread of it) at a time make `path`; OSError naming it where none can."""
+    """Let one thread of one process at a time make `path`; OSError naming it where none can."""
     lock = path.with_name(f".{path.name}.lock")
     while True:
         with naming(path, _HINT):
@@ -118,7 +118,7 @@ def _compare(folder: Path, listed: dict[str, list], present: set[str]) -> None:
         if [size, digest] != listed[name]:
             raise ValueError(f"{name} is not what was written")
 
-# %% ../../../nbs/core/62_store.ipynb #374697eb
+# %% ../../../nbs/core/62_store.ipynb #def28f4a
 def _fault(folder: Path) -> str:
     """What is wrong with a folder that `written_once` wrote, in words; empty when nothing is."""
     try:
@@ -129,7 +129,7 @@ def _fault(folder: Path) -> str:
 
 
 def _keeping(folder: Path) -> Path | None:
-    """Where to set aside a damaged folder that holds what we did not write; None: it may be removed."""
+    """Where to set aside a damaged folder that is not all ours; None: it may be removed."""
     with contextlib.suppress(ValueError):
         ours = folder.is_dir() and _names(folder) <= _listed(folder / LIST).keys()
         if ours or folder.is_symlink():
@@ -139,7 +139,7 @@ def _keeping(folder: Path) -> Path | None:
 
 
 def _draw(folder: Path, write: Callable[[Path], None], fault: str) -> None:
-    """Write the folder with its list, in the place of a damaged one if there is one; a line says so."""
+    """Write the folder and its list, in the place of a damaged one if any; a line says so."""
     old = os.path.lexists(folder)
     aside = _keeping(folder) if old else None
     if old:
@@ -157,9 +157,9 @@ def _draw(folder: Path, write: Callable[[Path], None], fault: str) -> None:
             if _fault(folder):  # else another was faster, on a file system without locks
                 raise
 
-# %% ../../../nbs/core/62_store.ipynb #2263b8e1
+# %% ../../../nbs/core/62_store.ipynb #ef9e4374
 def written_once(folder: str | Path, write: Callable[[Path], None]) -> Path:
-    """The folder that `write(empty folder)` fills: made when missing, again when a file has changed.
+    """The folder that `write(empty folder)` fills: made when missing, or when a file has changed.
 
     OSError: one line with the folder and what to do, where it cannot be written.
     """
@@ -172,9 +172,9 @@ def written_once(folder: str | Path, write: Callable[[Path], None]) -> Path:
             _draw(folder, write, fault)
     return folder
 
-# %% ../../../nbs/core/62_store.ipynb #34c21d3b
+# %% ../../../nbs/core/62_store.ipynb #7a4e0a57
 def _opened(path: Path, shape: tuple[int, ...], dtype, verify: bool = True):
-    """The array at `path`, mapped read-only; ValueError in words when it is not as asked or written."""
+    """The array at `path`, mapped read-only; ValueError in words when not as asked or written."""
     import numpy as np
 
     if not path.is_file():
@@ -201,7 +201,7 @@ def _reserve(handle: int) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
 
-# %% ../../../nbs/core/62_store.ipynb #78ee73cb
+# %% ../../../nbs/core/62_store.ipynb #9f823683
 def _filled(path: Path, shape: tuple[int, ...], dtype, fill: Callable) -> None:
     """Make the array of `stored_array`, on disk and with its list, before it takes its name."""
     import numpy as np
@@ -219,10 +219,10 @@ def _filled(path: Path, shape: tuple[int, ...], dtype, fill: Callable) -> None:
 
 
 def stored_array(path: str | Path, shape: tuple[int, ...], dtype, fill: Callable):
-    """The array kept at `path`, mapped read-only; made by `fill(array)` when missing or not as asked.
+    """The array kept at `path`, mapped read-only; made by `fill(array)` when it is missing.
 
-    A damaged one, or one of another shape or type, is made again and one line says why. OSError: one
-    line with the path and what to do, where it cannot be written.
+    A damaged one, or one of another shape or type, is made again, and one line says why.
+    OSError: one line with the path and what to do, where it cannot be written.
     """
     import numpy as np
 
