@@ -28,7 +28,6 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from .checkpoint import MARK, AtomicIO, check_weights, copy_checkpoint, load_weights, read_checkpoint
@@ -191,10 +190,24 @@ def history_csv(history: dict[str, list[float]]) -> str:
 
 # %% ../../../nbs/core/20_train.ipynb #716c97fd
 class Average(WeightAveraging):
-    """Exponential moving average of the weights and of the buffers (batch-norm statistics)."""
+    """Exponential moving average of the weights and of the buffers (batch-norm statistics), its decay growing."""
 
     def __init__(self, decay: float):
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(multi_avg_fn=self.blend)
+        self.decay = decay
+
+    def decay_at(self, updates: int) -> float:
+        """The share of the old average in the next one, after so many `updates`."""
+        return min(self.decay, (1 + updates) / (10 + updates))
+
+    @torch.no_grad()
+    def blend(self, averages: list[torch.Tensor], weights: list[torch.Tensor], _) -> None:
+        """Move `averages` (tensors of one kind) towards `weights`, in place."""
+        keep = self.decay_at(int(self._average_model.n_averaged))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, weights, 1 - keep)
+        else:  # counters: those of the weights
+            torch._foreach_copy_(averages, weights)
 
     def setup(self, trainer, pl_module, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
