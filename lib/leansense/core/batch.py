@@ -25,7 +25,7 @@ from .digest import digest
 from .paths import root, run_folder, write_atomic
 from .readme import update
 from .record import read, stale
-from .rows import Row, RowsError, fingerprint, paper_folder, read_rows, set_name, systems
+from .rows import Row, RowsError, fingerprints, paper_folder, read_rows, set_name, systems
 
 # %% ../../../nbs/core/16_batch.ipynb #f46bbf9a
 @dataclass(frozen=True)
@@ -44,24 +44,13 @@ class Step:
             return None
 
 
-def _data_key(row: Row) -> str:
-    """What decides which data a row reads: its system and the parameters that speak of data."""
-    words = ("data", "metadata", "label2id", "standin", "layout", "split")
-    return json.dumps([row.system, {k: v for k, v in row.params.items() if any(word in k for word in words)}])
-
-
 def plan(system: str, scale: str = "demo", data: str = "", fresh: bool = False) -> list[Step]:
     """What `make tables` has to do for one system; RowsError when a row of the matrix is unsound."""
     rows = read_rows(system, scale, data)
     code = {notebook: digest(notebook) for notebook in {row.notebook for row in rows}}
-    prints = {}
-    for row in rows:
-        key = _data_key(row)
-        if key not in prints:
-            prints[key] = fingerprint(row)
     return [
-        Step(row, "FRESH=1" if fresh else stale(row.record, row.params, code[row.notebook], prints[_data_key(row)]))
-        for row in rows
+        Step(row, "FRESH=1" if fresh else stale(row.record, row.params, code[row.notebook], data))
+        for row, data in zip(rows, [""] * len(rows) if fresh else fingerprints(rows))
     ]
 
 # %% ../../../nbs/core/16_batch.ipynb #24207544
