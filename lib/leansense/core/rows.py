@@ -26,6 +26,7 @@ import yaml
 from .digest import digest
 from .parameters import complaints, declared, nearest
 from .paths import resolve, root, write_atomic
+from .process import PARENT, end_with
 from .record import RUNNER, stale
 
 # %% ../../../nbs/core/10_rows.ipynb #8917eb28
@@ -399,6 +400,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--progress", action="store_true")
     given = parser.parse_args(argv)
+    if given.what == "run":
+        end_with(os.environ.get(PARENT, ""))
     try:
         rows = read_rows(given.system, given.scale, given.data)
         if given.what == "run":
@@ -407,8 +410,9 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"{row.id}\t{row.label}\t{json.dumps(row.params, sort_keys=True)}" for row in rows))
         else:
             print(f"{given.system}: {len(rows)} rows at scale {given.scale}, all sound")
-    except (RowsError, RuntimeError) as error:
-        print(error, file=sys.stderr)
+    except (RowsError, RuntimeError, OSError) as error:
+        line = without_places(cause(error)) if isinstance(error, OSError) else error
+        print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 
