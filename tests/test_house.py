@@ -472,7 +472,7 @@ def test_gates_are_left_out_unless_named():
     assert "-m 'not gate'" in options["addopts"]
     recipes = (ROOT / "Makefile").read_text()
     assert re.search(r"^gates:.*\n\t.*pytest .*-m gate", recipes, re.M)
-    assert not re.search(r"^test:.*\n\t.*-m ", recipes, re.M)
+    assert not re.search(r"^test:.*\n\t.*pytest.*-m ", recipes, re.M)
 
 
 # --- the warm process ---
