@@ -116,7 +116,7 @@ def _compare(folder: Path, listed: dict[str, list], present: set[str]) -> None:
         if [size, digest] != listed[name]:
             raise ValueError(f"{name} is not what was written")
 
-# %% ../../../nbs/core/62_store.ipynb #f5cd3a0e
+# %% ../../../nbs/core/62_store.ipynb #c3a77efc
 def _fault(folder: Path) -> str:
     """What is wrong with a folder that `written_once` wrote, in words; empty when nothing is."""
     try:
@@ -152,7 +152,7 @@ def _draw(folder: Path, write: Callable[[Path], None], fault: str) -> None:
             if _fault(folder):  # else another was faster, where there are no locks
                 raise
 
-
+# %% ../../../nbs/core/62_store.ipynb #b4574097
 def written_once(folder: str | Path, write: Callable[[Path], None]) -> Path:
     """The folder that `write(empty folder)` fills: made when missing, made again when a file of it has changed.
 
@@ -167,7 +167,7 @@ def written_once(folder: str | Path, write: Callable[[Path], None]) -> Path:
             _draw(folder, write, fault)
     return folder
 
-# %% ../../../nbs/core/62_store.ipynb #ce15ac1d
+# %% ../../../nbs/core/62_store.ipynb #1bce1233
 def _opened(path: Path, shape: tuple[int, ...], dtype, verify: bool = True):
     """The array at `path`, mapped read-only; ValueError in words when it is not what was asked for or written."""
     import numpy as np
@@ -196,7 +196,7 @@ def _reserve(handle: int) -> None:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
 
-# %% ../../../nbs/core/62_store.ipynb #656f2c0a
+# %% ../../../nbs/core/62_store.ipynb #16c65d9a
 def _filled(path: Path, shape: tuple[int, ...], dtype, fill: Callable) -> None:
     """Make the array of `stored_array`, on disk and with its list, before it takes its name."""
     import numpy as np
