@@ -220,7 +220,8 @@ def test_sweep_takes_nothing_else(tmp_path):
     assert all(path.read_text() == "mine" for path in kept) and link.is_symlink()
 
 
-def test_swept_between_making_and_locking(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", [False, True])
+def test_swept_between_making_and_locking(tmp_path, monkeypatch, folder):
     """A writer that lost its new file before it could lock it takes another."""
     lock, lost = paths.try_lock, []
 
@@ -231,8 +232,9 @@ def test_swept_between_making_and_locking(tmp_path, monkeypatch):
         return lock(handle, wait)
 
     monkeypatch.setattr(paths, "try_lock", late)
-    write_atomic(tmp_path / "a.txt", "a")
-    assert len(lost) == 1 and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with temporary(tmp_path / "a", folder=folder) as made:
+        assert len(lost) == 1 and list(tmp_path.iterdir()) == [made] != lost
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_locks_a_day_decides(tmp_path, monkeypatch):
@@ -458,6 +460,33 @@ def test_threads_wait_for_each_other(tmp_path):
     assert made == [1] and not hidden(tmp_path)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_without_locks_work_is_done_twice_and_comes_out_whole(tmp_path, monkeypatch, damaged):
+    if damaged:
+        flip(written_once(tmp_path / "leaf-v1", draw) / "metadata.csv")
+        flip(Path(stored_array(tmp_path / "a.npy", (4,), "uint8", fill).filename))
+    for module in (paths, store):
+        monkeypatch.setattr(module, "try_lock", lambda *_, **__: None)
+    together, failed = threading.Barrier(3), []
+
+    def work():
+        try:
+            written_once(tmp_path / "leaf-v1", lambda folder: (draw(folder), together.wait(30)))
+            stored_array(tmp_path / "a.npy", (4,), "uint8", lambda array: (fill(array), together.wait(30)))
+        except BaseException as error:
+            failed.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and len(contents(tmp_path / "leaf-v1")) == 8 and not hidden(tmp_path)
+    written_once(tmp_path / "leaf-v1", lambda folder: pytest.fail("not whole"))
+    stored_array(tmp_path / "a.npy", (4,), "uint8", lambda array: pytest.fail("not whole"))
+
+
 def test_whoever_waits_long_says_for_whom(tmp_path, capsys):
     held, done = threading.Event(), threading.Event()
 
@@ -479,16 +508,24 @@ def test_whoever_waits_long_says_for_whom(tmp_path, capsys):
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
-    """A worker that was forked under the lock lives on; nobody waits for it."""
+    """A worker that was forked under the lock lives on; whoever waits goes on without it."""
+    got = threading.Event()
+
+    def wait():
+        with alone(tmp_path / "a"):
+            got.set()
+
+    waiter = threading.Thread(target=wait, daemon=True)
     with alone(tmp_path / "a"):
         child = os.fork()
         if not child:
             time.sleep(60)
             os._exit(0)
+        waiter.start()
+        time.sleep(0.3)
+        assert not got.is_set()
     try:
-        before = time.monotonic()
-        with alone(tmp_path / "a"):
-            assert time.monotonic() - before < 30
+        assert got.wait(20)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -566,6 +603,15 @@ def test_no_space_for_an_array_names_it(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename == str(tmp_path / "pixels.npy") and not list(tmp_path.iterdir())
+
+
+def test_space_for_an_array_is_taken_before_it_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.os, "posix_fallocate", refuse(errno.ENOSPC), raising=False)
+    with pytest.raises(OSError, match=r"No space left on device; free some space.*pixels\.npy"):
+        stored_array(tmp_path / "pixels.npy", (50,), "uint8", lambda array: pytest.fail("filled"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(store.os, "posix_fallocate", refuse(errno.ENOTSUP), raising=False)
+    assert stored_array(tmp_path / "pixels.npy", (50,), "uint8", fill).sum() == 1225
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])

@@ -104,7 +104,7 @@ def _remember(store: Path, known: dict[str, list]) -> None:
     with contextlib.suppress(OSError):
         write_atomic(store, f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}\n{text}")
 
-# %% ../../../nbs/core/60_check.ipynb #47baa48d
+# %% ../../../nbs/core/60_check.ipynb #017e65c7
 def content_digest(path: Path) -> str:
     """The blake2b digest of a file's content, 32 hexadecimal digits."""
     with open(path, "rb") as file:
@@ -112,7 +112,7 @@ def content_digest(path: Path) -> str:
 
 
 def file_digests(root: str | Path, files: Iterable[str | Path]) -> dict[str, tuple[int, str]]:
-    """Size and content digest of each file below `root`; remembered until size, times or file number change."""
+    """Size and content digest of each file below `root`; remembered until its stamp changes."""
     root = Path(os.path.abspath(root))
     names = sorted({str(name) for name in files})
     key = hashlib.blake2b(str(root).encode(errors="surrogateescape"), digest_size=8).hexdigest()

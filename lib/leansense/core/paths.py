@@ -54,11 +54,11 @@ def run_folder(*parts: str) -> Path:
 
 # %% ../../../nbs/core/00_paths.ipynb #542cedfc
 def resolve(path: str | Path) -> Path:
-    """`path` as an absolute path: `~` expanded, relative ones taken from the repository's top folder."""
+    """`path` as an absolute path: `~` expanded, relative ones taken from the repository."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else root() / path
 
-# %% ../../../nbs/core/00_paths.ipynb #9f77353e
+# %% ../../../nbs/core/00_paths.ipynb #9cc03e56
 _WRITABLE = "make it writable or choose another place"
 _REMEDIES = {
     errno.ENOSPC: "free some space there and run again",
@@ -79,22 +79,24 @@ _REMEDIES = {
 def naming(path: str | Path, hint: str = "") -> Iterator[None]:
     """Let what the system refuses while `path` is written name it, and say in one line what to do.
 
-    An error about a file elsewhere, which the block happened to read, passes as it is; so does any other exception.
+    An error about a file elsewhere, which the block happened to read, passes as it is; so does any
+    other exception.
     """
     try:
         yield
     except OSError as error:
-        target, named = Path(os.path.abspath(path)), error.filename
-        named = Path(os.path.abspath(os.fsdecode(named))) if isinstance(named, str | bytes | os.PathLike) else target
+        target = named = Path(os.path.abspath(path))
+        if isinstance(error.filename, str | bytes | os.PathLike):
+            named = Path(os.path.abspath(os.fsdecode(error.filename)))
         about = named.is_relative_to(target.parent) or target.is_relative_to(named)
         if error.errno not in _REMEDIES or not about or "; " in (error.strerror or ""):
             raise
         said = f"{os.strerror(error.errno)}; {_REMEDIES[error.errno]}{hint}"
-        raise OSError(error.errno, said, str(path)) from None  # Python picks the class by the number
+        raise OSError(error.errno, said, str(path)) from None  # Python picks the class
 
-# %% ../../../nbs/core/00_paths.ipynb #50a65cd0
+# %% ../../../nbs/core/00_paths.ipynb #9f3564d6
 def try_lock(handle: int, wait: bool = False) -> bool | None:
-    """Take the lock of an open file or folder; False: another has it, None: this file system has no locks."""
+    """Take the lock of an open file or folder; False: another has it, None: no locks here."""
     try:
         import fcntl
 
@@ -107,7 +109,7 @@ def try_lock(handle: int, wait: bool = False) -> bool | None:
 
 
 def release(handle: int) -> None:
-    """Give up the lock of an open file, also where a forked child still has it open, and close it."""
+    """Give up the lock of an open file, even if a forked child has it open, and close it."""
     with contextlib.suppress(ImportError, OSError):
         import fcntl
 
@@ -116,21 +118,21 @@ def release(handle: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it points to) or a folder with all it holds; nothing there is no error."""
+    """Remove a file, a link (not what it points to) or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
-# %% ../../../nbs/core/00_paths.ipynb #8b276e3b
+# %% ../../../nbs/core/00_paths.ipynb #85c4fb31
 @contextlib.contextmanager
 def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A new file (or folder) `.NAME.RANDOM.tmp` beside `path`, removed at the end unless it was renamed by then."""
+    """A new file (or folder) `.NAME.RANDOM.tmp` beside `path`, removed unless renamed."""
     while True:
         made = path.with_name(f".{path.name[:50]}.{secrets.token_hex(6)}.tmp")
         if folder:
             made.mkdir()
-        with contextlib.suppress(FileNotFoundError if folder else ()):  # swept before we could lock it
+        with contextlib.suppress(FileNotFoundError if folder else ()):  # swept already
             flags = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
             handle = os.open(made, flags, 0o666)  # the kernel applies the umask
             try_lock(handle, wait=True)
@@ -144,7 +146,7 @@ def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
             remove(made)
         release(handle)
 
-# %% ../../../nbs/core/00_paths.ipynb #91db4b7b
+# %% ../../../nbs/core/00_paths.ipynb #fa6cf9d0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 
@@ -168,7 +170,7 @@ def _abandoned(path: Path) -> bool:
 
 
 def sweep(folder: str | Path, deep: bool = True) -> list[Path]:
-    """Remove the temporary files and folders that killed writers left below `folder`; returns their paths.
+    """Remove the temporary files and folders that killed writers left below `folder`; their paths.
 
     `deep`: at any depth, else directly in it.
     """
@@ -179,9 +181,9 @@ def sweep(folder: str | Path, deep: bool = True) -> list[Path]:
         folders[:] = [name for name in folders if deep and name not in found]
     return removed
 
-# %% ../../../nbs/core/00_paths.ipynb #9fec9873
+# %% ../../../nbs/core/00_paths.ipynb #a7f0b998
 def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on disk, where the file system can tell."""
+    """Wait until a file's bytes, or a folder's names, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -194,9 +196,10 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file to write to; when the block ends well it is on disk and takes the place of `path`, in one step.
+    """A binary file to write to, which takes the place of `path` when the block ends well.
 
-    Else the old file stays as it was. The folder is made when missing. OSError: one line with `path` and what to do.
+    It is on disk then; else the old file stays as it was. The folder is made when missing.
+    OSError: one line with `path` and what to do.
     """
     path = Path(path)
     with naming(path):
