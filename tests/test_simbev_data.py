@@ -570,7 +570,7 @@ def test_doctor_uses_lidar_where_there_is_no_depth(copies):
 
 
 def test_large_images_are_squeezed_with_two_factors(own_data_root):
-    data = simbev.load(standin(n=2, size="1600x900", layout="native", per_scene=1))
+    data = simbev.load(standin(n=3, size="1600x900", layout="native", per_scene=1))
     item = simbev.SimBEVDataset(data, "train", augment="none")[0]
     assert np.allclose(item["intrins"][0], [[286.0209, 0, 240], [0, 237.2914, 112], [0, 0, 1]], atol=1e-3)
     assert splat_overlap(data, stride=2)["overlap"] > 0.6
@@ -740,7 +740,7 @@ def test_targets_by_class_and_grid(folder):
 
 
 def test_ego_is_kept_cleared_or_ignored(own_data_root):
-    data = simbev.load(standin(n=4, size="240x112", layout="native", ego=True))
+    data = simbev.load(standin(n=6, size="240x112", layout="native", ego=True))
     make = lambda ego: simbev.SimBEVDataset(data, "train", ego=ego, **FAST)[0]
     kept, cleared, ignored = map(make, ("keep", "clear", "ignore"))
     blob = slice(96, 104), slice(98, 102)
@@ -748,7 +748,7 @@ def test_ego_is_kept_cleared_or_ignored(own_data_root):
     assert cleared["target"][0][blob].sum() == 0 and torch.equal(ignored["target"], kept["target"])
     gone = kept["target"] - cleared["target"]
     assert (gone * ignored["mask"]).sum() == 0 and (ignored["mask"] == 0).sum() == 10 * 6
-    plain = simbev.load(standin(n=4, size="240x112", layout="native"))
+    plain = simbev.load(standin(n=6, size="240x112", layout="native"))
     assert torch.equal(simbev.SimBEVDataset(plain, "train", ego="clear", **FAST)[0]["target"], cleared["target"])
 
 
@@ -798,10 +798,10 @@ def test_identify_is_light():
 
 
 def test_rows_name_their_data(folders):
-    asked = {"data": "standin", "standin": 6, "standin_size": "240x112", "layout": "native"}
+    asked = {"data": "standin", "standin": 8, "standin_size": "240x112", "layout": "native"}
     data = simbev.dataset(asked)
-    assert data.layout == "native" and data.folder == str(folders["native"]) and data.name == "stand-in, 6 frames"
-    others = ({}, {"layout": "auto"}, {"standin": 8}, {"standin_size": ""})
+    assert data.layout == "native" and data.folder == str(folders["native"]) and data.name == "stand-in, 8 frames"
+    others = ({}, {"layout": "auto"}, {"standin": 10}, {"standin_size": ""})
     names = {simbev.identify(asked | other) for other in others}
     assert len(names) == 4 and simbev.identify(asked) == simbev.identify(asked | {"cams": "front", "seed": 7})
     real = {"data": str(folders["native"])}
@@ -830,7 +830,7 @@ def test_loaders_take_the_published_flags(folder):
         assert simbev.options({"cams": list(CAMERAS[:count]), "ncams": asked})["ncams"] == kept
     assert named["augment"] == Augment((0.5, 0.6), rand_flip=False)
     made = simbev.loaders(data, params)
-    assert {split: len(part) for split, part in made.items()} == {"train": 1, "valid": 1}
+    assert {split: len(part) for split, part in made.items()} == {"train": 1, "valid": 1, "test": 1}
     batch = next(iter(made["valid"]))
     assert batch["imgs"].shape == (2, 6, 3, 64, 176) and batch["target"].shape == (2, 2, 200, 200)
     assert batch["id"] == [f.id for f in data.part("valid")]
@@ -848,7 +848,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_standin_is_the_same_bytes_twice(tmp_path, layout):
-    small = dict(n=2, per_scene=1, size="96x54", layout=layout)
+    small = dict(n=3, per_scene=1, size="96x54", layout=layout)
     first, second = (contents(standin(tmp_path / name, **small)) for name in "ab")
     assert first == second and len(first) > 12
     assert first != contents(standin(tmp_path / "c", seed=1, **small))
@@ -881,7 +881,7 @@ def test_standin_refuses_what_it_cannot_write():
 
 
 def test_standin_written_by_several_at_once(tmp_path):
-    call = f"standin({str(tmp_path)!r}, n=2, per_scene=1, size='96x54')"
+    call = f"standin({str(tmp_path)!r}, n=3, per_scene=1, size='96x54')"
     code = f"from leansense.simbev.standin import standin; print({call})"
     workers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     found = {worker.communicate(timeout=1800)[0].strip() for worker in workers}
@@ -891,8 +891,8 @@ def test_standin_written_by_several_at_once(tmp_path):
 def test_doctor_is_content_with_the_standins(folders):
     for layout, folder in folders.items():
         report = simbev.check(folder)
-        assert report.ok and not report.warnings and f"{layout} layout, 3 scenes" in str(report)
-        assert "36 of 36 images decoded" in str(report)
+        assert report.ok and not report.warnings and f"{layout} layout, 4 scenes" in str(report)
+        assert "48 of 48 images decoded" in str(report)
 
 
 def test_doctor_command(folder, tmp_path):
