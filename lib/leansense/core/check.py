@@ -7,6 +7,7 @@ __all__ = ['Problem', 'Report', 'file_digests', 'fingerprint', 'systems', 'check
 
 # %% ../../../nbs/core/60_check.ipynb #641ad5e6
 import argparse
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -77,7 +78,33 @@ class Report:
         marked = (("ok", self.facts), ("error", self.errors), ("warning", self.warnings))
         return "\n".join(lines + [f"  {mark:<8}{entry}" for mark, entries in marked for entry in entries])
 
-# %% ../../../nbs/core/60_check.ipynb #9dc48471
+# %% ../../../nbs/core/60_check.ipynb #be0fb424
+_YOUNG = 2_000_000_000  # nanoseconds
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size, time of modification and of status change (ns), and number of a file."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _remembered(store: Path) -> dict[str, list]:
+    """What `_remember` wrote to `store`; empty when there is nothing, or it is damaged."""
+    try:
+        seal, text = store.read_text().split("\n", 1)
+        sound = seal == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return json.loads(text) if sound else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(store: Path, known: dict[str, list]) -> None:
+    """Write a memory; where nothing can be written, all is digested again next time."""
+    text = json.dumps(known)
+    with contextlib.suppress(OSError):
+        write_atomic(store, f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}\n{text}")
+
+# %% ../../../nbs/core/60_check.ipynb #3f35e607
 def _digest(path: Path) -> str:
     """The blake2b digest of a file's content, 32 hexadecimal digits."""
     with open(path, "rb") as file:
@@ -85,25 +112,23 @@ def _digest(path: Path) -> str:
 
 
 def file_digests(root: str | Path, files: Iterable[str | Path]) -> dict[str, tuple[int, str]]:
-    """Size and content digest of each file below `root`; remembered by absolute path, size and time of change."""
+    """Size and content digest of each file below `root`; remembered until size, times or file number change."""
     root = Path(os.path.abspath(root))
     names = sorted({str(name) for name in files})
-    store = data_root() / "cache" / "digests" / f"{hashlib.blake2b(str(root).encode(), digest_size=8).hexdigest()}.json"
-    try:
-        known = dict(json.loads(store.read_text()))
-    except (OSError, ValueError, TypeError):  # none yet, or damaged: it is only a memory
-        known = {}
-    stats = {name: os.stat(root / name) for name in names}
-    stamps = {name: [str(root / name), stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    stale = [name for name in names if (known.get(name) or [None])[:3] != stamps[name]]
+    key = hashlib.blake2b(str(root).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    store = data_root() / "cache" / "digests" / f"{key}.json"
+    known, now = _remembered(store), time.time_ns()
+    stamps = {name: [str(root / name), *_stamp(root / name)] for name in names}
+    stale = [name for name in names if known.get(name, [])[:5] != stamps[name]]
     fresh = {}
     if stale:
         with ThreadPoolExecutor(min(16, len(stale))) as pool:
             fresh = dict(zip(stale, pool.map(lambda name: _digest(root / name), stale)))
-        settled = time.time_ns() - 2_000_000_000
-        known.update({name: stamps[name] + [fresh[name]] for name in stale if stamps[name][2] < settled})
-        write_atomic(store, json.dumps(known))
-    return {name: (stats[name].st_size, fresh.get(name) or known[name][3]) for name in names}
+        settled = {name for name in stale if max(stamps[name][2:4]) < now - _YOUNG}
+        known.update({name: stamps[name] + [fresh[name]] for name in settled})
+        if settled:
+            _remember(store, known)
+    return {name: (stamps[name][1], fresh.get(name) or known[name][5]) for name in names}
 
 # %% ../../../nbs/core/60_check.ipynb #e3156972
 def fingerprint(root: str | Path, files: Iterable[str | Path]) -> str:
