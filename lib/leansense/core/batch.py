@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .digest import digest
+from .digest import code_key, digest
 from .paths import root, run_folder, write_atomic
 from .readme import update
 from .record import read, stale
@@ -77,7 +77,7 @@ def results_stamp(system: str, scale: str, data: str = "") -> Path:
 
 def results_key(system: str, rows: list[Row], claims: bool = True) -> str:
     """A digest of all that a system's tables are made of: records, failures, results notebook, rows.yaml, claims."""
-    whole = hashlib.blake2b(digest(f"nbs/{system}/90_results.ipynb").encode(), digest_size=8)
+    whole = hashlib.blake2b(code_key(digest(f"nbs/{system}/90_results.ipynb")).encode(), digest_size=8)
     paper = root() / "papers" / system
     for path in (
         [paper / "rows.yaml", *sorted(paper.glob("*.yaml"))]
