@@ -81,9 +81,12 @@ def recipe(
     weight_decay: float = 1e-2,
     scheduler_tmax: int | None = None,
     schedule: str = "cosine",
-    warmup: int = 0,
+    warmup: int | None = 0,
 ) -> Recipe:
-    """AdamW with the guide's cosine per epoch, or another schedule; ValueError for a short t_max."""
+    """AdamW with the guide's cosine per epoch, or another schedule; ValueError for a short t_max.
+
+    warmup: epochs of linear rise of warmup_cosine; None: a fifth of all.
+    """
     if scheduler_tmax is not None and scheduler_tmax < epochs:
         raise ValueError(
             f"scheduler_tmax={scheduler_tmax} is shorter than epochs={epochs}: the rate would rise again; "
@@ -95,7 +98,7 @@ def recipe(
         schedule=schedule,
         per="epoch",
         t_max=scheduler_tmax or 0,
-        warmup=warmup,
+        warmup=epochs // 5 * (schedule == "warmup_cosine") if warmup is None else warmup,
     )
 
 # %% ../../../nbs/leaf/20_task.ipynb #1bea3c9b
