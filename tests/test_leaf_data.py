@@ -420,7 +420,7 @@ def test_the_cache_follows_content(copy, folder):
 def run_together(code):
     """What three processes print that run `code` at the same time."""
     workers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    found = [worker.communicate(timeout=120)[0].strip() for worker in workers]
+    found = [worker.communicate(timeout=1800)[0].strip() for worker in workers]
     assert all(worker.returncode == 0 for worker in workers)
     return found
 

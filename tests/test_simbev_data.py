@@ -883,7 +883,7 @@ def test_standin_written_by_several_at_once(tmp_path):
     call = f"standin({str(tmp_path)!r}, n=2, per_scene=1, size='96x54')"
     code = f"from leansense.simbev.standin import standin; print({call})"
     workers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    found = {worker.communicate(timeout=120)[0].strip() for worker in workers}
+    found = {worker.communicate(timeout=1800)[0].strip() for worker in workers}
     assert len(found) == 1 and [str(p) for p in tmp_path.iterdir()] == list(found)
 
 
