@@ -22,14 +22,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-<<<<<<< HEAD
-from .digest import code_key, digest
-=======
 import psutil
 
 from .digest import digest
 from .parameters import nearest
->>>>>>> batch
 from .paths import root, run_folder, write_atomic
 from .process import PARENT, end_with, lives, mark, stop, stoppable
 from .readme import update
@@ -86,19 +82,6 @@ def results_stamp(system: str, scale: str, data: str = "", name: str = "results"
     return root() / "runs" / set_name(scale, data) / system / f"{name}.json"
 
 
-<<<<<<< HEAD
-def results_key(system: str, rows: list[Row], claims: bool = True) -> str:
-    """A digest of all that a system's tables are made of: records, failures, results notebook, rows.yaml, claims."""
-    whole = hashlib.blake2b(code_key(digest(f"nbs/{system}/90_results.ipynb")).encode(), digest_size=8)
-    paper = root() / "papers" / system
-    for path in (
-        [paper / "rows.yaml", *sorted(paper.glob("*.yaml"))]
-        + [row.record for row in rows]
-        + [Path(f"{row.folder}.error") for row in rows]
-    ):
-        whole.update(path.name.encode() + (path.read_bytes() if path.exists() else b"-"))
-    return whole.hexdigest()
-=======
 def _content(path: Path) -> str:
     """A digest of a file's bytes; '-' where there is no such file."""
     try:
@@ -133,7 +116,6 @@ def results_key(system: str, rows: list[Row]) -> str:
     sources = [row.record for row in rows] + [note_of(row) for row in rows]
     sources += (root() / "papers" / system).glob("*.yaml")
     return _key(digest(f"nbs/{system}/90_results.ipynb"), _contents(sources))
->>>>>>> batch
 
 
 def results_current(system: str, rows: list[Row], scale: str, data: str = "") -> bool:
