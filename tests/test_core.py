@@ -127,7 +127,7 @@ def test_real_data_has_a_set_of_its_own(house):
     matrix(house, GOOD)
     (house / "Rice leaf").mkdir()
     real = rows.read_rows("toy", "demo", "Rice leaf")[0]
-    assert real.set == "demo-Rice_leaf" and real.params["data"] == "Rice leaf"
+    assert real.set.startswith("demo-Rice_leaf-") and real.params["data"] == "Rice leaf"
     with pytest.raises(rows.RowsError, match="DATA=nowhere: no such folder"):
         rows.read_rows("toy", "demo", "nowhere")
 

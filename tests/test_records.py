@@ -1,4 +1,5 @@
-"""What makes a run, whose folder it is, which code made a record, and what a damaged record is worth."""
+"""What makes a run, whose folder it is, which code made a record, and what damage does."""
+
 import json
 import os
 import re
@@ -14,8 +15,11 @@ from leansense.core import batch, digest, parameters, record, rows
 from leansense.core.parameters import OWNED, declared
 from leansense.core.paths import write_atomic
 
-NOTEBOOKS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "nbs").rglob("8?_*.ipynb")
-                   if ".ipynb_checkpoints" not in path.parts)
+NOTEBOOKS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "nbs").rglob("8?_*.ipynb")
+    if ".ipynb_checkpoints" not in path.parts
+)
 CELL = """epochs: int = 3  # passes
 lr: float = 1e-3  # rate
 name: str = "a"  # text
@@ -26,15 +30,43 @@ num_workers: int = 0  # processes
 seed: int = 0  # draws
 out: str = ""  # record
 folder: str = ""  # checkpoints"""
-GIVEN = {"epochs": 3, "lr": 1e-3, "name": "a", "size": {}, "data": "standin", "weights": "", "num_workers": 0, "seed": 0,
-         "out": "", "folder": ""}
+GIVEN = {
+    "epochs": 3,
+    "lr": 1e-3,
+    "name": "a",
+    "size": {},
+    "data": "standin",
+    "weights": "",
+    "num_workers": 0,
+    "seed": 0,
+    "out": "",
+    "folder": "",
+}
 
 
 def save(path, *cells, tagged=True):
     tag = lambda i: {"tags": ["parameters"]} if tagged and i == 0 else {}
-    return write_atomic(path, json.dumps({"cells": [
-        {"cell_type": "code", "metadata": tag(i), "source": code, "id": f"c{i}", "outputs": [], "execution_count": None}
-        for i, code in enumerate(cells)], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    return write_atomic(
+        path,
+        json.dumps(
+            {
+                "cells": [
+                    {
+                        "cell_type": "code",
+                        "metadata": tag(i),
+                        "source": code,
+                        "id": f"c{i}",
+                        "outputs": [],
+                        "execution_count": None,
+                    }
+                    for i, code in enumerate(cells)
+                ],
+                "metadata": {},
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        ),
+    )
 
 
 @pytest.fixture
@@ -67,7 +99,13 @@ def other(value, kind):
         return not value
     if kind in ("int", "float"):
         return (value or 0) + 1
-    return f"{value or ''}x" if kind == "str" else [*(value or []), 1] if kind == "list" else (value or {}) | {"x": 1}
+    return (
+        f"{value or ''}x"
+        if kind == "str"
+        else [*(value or []), 1]
+        if kind == "list"
+        else (value or {}) | {"x": 1}
+    )
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -109,16 +147,30 @@ def test_identity_knows_seed_code_and_data(house):
 
 
 def test_folder_is_named_by_what_makes_the_run(house):
-    claims = [run(**more).claim("bot") for more in
-              ({}, {"seed": 1}, {"epochs": 4}, {"data": "a/images"}, {"data": "b/images"}, {"num_workers": 4})]
+    claims = [
+        run(**more).claim("bot")
+        for more in (
+            {},
+            {"seed": 1},
+            {"epochs": 4},
+            {"data": "a/images"},
+            {"data": "b/images"},
+            {"num_workers": 4},
+        )
+    ]
     assert claims[0] == claims[5] and len(set(claims)) == 5
-    assert all(path.parent == house / "runs/by-hand/toy" and path.name.startswith("bot-") for path in claims)
+    assert all(
+        path.parent == house / "runs/by-hand/toy" and path.name.startswith("bot-")
+        for path in claims
+    )
     assert run(folder="runs/mine").claim("bot") == house / "runs/mine"
 
 
 def test_logdir_counts_where_it_was_set(house):
     save(house / "nbs/toy/80_row.ipynb", CELL + '\nlogdir: str = "runs/toy"  # logs')
-    assert run(logdir="runs/toy").claim("a").parent.name == "toy" and "by-hand" in str(run(logdir="runs/toy").claim("a"))
+    assert run(logdir="runs/toy").claim("a").parent.name == "toy" and "by-hand" in str(
+        run(logdir="runs/toy").claim("a")
+    )
     assert run(logdir="runs/elsewhere").claim("a") == house / "runs/elsewhere"
 
 
@@ -133,8 +185,13 @@ time.sleep(60)"""
 def holder(house, more="", **given):
     code = HOLD.format(given=GIVEN | given, more=more)
     env = os.environ | {"LEANSENSE_ROOT": str(house), "PYTHONPATH": str(ROOT / "lib")}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -145,7 +202,9 @@ def test_folder_of_a_living_process_is_refused(house):
         with pytest.raises(RuntimeError) as error:
             run(folder="runs/mine", seed=2).claim("bot")
         assert len(str(error.value).splitlines()) == 1
-        assert f"process {process.pid} " in str(error.value) and "nbs/toy/80_row.ipynb" in str(error.value)
+        assert f"process {process.pid} " in str(error.value) and "nbs/toy/80_row.ipynb" in str(
+            error.value
+        )
     finally:
         process.kill()
         process.wait()
@@ -176,9 +235,18 @@ def test_claim_again_and_after_finish(house):
 # --- digest
 
 
-LIBRARY = {"__init__": "", "core/__init__": "", "core/a": "from .b import f", "core/b": "def f(): return 1",
-           "layers/__init__": "", "layers/k_native": "X = 1", "layers/k_triton": "X = 1", "leaf/__init__": "",
-           "leaf/data": "X = 1", "leaf/x": "Y = 1"}
+LIBRARY = {
+    "__init__": "",
+    "core/__init__": "",
+    "core/a": "from .b import f",
+    "core/b": "def f(): return 1",
+    "layers/__init__": "",
+    "layers/k_native": "X = 1",
+    "layers/k_triton": "X = 1",
+    "leaf/__init__": "",
+    "leaf/data": "X = 1",
+    "leaf/x": "Y = 1",
+}
 
 
 @pytest.fixture
@@ -190,53 +258,113 @@ def library(house):
     return house
 
 
-@pytest.mark.parametrize("code, module, found", [
-    ('import_module("leansense.layers.k_native")', "", {"layers.k_native"}),
-    ('K = {"cc": "leansense.layers.k_native", "torch": "leansense.layers.k_triton"}', "", {"layers.k_native", "layers.k_triton"}),
-    ('import_module(".k_native", __package__)', "leansense.layers.k", {"layers.k_native"}),
-    ('import_module(".k_native", package="leansense.layers")', "", {"layers.k_native"}),
-    ('import_module("..layers.k_native", __package__)', "leansense.core.a", {"layers.k_native"}),
-    ('__import__("leansense.layers.k_native")', "", {"layers.k_native"}),
-    ('import_module(f"leansense.layers.{name}")', "", {"layers.k_native", "layers.k_triton"}),
-    ('import_module("leansense.layers." + name)', "", {"layers.k_native", "layers.k_triton"}),
-    ('import_module("leansense.layers.%s" % name)', "", {"layers.k_native", "layers.k_triton"}),
-    ('import_module("leansense.layers.{}".format(name))', "", {"layers.k_native", "layers.k_triton"}),
-    ('import_module(f"{__package__}.{name}")', "leansense.layers.k", {"layers.k_native", "layers.k_triton"}),
-    ('import_module(f".{name}", __package__)', "leansense.layers.k", {"layers.k_native", "layers.k_triton"}),
-    ('P = "leansense.layers"\nimport_module(f"{P}.{name}")', "", {"layers.k_native", "layers.k_triton"}),
-    ('f"leansense.layers.k_{name}"', "", {"layers.k_native", "layers.k_triton"}),
-    ('"leansense.core.a.f"', "", {"core.a"}),
-    ('f"{name}.json", ".b", name.split("."), "python -m leansense.core.a", getLogger("leansense")', "", set()),
-    ('f".{name}.part"', "leansense.core.a", set()),
-])
+@pytest.mark.parametrize(
+    "code, module, found",
+    [
+        ('import_module("leansense.layers.k_native")', "", {"layers.k_native"}),
+        (
+            'K = {"cc": "leansense.layers.k_native", "torch": "leansense.layers.k_triton"}',
+            "",
+            {"layers.k_native", "layers.k_triton"},
+        ),
+        ('import_module(".k_native", __package__)', "leansense.layers.k", {"layers.k_native"}),
+        ('import_module(".k_native", package="leansense.layers")', "", {"layers.k_native"}),
+        (
+            'import_module("..layers.k_native", __package__)',
+            "leansense.core.a",
+            {"layers.k_native"},
+        ),
+        ('__import__("leansense.layers.k_native")', "", {"layers.k_native"}),
+        ('import_module(f"leansense.layers.{name}")', "", {"layers.k_native", "layers.k_triton"}),
+        ('import_module("leansense.layers." + name)', "", {"layers.k_native", "layers.k_triton"}),
+        ('import_module("leansense.layers.%s" % name)', "", {"layers.k_native", "layers.k_triton"}),
+        (
+            'import_module("leansense.layers.{}".format(name))',
+            "",
+            {"layers.k_native", "layers.k_triton"},
+        ),
+        (
+            'import_module(f"{__package__}.{name}")',
+            "leansense.layers.k",
+            {"layers.k_native", "layers.k_triton"},
+        ),
+        (
+            'import_module(f".{name}", __package__)',
+            "leansense.layers.k",
+            {"layers.k_native", "layers.k_triton"},
+        ),
+        (
+            'P = "leansense.layers"\nimport_module(f"{P}.{name}")',
+            "",
+            {"layers.k_native", "layers.k_triton"},
+        ),
+        ('f"leansense.layers.k_{name}"', "", {"layers.k_native", "layers.k_triton"}),
+        ('"leansense.core.a.f"', "", {"core.a"}),
+        (
+            'f"{name}.json", ".b", name.split("."), "python -m leansense.core.a", getLogger("leansense")',
+            "",
+            set(),
+        ),
+        ('f".{name}.part"', "leansense.core.a", set()),
+    ],
+)
 def test_module_names_in_strings_are_imports(library, code, module, found):
     assert digest.imports(code, module) == {f"leansense.{name}" for name in found}
 
 
 def test_the_asking_system_fills_a_gap(library):
     save(library / "nbs/leaf/80_row.ipynb", CELL, 'import_module(f"leansense.{system}.data")')
-    assert set(digest.digest("nbs/leaf/80_row.ipynb")) == {"nbs/leaf/80_row.ipynb", "leansense.leaf.data"}
+    assert set(digest.digest("nbs/leaf/80_row.ipynb")) == {
+        "nbs/leaf/80_row.ipynb",
+        "leansense.leaf.data",
+    }
 
 
 def test_kernels_of_todays_rows_are_in_their_digests():
     for kernel in ("native", "triton"):
-        assert f"leansense.layers.linear_attention_{kernel}" in digest.digest("nbs/leaf/80_row.ipynb")
+        assert f"leansense.layers.linear_attention_{kernel}" in digest.digest(
+            "nbs/leaf/80_row.ipynb"
+        )
 
 
 def test_staleness_names_the_module(library):
-    save(library / "nbs/toy/80_row.ipynb", CELL, "from leansense.core.a import f", 'import_module("leansense.layers.k_native")')
+    save(
+        library / "nbs/toy/80_row.ipynb",
+        CELL,
+        "from leansense.core.a import f",
+        'import_module("leansense.layers.k_native")',
+    )
     out, this = made(library)
     assert record.read(out)["code"] == this.code and set(this.code) == {
-        "nbs/toy/80_row.ipynb", "leansense.core.a", "leansense.core.b", "leansense.layers.k_native"}
+        "nbs/toy/80_row.ipynb",
+        "leansense.core.a",
+        "leansense.core.b",
+        "leansense.layers.k_native",
+    }
     write_atomic(library / "lib/leansense/layers/k_native.py", "X = 2  # faster")
-    assert record.stale(out, GIVEN, digest.digest("nbs/toy/80_row.ipynb"), "f0") == "changed code: leansense.layers.k_native"
+    assert (
+        record.stale(out, GIVEN, digest.digest("nbs/toy/80_row.ipynb"), "f0")
+        == "changed code: leansense.layers.k_native"
+    )
     save(library / "nbs/toy/80_row.ipynb", CELL, "from leansense.core.a import f")
     assert record.stale(out, GIVEN, digest.digest("nbs/toy/80_row.ipynb"), "f0") == (
-        "changed code: leansense.layers.k_native, nbs/toy/80_row.ipynb")
+        "changed code: leansense.layers.k_native, nbs/toy/80_row.ipynb"
+    )
 
 
-SCRATCH = ["model?", "?fit", "model??", "files = !ls", "!ls", "%%bash\nfor f in *; do echo $f; done", "%timeit f()",
-           "x = %env HOME", "  \n# nothing", "%%html\n<b>1</b>", "await f()"]
+SCRATCH = [
+    "model?",
+    "?fit",
+    "model??",
+    "files = !ls",
+    "!ls",
+    "%%bash\nfor f in *; do echo $f; done",
+    "%timeit f()",
+    "x = %env HOME",
+    "  \n# nothing",
+    "%%html\n<b>1</b>",
+    "await f()",
+]
 
 
 @pytest.mark.parametrize("cell", SCRATCH)
@@ -250,15 +378,37 @@ def test_what_a_scratch_cell_changes(house):
         save(house / "nbs/toy/80_row.ipynb", CELL, *cells)
         return digest.digest("nbs/toy/80_row.ipynb")
 
-    assert key("x = 1") == key("x = 1", "x?") == key("x = 1", "%matplotlib inline") == key("x = 1", "# later")
-    assert key("x = 1") != key("x = 1", "!rm x") != key("x = 1", "%%bash\nrm x") != key("x = 1", "%%bash\nrm  x")
+    assert (
+        key("x = 1")
+        == key("x = 1", "x?")
+        == key("x = 1", "%matplotlib inline")
+        == key("x = 1", "# later")
+    )
+    assert (
+        key("x = 1")
+        != key("x = 1", "!rm x")
+        != key("x = 1", "%%bash\nrm x")
+        != key("x = 1", "%%bash\nrm  x")
+    )
     assert key("%%time\nfrom leansense.core.paths import root\nroot()") == key(
-        "%%time\nfrom leansense.core.paths import root  # where\nroot( )")
+        "%%time\nfrom leansense.core.paths import root  # where\nroot( )"
+    )
     assert "leansense.core.paths" in key("%%time\nfrom leansense.core.paths import root\nroot()")
     assert key("%%time\nf(1)") != key("%%time\nf(2)")
 
 
-@pytest.mark.parametrize("cell", ["x = 3 +", "def f(:", "for i in range(3)", "x = (1,", "if True:\nx", "%%time\nx = 3 +", "'abc"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "x = 3 +",
+        "def f(:",
+        "for i in range(3)",
+        "x = (1,",
+        "if True:\nx",
+        "%%time\nx = 3 +",
+        "'abc",
+    ],
+)
 def test_a_half_written_cell_is_one_line(house, cell, capsys):
     save(house / "nbs/toy/80_row.ipynb", CELL, "x = 1", cell)
     write_atomic(house / "papers/toy/rows.yaml", "tables: {main: {rows: {one: {label: One}}}}\n")
@@ -276,10 +426,16 @@ def test_a_half_written_parameters_cell_is_one_line(house):
 
 
 def test_scheduler_side_does_not_load_ipython():
-    code = ("import sys\nfrom leansense.core.digest import digest\ndigest('nbs/leaf/80_row.ipynb')\n"
-            "print('IPython' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"LEANSENSE_ROOT": str(ROOT), "PYTHONPATH": str(ROOT / "lib")})
+    code = (
+        "import sys\nfrom leansense.core.digest import digest\ndigest('nbs/leaf/80_row.ipynb')\n"
+        "print('IPython' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LEANSENSE_ROOT": str(ROOT), "PYTHONPATH": str(ROOT / "lib")},
+    )
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -293,15 +449,50 @@ def broken():
     def but(**more):
         return lambda r: r | more
 
-    cases = {f"no {name}": without(name) for name in
-             ("schema", "params", "code", "data", "metrics", "cost", "env", "system", "table", "row", "seed", "scale", "set")}
+    cases = {
+        f"no {name}": without(name)
+        for name in (
+            "schema",
+            "params",
+            "code",
+            "data",
+            "metrics",
+            "cost",
+            "env",
+            "system",
+            "table",
+            "row",
+            "seed",
+            "scale",
+            "set",
+        )
+    }
     for name in ("params", "code", "data", "metrics", "cost", "env", "system", "seed", "schema"):
-        cases |= {f"{name} null": but(**{name: None}), f"{name} list": but(**{name: [1]}), f"{name} true": but(**{name: True})}
-    cases |= {"metrics {}": but(metrics={}), "seconds text": but(cost={"seconds": "x"}), "seconds true": but(cost={"seconds": True}),
-              "schema text": but(schema="2"), "schema 0": but(schema=0), "schema 2.5": but(schema=2.5), "code text": but(code="0" * 16),
-              "fingerprint null": but(data={"fingerprint": None})}
-    texts = {"empty": b"", "zeros": bytes(100), "list": b"[]", "null": b"null", "number": b"7", "not utf8": b'{"a": "\xff\xfe"}',
-             "conflict": b"<<<<<<< HEAD\n{}\n=======\n", "deep": b"[" * 100_000}
+        cases |= {
+            f"{name} null": but(**{name: None}),
+            f"{name} list": but(**{name: [1]}),
+            f"{name} true": but(**{name: True}),
+        }
+    cases |= {
+        "metrics {}": but(metrics={}),
+        "seconds text": but(cost={"seconds": "x"}),
+        "seconds true": but(cost={"seconds": True}),
+        "schema text": but(schema="2"),
+        "schema 0": but(schema=0),
+        "schema 2.5": but(schema=2.5),
+        "code text": but(code="0" * 16),
+        "fingerprint null": but(data={"fingerprint": None}),
+    }
+    texts = {
+        "empty": b"",
+        "zeros": bytes(100),
+        "list": b"[]",
+        "null": b"null",
+        "number": b"7",
+        "not utf8": b'{"a": "\xff\xfe"}',
+        "conflict": b"<<<<<<< HEAD\n{}\n=======\n",
+        "deep": b"[" * 100_000,
+    }
     return cases | texts
 
 
@@ -309,7 +500,9 @@ def broken():
 def test_damaged_record_runs_again(house, how):
     out, this = made(house)
     good, damage = out.read_bytes(), broken()[how]
-    out.write_bytes(damage if isinstance(damage, bytes) else json.dumps(damage(json.loads(good))).encode())
+    out.write_bytes(
+        damage if isinstance(damage, bytes) else json.dumps(damage(json.loads(good))).encode()
+    )
     assert record.stale(out, GIVEN, this.code, "f0") == "unreadable record"
     with pytest.raises(ValueError, match="unreadable record; delete it and run the row again"):
         record.read(out)
@@ -398,8 +591,14 @@ def test_a_record_without_metrics_is_not_written(house):
 def test_weights_count_by_content(house):
     for folder, content in (("A", b"1"), ("B", b"2"), ("C", b"1")):
         write_atomic(house / folder / "model.safetensors", content)
-    kept = {folder: record.portable({"weights": str(house / folder / "model.safetensors")})["weights"] for folder in "ABC"}
-    assert re.fullmatch(r"model\.safetensors#[0-9a-f]{12}", kept["A"]) and kept["A"] == kept["C"] != kept["B"]
+    kept = {
+        folder: record.portable({"weights": str(house / folder / "model.safetensors")})["weights"]
+        for folder in "ABC"
+    }
+    assert (
+        re.fullmatch(r"model\.safetensors#[0-9a-f]{12}", kept["A"])
+        and kept["A"] == kept["C"] != kept["B"]
+    )
     assert record.portable({"weights": kept["A"]})["weights"] == kept["A"]
     write_atomic(house / "A/model.safetensors", b"3")
     assert record.portable({"weights": "A/model.safetensors"})["weights"] not in kept.values()
@@ -410,36 +609,78 @@ def test_weights_count_by_content(house):
 def test_no_absolute_path_in_a_record(house):
     out = house / "papers/toy/records/demo/main/one.s0.json"
     where = "/disk/my photographs/rice"
-    this = run(out=str(out), name="/disk/x/last.ckpt", size={"from": ["/a/b", f"see '{where}'"]}, data=where)
-    this.finish({"f1": 1.0, "missing": {"cc": f"gcc failed in {house}/nbs: '/usr/lib/my gcc/cc1'"}}, {"log": "/var/log/x"},
-                {"name": where, "fingerprint": ""}, {"device": "cpu", "lib": "file:///opt/y/z.so", "rate": "12 images/s"})
+    this = run(
+        out=str(out),
+        name="/disk/x/last.ckpt",
+        size={"from": ["/a/b", f"see '{where}'"]},
+        data=where,
+    )
+    this.finish(
+        {"f1": 1.0, "missing": {"cc": f"gcc failed in {house}/nbs: '/usr/lib/my gcc/cc1'"}},
+        {"log": "/var/log/x"},
+        {"name": where, "fingerprint": ""},
+        {"device": "cpu", "lib": "file:///opt/y/z.so", "rate": "12 images/s"},
+    )
     kept = record.read(out)
-    assert kept["params"]["name"] == "last.ckpt" and kept["params"]["size"] == {"from": ["b", "see 'rice'"]}
+    assert kept["params"]["name"] == "last.ckpt" and kept["params"]["size"] == {
+        "from": ["b", "see 'rice'"]
+    }
     assert kept["metrics"]["missing"]["cc"] == "gcc failed in nbs: 'cc1'"
     assert kept["env"]["rate"] == "12 images/s" and kept["data"]["name"] == "rice"
     assert not re.search(r"(?<![\w.])/\w", out.read_text().replace("images/s", "")), out.read_text()
-    assert record.stale(out, GIVEN | {"name": "/mnt/last.ckpt", "size": {"from": ["/c/b", "see 'rice'"]}, "data": "/mnt/rice"},
-                        this.code, "") == ""
+    assert (
+        record.stale(
+            out,
+            GIVEN
+            | {
+                "name": "/mnt/last.ckpt",
+                "size": {"from": ["/c/b", "see 'rice'"]},
+                "data": "/mnt/rice",
+            },
+            this.code,
+            "",
+        )
+        == ""
+    )
 
 
-@pytest.mark.parametrize("text, right", [
-    ("FileNotFoundError: /disk/2024/rice leaf.csv: no such file", "FileNotFoundError: rice leaf.csv: no such file"),
-    ("ValueError: '/disk/my photos/a b.jpg': cut", "ValueError: 'a b.jpg': cut"),
-    ("(/a/b/c), =/a/b", "(c), =b"), ("https://pytorch.org/docs and 3/4, m/s, a/b.c", "https://pytorch.org/docs and 3/4, m/s, a/b.c"),
-    ("O(N / 2)", "O(N / 2)"), ("nbs/leaf/80_row.ipynb", "nbs/leaf/80_row.ipynb"), ("error:/home/x/y.py", "error:y.py")])
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        (
+            "FileNotFoundError: /disk/2024/rice leaf.csv: no such file",
+            "FileNotFoundError: rice leaf.csv: no such file",
+        ),
+        ("ValueError: '/disk/my photos/a b.jpg': cut", "ValueError: 'a b.jpg': cut"),
+        ("(/a/b/c), =/a/b", "(c), =b"),
+        (
+            "https://pytorch.org/docs and 3/4, m/s, a/b.c",
+            "https://pytorch.org/docs and 3/4, m/s, a/b.c",
+        ),
+        ("O(N / 2)", "O(N / 2)"),
+        ("nbs/leaf/80_row.ipynb", "nbs/leaf/80_row.ipynb"),
+        ("error:/opt/x/y.py", "error:y.py"),
+    ],
+)
 def test_text_without_paths(text, right):
     assert record.without_paths(text) == right
 
 
 def test_paths_of_the_checkout_are_named_from_its_top(house):
-    assert record.without_paths(f"{house}/nbs/toy/80_row.ipynb, cell 3") == "nbs/toy/80_row.ipynb, cell 3"
+    assert (
+        record.without_paths(f"{house}/nbs/toy/80_row.ipynb, cell 3")
+        == "nbs/toy/80_row.ipynb, cell 3"
+    )
 
 
 def test_a_checkout_with_blanks_in_its_path(tmp_path, monkeypatch):
     top = tmp_path / "my clone's {1} (copy)"
     top.mkdir()
     monkeypatch.setenv("LEANSENSE_ROOT", str(top))
-    assert record.without_paths(f"ValueError: {top}/nbs/x.ipynb: no cell") == "ValueError: nbs/x.ipynb: no cell"
+    assert (
+        record.without_paths(f"ValueError: {top}/nbs/x.ipynb: no cell")
+        == "ValueError: nbs/x.ipynb: no cell"
+    )
 
 
 def test_back_ends_and_instructions_are_recorded(house):
@@ -454,8 +695,15 @@ def test_back_ends_and_instructions_are_recorded(house):
 # --- parameters in a living notebook
 
 
-@pytest.mark.parametrize("values", [{"lr": float("nan")}, {"lr": float("inf")}, {"lr": -float("inf")},
-                                    {"size": {"a": [1.0, {"b": float("nan")}]}}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"lr": -float("inf")},
+        {"size": {"a": [1.0, {"b": float("nan")}]}},
+    ],
+)
 def test_numbers_are_finite(values):
     [line] = parameters.complaints(values, parameters.parse(CELL))
     assert f"parameter '{next(iter(values))}' must be finite" in line
@@ -467,8 +715,11 @@ def test_text_that_looks_like_a_number(value):
     assert "'data' must be str" in line and "quote it; with papermill use -r data value" in line
 
 
-ROW = ("from leansense.core.record import Run", "run = Run(globals(), 'nbs/toy/80_row.ipynb')",
-       "folder = run.claim('x')\nname = name or 'made up'\nfor epochs_done in range(2): pass")
+ROW = (
+    "from leansense.core.record import Run",
+    "run = Run(globals(), 'nbs/toy/80_row.ipynb')",
+    "folder = run.claim('x')\nname = name or 'made up'\nfor epochs_done in range(2): pass",
+)
 
 
 class Session:
@@ -494,10 +745,17 @@ def test_the_run_cell_twice(house):
     session = Session(house, *ROW).cell("# Parameters\nname = ''\nfolder = 'runs/mine'\n")
     first = session.all()
     again = session.cell(ROW[1]).names["run"]
-    assert again.params == first.params and again.params["name"] == "" and again.params["folder"] == "runs/mine"
+    assert (
+        again.params == first.params
+        and again.params["name"] == ""
+        and again.params["folder"] == "runs/mine"
+    )
     assert again.identity("f") == first.identity("f")
     session.cell("folder = 'runs/yours'\nname = 'b'").cell(ROW[1])
-    assert session.names["run"].params["folder"] == "runs/yours" and session.names["run"].params["name"] == "b"
+    assert (
+        session.names["run"].params["folder"] == "runs/yours"
+        and session.names["run"].params["name"] == "b"
+    )
 
 
 def test_the_run_cell_twice_without_a_history(house):
@@ -508,7 +766,9 @@ def test_the_run_cell_twice_without_a_history(house):
     assert record.Run(names, "nbs/toy/80_row.ipynb").params == first.params
 
 
-@pytest.mark.parametrize("mend", ["# Parameters\nepochs = 5\n", "epochs = 5", CELL, "del epoch", "# Parameters\n"])
+@pytest.mark.parametrize(
+    "mend", ["# Parameters\nepochs = 5\n", "epochs = 5", CELL, "del epoch", "# Parameters\n"]
+)
 def test_a_corrected_typo_passes(house, mend):
     session = Session(house, *ROW).cell("# Parameters\nepoch = 5\n")
     with pytest.raises(ValueError, match="unknown parameter 'epoch'; nearest is 'epochs'"):
@@ -545,9 +805,14 @@ def test_a_parameter_changed_behind_the_runs_back(house):
 
 
 def test_rows_yaml_may_set_workers_but_not_places(house):
-    write_atomic(house / "papers/toy/rows.yaml", "tables: {main: {rows: {one: {params: {num_workers: 2}}}}}\n")
+    write_atomic(
+        house / "papers/toy/rows.yaml",
+        "tables: {main: {rows: {one: {params: {num_workers: 2}}}}}\n",
+    )
     assert rows.read_rows("toy")[0].params["num_workers"] == 2
-    write_atomic(house / "papers/toy/rows.yaml", "tables: {main: {rows: {one: {params: {folder: x}}}}}\n")
+    write_atomic(
+        house / "papers/toy/rows.yaml", "tables: {main: {rows: {one: {params: {folder: x}}}}}\n"
+    )
     with pytest.raises(rows.RowsError, match="'folder' is set by the runner"):
         rows.read_rows("toy")
 
@@ -555,11 +820,17 @@ def test_rows_yaml_may_set_workers_but_not_places(house):
 def test_readme_passes_over_a_damaged_record(house):
     from leansense.core.readme import headline
 
-    write_atomic(house / "papers/toy/rows.yaml", "headline: {table: main, row: one, metric: f1, name: F1}\nseeds: [0, 1]\n"
-                 "tables: {main: {rows: {one: {label: One}}}}\n")
+    write_atomic(
+        house / "papers/toy/rows.yaml",
+        "headline: {table: main, row: one, metric: f1, name: F1}\nseeds: [0, 1]\n"
+        "tables: {main: {rows: {one: {label: One}}}}\n",
+    )
     out, _ = made(house)
     write_atomic(out.with_name("one.s1.json"), "{")
     assert headline("toy") == ("One: F1 0.5", "d, 1 seed")
-    write_atomic(house / "papers/toy/rows.yaml", (house / "papers/toy/rows.yaml").read_text().replace("f1,", "f2,"))
+    write_atomic(
+        house / "papers/toy/rows.yaml",
+        (house / "papers/toy/rows.yaml").read_text().replace("f1,", "f2,"),
+    )
     with pytest.raises(ValueError, match="no number 'f2'"):
         headline("toy")

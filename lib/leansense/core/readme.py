@@ -24,7 +24,7 @@ def _value(record: dict, path: str) -> float:
 
 
 def _record(row: Row) -> dict | None:
-    """A row's record; None where there is none, or none that can be read (its row will run again)."""
+    """A row's record; None where there is none, or none that can be read."""
     try:
         return read(row.record)
     except (FileNotFoundError, ValueError):
@@ -34,7 +34,11 @@ def _record(row: Row) -> dict | None:
 def headline(system: str) -> tuple[str, str]:
     """What a system's headline measured (mean ± sd over seeds, in words) and on which data; dashes without records."""
     head = read_matrix(system).get("headline") or {}
-    rows = [row for row in read_rows(system) if (row.table, row.name) == (head.get("table"), head.get("row"))]
+    rows = [
+        row
+        for row in read_rows(system)
+        if (row.table, row.name) == (head.get("table"), head.get("row"))
+    ]
     records = [record for row in rows if (record := _record(row)) is not None]
     if not records:
         return "–", "–"
@@ -50,12 +54,17 @@ def headline(system: str) -> tuple[str, str]:
 # %% ../../../nbs/core/15_readme.ipynb #fe560cd8
 def block() -> str:
     """The README's table of systems, as Markdown."""
-    lines = ["| system | notebooks | measured here (scale demo) | data | paper |", "|---|---|---|---|---|"]
+    lines = [
+        "| system | notebooks | measured here (scale demo) | data | paper |",
+        "|---|---|---|---|---|",
+    ]
     for system in systems():
         measured, data = headline(system)
         title = read_matrix(system).get("title", system)
-        lines.append(f"| **{system}** — {title} | [nbs/{system}](nbs/{system}) | {measured} | {data} "
-                     f"| [papers/{system}](papers/{system}) |")
+        lines.append(
+            f"| **{system}** — {title} | [nbs/{system}](nbs/{system}) | {measured} | {data} "
+            f"| [papers/{system}](papers/{system}) |"
+        )
     return "\n".join(lines)
 
 # %% ../../../nbs/core/15_readme.ipynb #bf2eab49
