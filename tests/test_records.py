@@ -604,6 +604,10 @@ def test_weights_count_by_content(house):
     assert record.portable({"weights": "A/model.safetensors"})["weights"] not in kept.values()
     assert record.portable({"weights": str(house)})["weights"].startswith(f"{house.name}#")
     assert record.portable({"weights": "none.pt"})["weights"] == "none.pt#missing"
+    of_any_name = [
+        record.portable({"words": f"{folder}/model.safetensors"})["words"] for folder in "ABC"
+    ]
+    assert len(set(of_any_name)) == 3 and all("#" in value for value in of_any_name)
 
 
 def test_no_absolute_path_in_a_record(house):

@@ -79,6 +79,13 @@ def _content(path: Path, stamp: tuple) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=6)).hexdigest()
 
 
+def _is_file(value: object) -> bool:
+    """Whether a parameter's value is the path of a file, with a folder in it."""
+    if not (isinstance(value, str) and "/" in value):
+        return False
+    return os.path.isfile(Path(value).expanduser()) or os.path.isfile(resolve(value))
+
+
 def _fingerprinted(value: str) -> str:
     """name#content of a weights file or folder; name#missing for one that is not there."""
     path = Path(value).expanduser() if Path(value).expanduser().exists() else resolve(value)
@@ -96,12 +103,12 @@ def _fingerprinted(value: str) -> str:
         return f"{path.name}#{hashlib.blake2b(named.encode(), digest_size=6).hexdigest()}"
     return f"{path.name}#{parts[path]}"
 
-# %% ../../../nbs/core/14_record.ipynb #2a53141b
+# %% ../../../nbs/core/14_record.ipynb #6ca51612
 def portable(params: dict) -> dict:
     """The `params` that make the run, wherever it runs: paths as names, weights as name#content."""
     found = {}
     for name, value in params.items():
-        if name in CONTENT and value:
+        if (name in CONTENT and value) or (name not in (*PLACES, *OWNED) and _is_file(value)):
             found[name] = _fingerprinted(str(value))
         elif name in PLACES and value:
             found[name] = Path(value).name
