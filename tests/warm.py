@@ -10,6 +10,8 @@ server: whoever sets such a variable (TRITON_INTERPRET) must start cold. `paperm
 kernel from a second fork.
 """
 
+import atexit
+import gc
 import json
 import os
 import select
@@ -17,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -186,7 +189,7 @@ def execute(command: list[str]) -> None:
         from papermill.__main__ import papermill
 
         sys.argv = command
-        papermill(standalone_mode=False)
+        papermill()
     else:
         assert arguments[0] == "-c", command
         sys.argv = ["-c", *arguments[2:]]
@@ -198,6 +201,9 @@ def serve() -> dict:
     """Answer commands; returns only in a forked child, with what it has to do."""
     for name in LIBRARIES:
         __import__(name)
+    gc.collect()
+    gc.freeze()  # children look for garbage among their own objects only
+    say("ready")
     while True:
         line = sys.stdin.readline()
         if not line:
@@ -210,6 +216,15 @@ def serve() -> dict:
         say([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime])
 
 
+def leave(code: int) -> None:
+    """End as the interpreter does, without taking the libraries apart."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def say(what) -> None:
     os.write(ANSWERS, (json.dumps(what) + "\n").encode())
 
@@ -219,7 +234,6 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # what libraries print while they are imported is no answer
     sys.path[0] = ""
     os.chdir("/")
-    say("ready")
     job = serve()
     os.close(ANSWERS)
     os.setsid()
@@ -233,8 +247,12 @@ if __name__ == "__main__":
     sys.path[:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     try:
         execute(job["command"])
-    except SystemExit:
-        raise
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else end.code is not None
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-        sys.exit(1)
+        code = 1
+    leave(int(code))
