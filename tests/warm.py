@@ -11,6 +11,7 @@ kernel from a second fork.
 """
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -137,6 +138,7 @@ def lend_kernel() -> None:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
+        end_with_parent()
         os.setsid()
         os.close(writing)
         with os.fdopen(reading) as pipe:
@@ -216,6 +218,12 @@ def serve() -> dict:
         say([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime])
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def leave(code: int) -> None:
     """End as the interpreter does, without taking the libraries apart."""
     threading._shutdown()
@@ -234,7 +242,9 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # what libraries print while they are imported is no answer
     sys.path[0] = ""
     os.chdir("/")
+    end_with_parent()
     job = serve()
+    end_with_parent()
     os.close(ANSWERS)
     os.setsid()
     for number, where in ((0, os.devnull), (1, job["files"][0]), (2, job["files"][1])):
