@@ -69,25 +69,29 @@ def told(task, result):
     return dict(history=result.history, best=result.best_epoch, score=result.best_score, weights=sum(weights, []),
                 speed=result.samples_per_second, seen=task.seen, seconds=result.seconds, path=str(result.best_path))
 """
-GO = """
+COMPARE = """
     folder = {folder!r}
     out = dict(one=told(*go(folder + "/one", 8, ema=0.5)))
     seen = Validated()
     out["two"] = told(*go(folder + "/two", 4, ema=0.5, devices=2, callbacks=(seen,), workers=1, **{more!r}))
     out["ids"] = seen.ids
+"""
+GO_ON = """
     again = Validated()
-    out["finished"] = told(*go(folder + "/two", 4, ema=0.5, devices=2, resume="auto", callbacks=(again,), **{more!r}))
+    out["finished"] = told(*go(folder + "/two", 4, ema=0.5, devices=2, resume="auto", callbacks=(again,)))
     out["ids again"] = again.ids
     try:
-        go(folder + "/cut", 4, ema=0.5, devices=2, callbacks=(Validated(), t.Cut(8)), save_every_steps=3, **{more!r})
+        go(folder + "/cut", 4, ema=0.5, devices=2, callbacks=(Validated(), t.Cut(8)), save_every_steps=3)
     except InterruptedError as error:
         out["cut"] = str(error)
     out["resumed"] = told(*go(folder + "/cut", 4, ema=0.5, devices=2, callbacks=(Validated(),), resume="auto",
-                              save_every_steps=3, **{more!r}))
+                              save_every_steps=3))
     try:
-        go(folder + "/nan", 4, devices=2, breaks=4, **{more!r})
+        go(folder + "/nan", 4, devices=2, breaks=4)
     except NonFiniteLoss as error:
         out["nan"] = str(error)
+"""
+END = """
     with open(folder + "/out.json", "w") as file:
         json.dump(out, file)
 """
@@ -105,20 +109,25 @@ def close(one, two, tolerance=1e-5):
     )
 
 
-def check(out):
+def check_compared(out):
+    """One process and two came to the same, and everything is back in the parent."""
     one, two = out["one"], out["two"]
     assert close(one["history"], two["history"]) and (one["best"], two["best"]) == (one["best"],) * 2
     assert one["weights"] == pytest.approx(two["weights"], abs=1e-4)
     assert two["score"] == two["history"]["valid_f1"][two["best"]] and two["seen"] == 3 * 48
     assert two["speed"] > 0 and two["seconds"] > 0 and Path(two["path"]).is_file()
     assert out["ids"] == [list(range(17))] * 3  # every validation sees each sample once
-    finished, resumed = out["finished"], out["resumed"]
+    left = [p.name for p in Path(two["path"]).parent.iterdir()]
+    assert sorted(left) == ["best.ckpt", "history.csv", "last.ckpt"]
+
+
+def check_gone_on(out):
+    """A finished run is given back, a cut one goes on exactly, an error keeps its kind and words."""
+    two, finished, resumed = out["two"], out["finished"], out["resumed"]
     assert finished["history"] == two["history"] and finished["speed"] == 0 and out["ids again"] == out["ids"]
     assert "cut" in out["cut"]
     assert resumed["history"] == two["history"] and resumed["weights"] == two["weights"]
     assert "loss is nan at step 4 of epoch 0, samples [" in out["nan"] and "\n" not in out["nan"]
-    left = [p.name for p in Path(two["path"]).parent.iterdir()]
-    assert sorted(left) == ["best.ckpt", "history.csv", "last.ckpt"]
 
 
 def papermill(notebook, *options, **env):
@@ -128,12 +137,14 @@ def papermill(notebook, *options, **env):
 
 
 def test_two_processes_from_a_notebook(tmp_path):
-    body = textwrap.dedent(GO.format(folder=str(tmp_path), more={}))
+    body = textwrap.dedent(COMPARE.format(folder=str(tmp_path), more={}) + GO_ON + END)
     cells = [nbformat.v4.new_code_cell(text) for text in (COMMON.format(tests=TESTS), body)]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "toy.ipynb")
     papermill(tmp_path / "toy.ipynb")
-    check(json.loads((tmp_path / "out.json").read_text()))
+    out = json.loads((tmp_path / "out.json").read_text())
+    check_compared(out)
+    check_gone_on(out)
 
 
 def test_two_spawned_processes(tmp_path):
@@ -141,12 +152,13 @@ def test_two_spawned_processes(tmp_path):
     (tmp_path / "script.py").write_text(
         COMMON.format(tests=TESTS)
         + "\nif __name__ == '__main__':"
-        + GO.format(folder=str(tmp_path), more=dict(strategy="ddp_spawn"))
+        + COMPARE.format(folder=str(tmp_path), more=dict(strategy="ddp_spawn"))
+        + END
     )
     command = [sys.executable, str(tmp_path / "script.py")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    check(json.loads((tmp_path / "out.json").read_text()))
+    check_compared(json.loads((tmp_path / "out.json").read_text()))
 
 
 def alive(pid):
