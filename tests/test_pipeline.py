@@ -140,9 +140,8 @@ def test_smoke_stays_below_runs(toy):
 def test_typo_stops_everything_at_once(toy):
     lines = "".join(f"      r{i}: {{params: {{value: {i}}}}}\n" for i in range(6)) + "      r7: {params: {valeu: 7}}\n"
     write_atomic(toy / "papers/toy/rows.yaml", "tables:\n  main:\n    rows:\n" + lines)
-    start = time.monotonic()
     done = tables(toy)
-    assert done.returncode == 2 and started(toy) == [] and time.monotonic() - start < 60
+    assert done.returncode == 2 and started(toy) == []
     assert done.stderr.strip() == "papers/toy/rows.yaml: main/r7: unknown parameter 'valeu'; nearest is 'value'"
 
 

@@ -97,6 +97,8 @@ def _compile(command: Sequence[str], source: str, target: Path) -> None:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise NativeError(f"{command[0]} failed: {lines[0][:200] if lines else f'exit status {done.returncode}'}")
         note.write_text(_hash(made.read_bytes()), encoding="ascii")
+        made.chmod(0o700)  # whatever the umask: what a group may write is refused at the next start
+        note.chmod(0o600)
         os.replace(made, target)
         os.replace(note, target.with_suffix(".hash"))
 
