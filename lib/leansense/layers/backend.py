@@ -76,14 +76,14 @@ def use_isa(name: str) -> Iterator[None]:
     finally:
         _block.pop()
 
-# %% ../../../nbs/layers/02_backend.ipynb #0c8dda0f
+# %% ../../../nbs/layers/02_backend.ipynb #9eae402b
 MEASURED = {  # operator: {instruction set: times faster than PyTorch, the least of the benchmark's sizes}
-    "selective_scan": {"v3": 3.5, "v4": 4.5},
+    "selective_scan": {"v3": 6.4, "v4": 6.4},
     "causal_conv1d": {"v3": 0.5, "v4": 0.6},
-    "bev_pool": {"v3": 1.1, "v4": 1.1},
+    "bev_pool": {"v3": 1.16, "v4": 1.2},
     "bev_pool plan": {"v3": 2.2, "v4": 2.7},
-    "deformable_attention": {"v3": 2.0, "v4": 2.5},
-    "linear_attention": {"v3": 1.1, "v4": 1.2},
+    "deformable_attention": {"v3": 2.7, "v4": 2.9},
+    "linear_attention": {"v3": 1.14, "v4": 1.15},
     "upsample_conv": {"v3": 1.3, "v4": 1.3},
     "conv2d": {"v3": 1.1, "v4": 0.9},
     "norm_act/identity": {"v3": 0.7, "v4": 0.7},
