@@ -263,11 +263,11 @@ def test_files_of_another_run_do_not_stay(tmp_path):
 
 def test_a_finished_run_gives_everything_back(tmp_path):
     """last.ckpt is final, and what came after it was lost: all of it comes back, without training."""
-    _, kept = toy(tmp_path, 2, 4)
+    _, kept = toy(tmp_path, 2, 2)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".csv")}
     for name in ("model_best.pt", "model_final.pt", "history.csv"):
         (tmp_path / name).unlink()
-    _, again = toy(tmp_path, 2, 4, "auto")
+    _, again = toy(tmp_path, 2, 2, "auto")
     assert again.validations == kept.validations and again.best == kept.best
     assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".csv")}
 
