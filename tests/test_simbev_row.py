@@ -33,8 +33,9 @@ from leansense.simbev.task import (
 )
 from leansense.simbev.use import load_checkpoint, main
 
-SMALL = {"standin": 20, "standin_size": "240x112", "nepochs": 1, "bsz": 4, "nworkers": 0, "trunk": "mobilenetv3_small_050", "camC": 8,
-         "up_width": 16, "bev_width": 8, "H": 64, "W": 144, "final_h": 32, "final_w": 96,
+SMALL = {"standin": 20, "standin_size": "240x112", "nepochs": 1, "bsz": 4, "nworkers": 0,
+         "trunk": "mobilenetv3_small_050", "camC": 8, "up_width": 16, "bev_width": 8,
+         "H": 64, "W": 144, "final_h": 32, "final_w": 96,
          "xbound": [-32.0, 32.0, 4.0], "ybound": [-32.0, 32.0, 4.0], "augment": "matched", "val_step": 0,
          "save_step": 0, "progress": False}
 LONGER = {"nepochs": 3, "val_step": 3, "save_step": 2, "panels": 2}
