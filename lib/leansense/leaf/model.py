@@ -77,9 +77,9 @@ class CoordinateGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
-        means = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).mT], 2)  # b c h+w 1
+        means = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(-1, -2)], 2)  # b c h+w 1
         rows, columns = self.shared(means).split([h, w], 2)
-        return self.rows(rows).sigmoid() * self.columns(columns.mT).sigmoid()  # b c h 1 * b c 1 w
+        return self.rows(rows).sigmoid() * self.columns(columns.transpose(-1, -2)).sigmoid()  # b c h 1 * b c 1 w
 
 # %% ../../../nbs/leaf/10_model.ipynb #d9f2a134
 class ChannelGate(nn.Module):
