@@ -281,7 +281,7 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
     if not (q.shape == k.shape == v.shape and q.ndim == 4):
         raise ValueError(f"q, k, v must share one shape (B, heads, d, N): {[tuple(x.shape) for x in (q, k, v)]}")
     if not matrix:
-        tokens_first = (x.transpose(-1, -2).contiguous() for x in (q, k, v))  # a view would leave the fast kernel
+        tokens_first = (x.transpose(-1, -2).contiguous() for x in (q, k, v))  # a view would be slow
         return F.scaled_dot_product_attention(*tokens_first, attn_mask=bias).transpose(-1, -2)
 
     def core(q, k, v):
