@@ -1,7 +1,7 @@
 # leansense: `make` alone lists what there is. Everything works from a fresh clone, with nothing activated.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup tables test lab papers prepare hooks clean unlock
+.PHONY: help setup tables test gates lab papers prepare hooks clean unlock
 .DELETE_ON_ERROR:
 
 SYSTEM  ?=
@@ -12,6 +12,16 @@ CORES   ?= 0
 FRESH   ?=
 PORT    ?= 8888
 PYTHON  ?= python3
+# A folder may be named $(x) or $HOME: taken as it stands, never expanded, and handed on through the environment. Recipes
+# name these as "$$DATA", which the shell does not read a second time.
+override SYSTEM := $(value SYSTEM)
+override SCALE := $(value SCALE)
+override DATA := $(value DATA)
+override PROFILE := $(value PROFILE)
+override CORES := $(value CORES)
+override FRESH := $(value FRESH)
+override PORT := $(value PORT)
+export SYSTEM SCALE DATA PROFILE CORES FRESH PORT
 
 bin := .venv/bin
 # what the tests, the export and the benchmark need on top of the requirements
@@ -36,14 +46,17 @@ $(ready):
 	@rm -f .venv/ready-*; touch $@
 
 tables: $(ready)  ## rows without a current record, then tables, figures and PDF: the main job
-	@$(bin)/python -m leansense.core.batch --system '$(SYSTEM)' --scale '$(SCALE)' --data '$(DATA)' \
-		--profile '$(PROFILE)' --cores $(CORES) $(if $(filter-out 0,$(FRESH)),--fresh)
+	@$(bin)/python -m leansense.core.batch --system="$$SYSTEM" --scale="$$SCALE" --data="$$DATA" \
+		--profile="$$PROFILE" --cores="$$CORES" $(if $(filter-out 0,$(FRESH)),--fresh)
 
-test: $(ready)  ## the test suite
-	@$(bin)/python -m pytest -q
+test: $(ready)  ## the test suite, on up to four cores; it measures no time
+	@$(bin)/python -m pytest -q -n auto --dist worksteal --durations=20
+
+gates: $(ready)  ## the tests that measure time; one that fails is measured again when the machine is quiet
+	@$(bin)/python -m pytest -q -m gate -rA
 
 lab: $(ready)  ## JupyterLab on localhost, with its token
-	@$(bin)/jupyter lab --ip=127.0.0.1 --port=$(PORT) --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
+	@$(bin)/python -m jupyterlab --ip=127.0.0.1 --port="$$PORT" --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 papers: tables  ## the same as tables: it ends with the PDFs
 
@@ -53,8 +66,9 @@ prepare: $(ready)  ## for developers: notebooks -> lib, cleaned, then the tests
 hooks: $(ready)  ## for developers: nbdev's git and Jupyter hooks (also writes to ~/.jupyter)
 	@$(bin)/nbdev_install_hooks
 
-clean:  ## remove runs/ and the LaTeX by-products; records, data and .venv stay
+clean: unlock  ## remove runs/ and the LaTeX by-products; records, data and .venv stay
 	@rm -rf runs .snakemake .pytest_cache; rm -f papers/*/main.{aux,bbl,blg,log,out,fls,fdb_latexmk}
 
-unlock:  ## after a crash that left a lock behind (tables does this by itself)
-	@rm -rf .snakemake/locks; $(if $(wildcard $(bin)/snakemake),$(bin)/python -m snakemake --snakefile papers/Snakefile --unlock >/dev/null 2>&1 || true;) echo unlocked
+# while another run is at work this says so and stops
+unlock:  ## after a crash: take away locks and half-written files (tables does this by itself)
+	@if [ -x $(bin)/python ]; then $(bin)/python -m leansense.core.batch unlock; else rm -rf .snakemake/locks; fi

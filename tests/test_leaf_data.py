@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+from leansense.core import check as doctor
 from leansense.core.loader import loader, sample_rng
 from leansense.core.paths import data_root
 from leansense.leaf import data as leaf
@@ -213,6 +214,27 @@ def test_fingerprint_follows_content_and_nothing_else(copy, folder):
     path = copy / rows[0]["path"]
     path.write_bytes(path.read_bytes() + b"\0")
     assert leaf.load(copy).fingerprint != first
+
+
+def test_digests_are_remembered_and_noticed_when_stale(tmp_path, monkeypatch):
+    path, clock = tmp_path / "a.bin", doctor.time.time_ns
+    path.write_bytes(b"one")
+    with monkeypatch.context() as later:
+        later.setattr(doctor.time, "time_ns", lambda: clock() + 10**10)  # seen ten seconds after it was written
+        first = doctor.fingerprint(tmp_path, ["a.bin"])
+    read = []
+    digest = doctor.content_digest
+    monkeypatch.setattr(doctor, "content_digest", lambda p: read.append(p) or digest(p))
+    assert doctor.fingerprint(tmp_path, ["a.bin"]) == first and not read
+    path.write_bytes(b"two")  # same size, new time
+    second = doctor.fingerprint(tmp_path, ["a.bin"])
+    assert second != first and len(read) == 1
+    path.write_bytes(b"six")  # perhaps within the clock's tick: too young to have been remembered
+    assert doctor.fingerprint(tmp_path, ["a.bin"]) not in (first, second)
+    for store in (data_root() / "cache" / "digests").glob("*.json"):
+        store.write_text("[1, 2")
+    os.utime(path, ns=(10**18, 10**18))
+    assert doctor.fingerprint(tmp_path, ["a.bin"]) not in (first, second)
 
 
 # ---- pixels: the order and values of the transforms

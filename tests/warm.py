@@ -1,12 +1,15 @@
-"""Python that has imported the heavy libraries once and forks for each command: the same process, seven seconds earlier.
+"""Python that has imported the heavy libraries once and forks for each command.
 
     Warm().run(["papermill", "nbs/leaf/80_row.ipynb", ...], cwd, environment, timeout)
 
-A server without threads imports torch and the like, then reads one command a line; each is run by a forked child in a
-session of its own, with its own folder, environment and output files. The child is what a fresh interpreter would
-be, but for `sys.modules`: nothing of this repository is loaded, and what libraries read from the environment while they are
-imported was read in the server. `papermill` gets its kernel from a second fork.
+A server without threads imports torch and the like, then reads one command a line; each is run by
+a forked child in a session of its own, with its own folder, environment and output files. The
+child is what a fresh interpreter would be seven CPU seconds later: nothing of this repository is
+loaded. But what libraries read from the environment while they are imported was read in the
+server: whoever sets such a variable (TRITON_INTERPRET) must start cold. `papermill` gets its
+kernel from a second fork.
 """
+
 import json
 import os
 import select
@@ -19,22 +22,43 @@ import traceback
 import types
 from pathlib import Path
 
-LIBRARIES = ("torch", "lightning.pytorch", "torchvision.transforms.v2", "timm", "torchmetrics.classification",
-             "matplotlib.pyplot", "pandas", "seaborn", "scipy.ndimage", "sklearn.metrics", "IPython", "papermill",
-             "papermill.cli", "ipykernel.kernelapp", "nbdev.test", "torch.utils.tensorboard",
-             "torch.utils.flop_counter", "imagehash")
+LIBRARIES = (
+    "torch",
+    "lightning.pytorch",
+    "torchvision.transforms.v2",
+    "timm",
+    "torchmetrics.classification",
+    "matplotlib.pyplot",
+    "pandas",
+    "seaborn",
+    "scipy.ndimage",
+    "sklearn.metrics",
+    "IPython",
+    "papermill",
+    "papermill.cli",
+    "ipykernel.kernelapp",
+    "nbdev.test",
+    "torch.utils.tensorboard",
+    "torch.utils.flop_counter",
+    "imagehash",
+)
 
 
 class Warm:
     """A server, started when it is first needed; one command at a time."""
 
     def __init__(self):
-        self.server = None
+        self.server, self.cpu = None, 0.0  # CPU seconds of all commands so far
 
     def start(self) -> None:
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "IN_TEST")}
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       env=environment, text=True)
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
         if self.answer(1800) != "ready":
             raise RuntimeError("the warm Python did not start: its error is on the screen")
 
@@ -43,8 +67,10 @@ class Warm:
         ready, _, _ = select.select([self.server.stdout], [], [], timeout)
         return json.loads(self.server.stdout.readline() or "null") if ready else None
 
-    def run(self, command: list[str], cwd: Path, environment: dict, timeout: float) -> subprocess.CompletedProcess:
-        """Like subprocess.run with captured text; TimeoutExpired ends the whole session of the command."""
+    def run(
+        self, command: list[str], cwd: Path, environment: dict, timeout: float
+    ) -> subprocess.CompletedProcess:
+        """Like subprocess.run with captured text; a timeout ends the command's whole session."""
         if self.server is None or self.server.poll() is not None:
             self.start()
         with tempfile.TemporaryDirectory() as folder:
@@ -52,16 +78,17 @@ class Warm:
             job = {"command": command, "cwd": str(cwd), "environment": environment, "files": files}
             print(json.dumps(job), file=self.server.stdin, flush=True)
             pid = self.answer(600)
-            code = self.answer(timeout) if pid else None
-            if code is None and self.server.poll() is not None:
+            ended = self.answer(timeout) if pid else None
+            if self.server.poll() is not None:
                 raise RuntimeError(f"the warm Python ended by itself during {command[:3]}")
-            if code is None:
+            if ended is None:
                 os.killpg(pid, signal.SIGKILL)
                 self.answer(60)
             said = [Path(file).read_text(errors="replace") for file in files]
-        if code is None:
+        if ended is None:
             raise subprocess.TimeoutExpired(command, timeout, *said)
-        return subprocess.CompletedProcess(command, code, *said)
+        self.cpu += ended[1]
+        return subprocess.CompletedProcess(command, ended[0], *said)
 
     def stop(self) -> None:
         if self.server is not None:
@@ -103,7 +130,7 @@ class Forked:
 
 
 def lend_kernel() -> None:
-    """Fork now, while there are no threads, a process that becomes the kernel which papermill asks for."""
+    """Fork, while there are no threads, a process that becomes papermill's kernel."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -118,8 +145,14 @@ def lend_kernel() -> None:
         os.environ.update(job["environment"])
         os.chdir(job["cwd"])
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        parent = job["environment"].get("JPY_PARENT_PID", "0")  # which ipykernel reads while it is imported
-        sys.argv = ["ipykernel_launcher", *job["arguments"], f"--IPKernelApp.parent_handle={parent}"]
+        parent = job["environment"].get(
+            "JPY_PARENT_PID", "0"
+        )  # which ipykernel reads while it is imported
+        sys.argv = [
+            "ipykernel_launcher",
+            *job["arguments"],
+            f"--IPKernelApp.parent_handle={parent}",
+        ]
         from ipykernel import kernelapp
 
         kernelapp.launch_new_instance()
@@ -127,8 +160,11 @@ def lend_kernel() -> None:
     os.close(reading)
 
     def launch(command, env=None, cwd=None, **_):
-        job = {"arguments": command[command.index("ipykernel_launcher") + 1:], "cwd": str(cwd or Path.cwd()),
-               "environment": dict(env or os.environ)}
+        job = {
+            "arguments": command[command.index("ipykernel_launcher") + 1 :],
+            "cwd": str(cwd or Path.cwd()),
+            "environment": dict(env or os.environ),
+        }
         while os.getpgid(pid) != pid:  # jupyter_client asks for its group at once
             time.sleep(0.01)
         with os.fdopen(writing, "w") as pipe:
@@ -170,7 +206,8 @@ def serve() -> dict:
         if pid == 0:
             return json.loads(line)
         say(pid)
-        say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        _, status, used = os.wait4(pid, 0)
+        say([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime])
 
 
 def say(what) -> None:

@@ -364,7 +364,7 @@ def sweep() -> int:
     """Delete the temporary files of killed writes; how many there were. The run's lock must be held."""
     found, day = 0, time.time() - 86400
     places = [root().glob(".*"), *((root() / top).rglob(".*") for top in ("papers", "figures", "runs"))]
-    for path in (path for place in places for path in place if _HALF.fullmatch(path.name)):
+    for path in (path for found_in in places for path in found_in if _HALF.fullmatch(path.name)):
         by_hand = path.relative_to(root()).parts[:2] in (("runs", "by-hand"), ("runs", "notebooks"))
         try:
             if path.is_file() and not (by_hand and path.stat().st_mtime > day):
@@ -544,6 +544,15 @@ def _unlock() -> None:
         found, lines = sweep(), set_aside()
     print(*lines, f"unlocked; {found} half-written file{'s' * (found != 1)} swept", sep="\n")
 
+# %% ../../../nbs/core/16_batch.ipynb #a7b03341
+def _readme() -> list[str]:
+    """Renew the README's table; a line when a record does not let us."""
+    try:
+        update()
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"README.md: its table was left as it is; {without_places(cause(error))}"]
+    return []
+
 # %% ../../../nbs/core/16_batch.ipynb #dcb13444
 def _options(argv: list[str] | None):
     """The command's options."""
@@ -575,8 +584,7 @@ def main(argv: list[str] | None = None) -> int:
                 _unlock()
             else:
                 failed = tables(given.system, given.scale, given.data, given.profile, given.cores, given.fresh)
-                if given.scale == "demo" and not given.data:
-                    update()
+                failed += _readme() if given.scale == "demo" and not given.data else []
     except (ValueError, OSError) as error:
         print(cause(error) if isinstance(error, OSError) else error, file=sys.stderr)
         return 2

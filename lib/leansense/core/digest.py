@@ -17,12 +17,19 @@ from .paths import resolve, root
 
 # %% ../../../nbs/core/12_digest.ipynb #2aaef9e8
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_IDLE = ("pinfo", "pinfo2", "psearch", "matplotlib")              # line magics without a result
-_PYTHON = ("time", "timeit", "capture", "prun", "memit", "mprun")  # cell magics that run their body here
+_IDLE = ("pinfo", "pinfo2", "psearch", "matplotlib")  # line magics without a result
+_PYTHON = (
+    "time",
+    "timeit",
+    "capture",
+    "prun",
+    "memit",
+    "mprun",
+)  # cell magics that run their body here
 
 
 def _magic(node: ast.stmt) -> tuple[str, list]:
-    """Kind (run_line_magic, run_cell_magic, ...) and arguments of an IPython call that stands alone; ("", []) if none."""
+    """Kind (run_cell_magic, ...) and arguments of an IPython call that stands alone."""
     call = node.value if isinstance(node, ast.Expr) else None
     if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("get_ipython()."):
         return call.func.attr, [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
@@ -64,22 +71,30 @@ def _file(module: str) -> Path | None:
 
 
 def _absolute(name: str, module: str) -> str:
-    """A module name that may begin with dots, as `module` would import it; empty when it has no package to begin at."""
+    """A name that may begin with dots, as `module` would import it; empty if it has no package."""
     dots = len(name) - len(name.lstrip("."))
     base = ".".join(module.split(".")[:-dots]) if dots else ""
     return ".".join(part for part in (base, name[dots:]) if part) if base or not dots else ""
 
-# %% ../../../nbs/core/12_digest.ipynb #26c25659
+# %% ../../../nbs/core/12_digest.ipynb #3a2bd126
 _LOADERS = ("import_module", "__import__", "find_spec", "resolve_name", "find_loader", "run_module")
 _HOLE = "\0"  # a piece of a name that is not known before the code runs
 
 
 def _texts(tree: ast.Module, module: str) -> dict[str, str]:
-    """The names of a module that stand for a text: `__name__`, `__package__`, and constants such as PARTS = "leansense.x"."""
+    """The names that stand for a text in `module`: `__name__`, `__package__`, and its constants."""
     named = {"__name__": module, "__package__": module.rpartition(".")[0]}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            named |= {target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)}
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            named |= {
+                target.id: node.value.value
+                for target in node.targets
+                if isinstance(target, ast.Name)
+            }
     return named
 
 
@@ -95,7 +110,7 @@ def _spelled(node: ast.expr, texts: dict[str, str]) -> str:
         return _spelled(node.left, texts) + _spelled(node.right, texts)
     return texts.get(node.id, _HOLE) if isinstance(node, ast.Name) else _HOLE
 
-# %% ../../../nbs/core/12_digest.ipynb #320f1d95
+# %% ../../../nbs/core/12_digest.ipynb #7b9b5f8f
 def _modules_of(spelled: str, module: str, system: str) -> set[str]:
     """The leansense modules that a spelled name may mean; none when it is no module name."""
     name = _absolute(spelled, module)
@@ -119,14 +134,18 @@ def _last_name(function: ast.expr) -> str:
 
 
 def _loaded(call: ast.Call, module: str, system: str, texts: dict[str, str]) -> set[str]:
-    """The modules that a call of `import_module` or its kin may load, by its first argument and its package."""
+    """The modules that a call of `import_module` or its kin may load, by its arguments."""
     packages = [*call.args[1:2], *(word.value for word in call.keywords if word.arg == "package")]
     base = _spelled(packages[0], texts) if packages else ""
-    return _modules_of(_spelled(call.args[0], texts), f"{base}._" if base.startswith("leansense") else module, system)
+    return _modules_of(
+        _spelled(call.args[0], texts),
+        f"{base}._" if base.startswith("leansense") else module,
+        system,
+    )
 
-# %% ../../../nbs/core/12_digest.ipynb #eaddd1d7
+# %% ../../../nbs/core/12_digest.ipynb #ed079c6f
 def imports(code: str | ast.Module, module: str = "", system: str = "") -> set[str]:
-    """The leansense modules that `code` (of the module `module`) imports itself, wherever in it the import stands.
+    """The leansense modules that `code` (of `module`) imports itself, wherever in it that stands.
 
     system: what an unknown name just below `leansense` means; empty: nothing.
     """
@@ -140,7 +159,11 @@ def imports(code: str | ast.Module, module: str = "", system: str = "") -> set[s
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
         elif isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)):
             spelled = _spelled(node, texts)
-            names |= _modules_of(spelled, module, system) if not re.match(r"\.+(.*\0|$)", spelled) else set()
+            names |= (
+                _modules_of(spelled, module, system)
+                if not re.match(r"\.+(.*\0|$)", spelled)
+                else set()
+            )
         elif isinstance(node, ast.Call) and node.args and _last_name(node.func) in _LOADERS:
             names |= _loaded(node, module, system, texts)
     return {name for name in names if name.split(".")[0] == "leansense" and _file(name)}
@@ -153,18 +176,20 @@ def _hash(text: str) -> str:
 
 @lru_cache(maxsize=None)
 def _read(path: Path, stamp: tuple, top: Path, system: str) -> tuple[str, frozenset[str]]:
-    """Digest and imports of a module file below `top`; `stamp` (mtime, size) renews the cache after an edit."""
+    """Digest and imports of a module file below `top`; `stamp` renews the memory after an edit."""
     module = ".".join(path.relative_to(top / "lib").with_suffix("").parts)
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not Python ({error.msg}); mend it") from None
+        raise ValueError(
+            f"{path}, line {error.lineno}: not Python ({error.msg}); mend it"
+        ) from None
     code = _hash(normalised(tree))
     return code, frozenset(imports(tree, module, system))
 
 
 def closure(modules: set[str], system: str = "") -> dict[str, str]:
-    """All leansense modules reached from `modules` by imports, each with its digest, sorted by name."""
+    """All leansense modules reached from `modules` by imports, each with its digest, by name."""
     found, waiting = {}, set(modules)
     while waiting:
         name = waiting.pop()
@@ -174,10 +199,10 @@ def closure(modules: set[str], system: str = "") -> dict[str, str]:
         waiting |= more - set(found)
     return dict(sorted(found.items()))
 
-# %% ../../../nbs/core/12_digest.ipynb #00f9bed0
+# %% ../../../nbs/core/12_digest.ipynb #68a7ad6a
 @lru_cache(maxsize=None)
 def _cells(path: Path, stamp: tuple, top: Path, system: str) -> tuple[str, frozenset[str]]:
-    """Digest and imports of a notebook's code cells; one-line ValueError naming a cell that Jupyter could not run."""
+    """Digest and imports of a notebook's code; ValueError naming a cell that Jupyter cannot run."""
     from leansense.core.parameters import notebook_cells
 
     parts, needs = [], set()
@@ -189,15 +214,17 @@ def _cells(path: Path, stamp: tuple, top: Path, system: str) -> tuple[str, froze
             tree = cell_tree(source)
         except (SyntaxError, ValueError) as error:
             start = (source.strip().splitlines() or [""])[0][:40]
-            raise ValueError(f"{path.name}, cell {number} ({start!r}): not code that Jupyter can run "
-                             f"({getattr(error, 'msg', error)}); mend or delete it") from None
+            raise ValueError(
+                f"{path.name}, cell {number} ({start!r}): not code that Jupyter can run "
+                f"({getattr(error, 'msg', error)}); mend or delete it"
+            ) from None
         parts += [normalised(tree)] if tree.body else []
         needs |= imports(tree, "", system)
     return _hash("\n".join(parts)), frozenset(needs)
 
 
 def digest(notebook: str | Path) -> dict[str, str]:
-    """16 hex digits for each piece of code that `notebook` executes: its cells, and the leansense modules they reach.
+    """16 hex digits for each piece of code that `notebook` executes: its cells, and each module.
 
     The defaults in the parameters cell do not count: a record holds every parameter's value itself.
     """

@@ -26,14 +26,15 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "di
 @dataclass(frozen=True)
 class Parameter:
     """One line of a parameters cell."""
+
     name: str
     default: object
-    type: str               # a key of TYPES
+    type: str  # a key of TYPES
     optional: bool = False  # annotated `| None`
-    help: str = ""          # the comment: unit and meaning
+    help: str = ""  # the comment: unit and meaning
 
     def accepts(self, value: object) -> bool:
-        """Whether `value` has the declared type; an int may stand for a float, a bool for nothing but itself."""
+        """Whether `value` has the declared type; an int may stand for a float."""
         if value is None:
             return self.optional
         if self.type == "float":
@@ -47,8 +48,15 @@ def notebook_cells(notebook: Path) -> list[dict]:
     """The cells of a notebook file, texts too; one-line ValueError when it is not a notebook."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        return [cell | {"metadata": cell["metadata"], "source": "".join(cell["source"]), "cell_type": cell["cell_type"]}
-                for cell in cells]
+        return [
+            cell
+            | {
+                "metadata": cell["metadata"],
+                "source": "".join(cell["source"]),
+                "cell_type": cell["cell_type"],
+            }
+            for cell in cells
+        ]
     except FileNotFoundError:
         raise FileNotFoundError(f"{notebook}: no such notebook") from None
     except (ValueError, KeyError, TypeError):
@@ -64,8 +72,10 @@ def _tagged_source(notebook: Path) -> str:
     """The source of the one cell tagged `parameters`."""
     tagged = [c for c in code_cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
     if len(tagged) != 1:
-        raise ValueError(f"{notebook.name}: {len(tagged)} cells tagged 'parameters', one is needed; "
-                         "tag the cell of defaults (right sidebar of JupyterLab)")
+        raise ValueError(
+            f"{notebook.name}: {len(tagged)} cells tagged 'parameters', one is needed; "
+            "tag the cell of defaults (right sidebar of JupyterLab)"
+        )
     return "".join(tagged[0]["source"])
 
 # %% ../../../nbs/core/05_parameters.ipynb #44ed53da
@@ -80,7 +90,11 @@ def _finite(value: object) -> bool:
 # %% ../../../nbs/core/05_parameters.ipynb #6d84e2ea
 def _parameter(node: ast.stmt, comment: str, where: str) -> Parameter:
     """One statement of the cell as a Parameter; ValueError naming the line otherwise."""
-    if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
+    if not (
+        isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and node.value is not None
+    ):
         raise ValueError(f"{where}: write `name: type = literal  # unit and meaning`")
     name, words = node.target.id, [word.strip() for word in ast.unparse(node.annotation).split("|")]
     kinds = [word for word in words if word != "None"]
@@ -89,7 +103,9 @@ def _parameter(node: ast.stmt, comment: str, where: str) -> Parameter:
     except ValueError:
         raise ValueError(f"{where}: the default of '{name}' is not a literal") from None
     if len(kinds) != 1 or kinds[0] not in TYPES:
-        raise ValueError(f"{where}: '{name}' must be one of {', '.join(TYPES)}, with `| None` or without")
+        raise ValueError(
+            f"{where}: '{name}' must be one of {', '.join(TYPES)}, with `| None` or without"
+        )
     parameter = Parameter(name, default, kinds[0], "None" in words, comment)
     if not parameter.accepts(default):
         raise ValueError(f"{where}: the default of '{name}' is not {ast.unparse(node.annotation)}")
@@ -105,21 +121,29 @@ def parse(source: str, where: str = "parameters cell") -> dict[str, Parameter]:
     try:
         body = ast.parse(source).body
     except SyntaxError as error:
-        raise ValueError(f"{where}, line {error.lineno}: not Python ({error.msg}); mend it") from None
-    comments = {token.start[0]: token.string.lstrip("# ").strip()
-                for token in tokenize.generate_tokens(StringIO(source).readline) if token.type == tokenize.COMMENT}
-    found = [_parameter(node, comments.get(node.end_lineno, ""), f"{where}, line {node.lineno}") for node in body]
+        raise ValueError(
+            f"{where}, line {error.lineno}: not Python ({error.msg}); mend it"
+        ) from None
+    comments = {
+        token.start[0]: token.string.lstrip("# ").strip()
+        for token in tokenize.generate_tokens(StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = [
+        _parameter(node, comments.get(node.end_lineno, ""), f"{where}, line {node.lineno}")
+        for node in body
+    ]
     return {parameter.name: parameter for parameter in found}
 
 
 def declared(notebook: str | Path) -> dict[str, Parameter]:
-    """The parameters that the notebook at `notebook` (relative to the repository) declares, by name."""
+    """The parameters that a notebook (relative to the repository) declares, by name."""
     path = resolve(notebook)
     return parse(_tagged_source(path), path.name)
 
 # %% ../../../nbs/core/05_parameters.ipynb #bd285dc9
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The advice that ends a complaint about an unknown name: the nearest known one, or the list."""
+    """The advice behind a complaint about an unknown name: the nearest known one, or the list."""
     known = list(known)
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"nearest is '{match[0]}'" if match else f"known: {', '.join(known)}"
@@ -133,7 +157,9 @@ def complaints(values: dict, parameters: dict[str, Parameter]) -> list[str]:
             lines.append(f"unknown parameter '{name}'; {nearest(name, parameters)}")
         elif not parameters[name].accepts(value):
             parameter = parameters[name]
-            line = f"parameter '{name}' must be {parameter.type}, got {type(value).__name__} {value!r}"
+            line = (
+                f"parameter '{name}' must be {parameter.type}, got {type(value).__name__} {value!r}"
+            )
             if parameter.type == "float" and isinstance(value, str):
                 line += "; YAML needs a point and a sign: 1.0e-3"
             elif parameter.type == "str" and not isinstance(value, (list, dict)):
@@ -143,15 +169,24 @@ def complaints(values: dict, parameters: dict[str, Parameter]) -> list[str]:
             lines.append(f"parameter '{name}' must be finite, got {value!r}")
     return lines
 
-# %% ../../../nbs/core/05_parameters.ipynb #ff2ee4e4
-OWNED = frozenset({
-    "out", "folder", "logdir", "resume",      # where this run's files are
-    "progress", "plot", "save_history",       # what else it shows or writes
-    "num_workers", "nworkers", "pin_memory",  # how batches reach the model; what is in them is the same
-    "seed",                                   # has a key of its own
-})
+# %% ../../../nbs/core/05_parameters.ipynb #fc70551e
+OWNED = frozenset(
+    {
+        "out",
+        "folder",
+        "logdir",
+        "resume",  # where this run's files are
+        "progress",
+        "plot",
+        "save_history",  # what else it shows or writes
+        "num_workers",
+        "nworkers",
+        "pin_memory",  # how batches reach the model; what is in them is the same
+        "seed",  # has a key of its own
+    }
+)
 
-# %% ../../../nbs/core/05_parameters.ipynb #c4e6d762
+# %% ../../../nbs/core/05_parameters.ipynb #76339515
 def _assigned(source: str) -> list[ast.stmt]:
     """The assignments at the top level of a cell, none if it is not Python."""
     try:
@@ -164,30 +199,40 @@ def _assigned(source: str) -> list[ast.stmt]:
 def _names(node: ast.stmt) -> set[str]:
     """The names that an assignment binds."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return {part.id for target in targets for part in ast.walk(target)
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    return {
+        part.id
+        for target in targets
+        for part in ast.walk(target)
+        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+    }
 
 
 def _misspelt(namespace: dict, parameters: dict[str, Parameter]) -> set[str]:
-    """The undeclared names that papermill's added cell assigned and that nothing has replaced since."""
+    """The undeclared names that papermill's added cell assigned and nothing has replaced since."""
     found = set()
     for source in namespace.get("In", []):
         nodes = _assigned(source)
         names = set().union(*(_names(node) for node in nodes))
         if source.startswith("# Parameters"):
             found = names - set(parameters)
-        elif any(isinstance(node, ast.AnnAssign) and _names(node) & set(parameters) for node in nodes):
+        elif any(
+            isinstance(node, ast.AnnAssign) and _names(node) & set(parameters) for node in nodes
+        ):
             found = set()  # the cell of defaults, run again
         else:
-            found -= {word for word in found if set(difflib.get_close_matches(word, parameters, 1, 0.5)) & names}
+            found -= {
+                word
+                for word in found
+                if set(difflib.get_close_matches(word, parameters, 1, 0.5)) & names
+            }
     return found & set(namespace)
 
-# %% ../../../nbs/core/05_parameters.ipynb #e8f7f0f8
+# %% ../../../nbs/core/05_parameters.ipynb #d5fb4e4c
 MEMORY = "_parameters_as_given"  # where a session keeps the values that its first cell found
 
 
 def overwritten(notebook: str | Path, names: Iterable[str]) -> dict[str, set[str]]:
-    """Which of `names` the notebook's own cells assign anew, each with those statements (as text free of formatting)."""
+    """Which of `names` the notebook's own cells assign anew, each with those statements' trees."""
     found = {}
     for cell in code_cells(resolve(notebook)):
         if "parameters" not in cell["metadata"].get("tags", []):
@@ -198,7 +243,7 @@ def overwritten(notebook: str | Path, names: Iterable[str]) -> dict[str, set[str
 
 
 def rebound(notebook: str | Path) -> set[str]:
-    """Every name that the notebook's own cells bind, loops and functions included: none of them keeps a parameter."""
+    """Every name that the notebook's own cells bind, in loops and imports too."""
     found = set()
     for cell in code_cells(resolve(notebook)):
         if "parameters" not in cell["metadata"].get("tags", []):
@@ -206,14 +251,16 @@ def rebound(notebook: str | Path) -> set[str]:
                 nodes = list(ast.walk(ast.parse("".join(cell["source"]))))
             except SyntaxError:
                 continue
-            found |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            found |= {
+                n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
             found |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
             found |= {n.asname or n.name for n in nodes if isinstance(n, ast.alias)}
     return found
 
-
+# %% ../../../nbs/core/05_parameters.ipynb #3145ce22
 def _given(name: str, own: set[str], namespace: dict) -> object:
-    """The value that the user gave to a parameter which the statements `own` of the notebook assign anew."""
+    """The value that the user gave to a parameter which the statements `own` assign anew."""
     earlier = value = namespace.get(MEMORY, {}).get(name, namespace[name])
     for node in (node for source in namespace.get("In", []) for node in _assigned(source)):
         if name in _names(node) and ast.dump(node) not in own:
@@ -227,16 +274,25 @@ def _given(name: str, own: set[str], namespace: dict) -> object:
 
 # %% ../../../nbs/core/05_parameters.ipynb #78a41813
 def checked(namespace: dict, notebook: str | Path) -> dict:
-    """The values of the notebook's parameters in `namespace` (its globals()); ValueError when one is unknown or wrong.
+    """The values of the notebook's parameters in `namespace` (globals()); ValueError if wrong.
 
     The error's one line names each such parameter and the nearest known name.
     """
     parameters = declared(notebook)
     values = {name: namespace[name] for name in parameters if name in namespace}
-    values |= {name: _given(name, own, namespace) for name, own in overwritten(notebook, values).items()}
-    wrong = complaints(values | {name: namespace[name] for name in sorted(_misspelt(namespace, parameters))}, parameters)
+    values |= {
+        name: _given(name, own, namespace) for name, own in overwritten(notebook, values).items()
+    }
+    wrong = complaints(
+        values | {name: namespace[name] for name in sorted(_misspelt(namespace, parameters))},
+        parameters,
+    )
     if wrong:
         raise ValueError(f"{Path(notebook).name}: " + "; ".join(wrong))
     namespace[MEMORY] = values
-    whole = (name for name, value in values.items() if parameters[name].type == "float" and value is not None)
+    whole = (
+        name
+        for name, value in values.items()
+        if parameters[name].type == "float" and value is not None
+    )
     return values | {name: float(values[name]) for name in whole}

@@ -26,13 +26,15 @@ from .digest import code_key, digest
 from .parameters import MEMORY, OWNED, checked, declared, rebound
 from .paths import resolve, root, write_atomic
 
-# %% ../../../nbs/core/14_record.ipynb #99b23923
+# %% ../../../nbs/core/14_record.ipynb #b9c09659
 _QUOTED = re.compile(r"""(["'`])(?:file://)?(/[^"'`\n]+)\1""")
-_BARE = re.compile(r"""(?<![\w./~:%-])(?:file://)?/(?:[^\s/"'`,;:()\[\]{}<>|]+/)*([^\s/"'`,;:()\[\]{}<>|]+)/?""")
+_BARE = re.compile(
+    r"""(?<![\w./~:%-])(?:file://)?/(?:[^\s/"'`,;:()\[\]{}<>|]+/)*([^\s/"'`,;:()\[\]{}<>|]+)/?"""
+)
 
 
 def without_paths(value: object) -> object:
-    """`value` (text, or lists and dicts of it) with each absolute path cut to its last name, or to its place in here."""
+    """`value` (text, lists and dicts of it) with each absolute path cut to its last name."""
     if isinstance(value, dict):
         return {without_paths(key): without_paths(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -54,33 +56,49 @@ def _short(path: Path) -> str:
 
 # %% ../../../nbs/core/14_record.ipynb #3912816e
 SCHEMA = 2
-PLACES = ("data", "metadata", "label2id", "weights")  # parameters that hold paths: the last name counts
-CONTENT = ("weights",)                                # and of these, what is in the file
-RUNNER = ("seed", "out", "folder", "logdir", "progress")  # what the runner sets, and a matrix must not
+PLACES = (
+    "data",
+    "metadata",
+    "label2id",
+    "weights",
+)  # parameters that hold paths: the last name counts
+CONTENT = ("weights",)  # and of these, what is in the file
+RUNNER = (
+    "seed",
+    "out",
+    "folder",
+    "logdir",
+    "progress",
+)  # what the runner sets, and a matrix must not
 
 
 @lru_cache(maxsize=None)
 def _content(path: Path, stamp: tuple) -> str:
-    """12 hex digits for what is in a file; `stamp` (mtime, size) renews the memory after a change."""
+    """12 hex digits for what is in a file; `stamp` renews the memory after a change."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=6)).hexdigest()
 
 
 def _fingerprinted(value: str) -> str:
-    """Name and content of a weights file or folder; '#missing' behind the name of one that is not there."""
+    """name#content of a weights file or folder; name#missing for one that is not there."""
     path = Path(value).expanduser() if Path(value).expanduser().exists() else resolve(value)
     if not path.exists():
         return value if re.search(r"#[0-9a-f]{12}$", value) else f"{path.name}#missing"
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    parts = {file: _content(file.resolve(), (file.stat().st_mtime_ns, file.stat().st_size)) for file in files}
+    parts = {
+        file: _content(file.resolve(), (file.stat().st_mtime_ns, file.stat().st_size))
+        for file in files
+    }
     if path.is_dir():
-        named = "".join(f"{file.relative_to(path).as_posix()}\t{part}\n" for file, part in parts.items())
+        named = "".join(
+            f"{file.relative_to(path).as_posix()}\t{part}\n" for file, part in parts.items()
+        )
         return f"{path.name}#{hashlib.blake2b(named.encode(), digest_size=6).hexdigest()}"
     return f"{path.name}#{parts[path]}"
 
 
 def portable(params: dict) -> dict:
-    """`params` that make the run, free of what depends on the machine: paths as names, weights as name#content."""
+    """The `params` that make the run, wherever it runs: paths as names, weights as name#content."""
     found = {}
     for name, value in params.items():
         if name in CONTENT and value:
@@ -93,7 +111,7 @@ def portable(params: dict) -> dict:
 
 # %% ../../../nbs/core/14_record.ipynb #9330ebc5
 def plain(value: object, name: str = "record") -> object:
-    """`value` as JSON types; ValueError naming the entry that is not finite or no number, text, list or dict."""
+    """`value` as JSON types; ValueError naming the entry that is not finite or of another type."""
     if isinstance(value, dict):
         return {str(key): plain(entry, f"{name}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -101,10 +119,14 @@ def plain(value: object, name: str = "record") -> object:
     if hasattr(value, "tolist"):
         return plain(value.tolist(), name)
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}: a record holds finite numbers only; leave out what was not measured")
+        raise ValueError(
+            f"{name} is {value}: a record holds finite numbers only; leave it out if not measured"
+        )
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ValueError(f"{name} is a {type(value).__name__}; a record holds numbers, text, lists and dicts only")
+    raise ValueError(
+        f"{name} is a {type(value).__name__}; a record holds numbers, text, lists and dicts only"
+    )
 
 
 def text(record: dict) -> str:
@@ -112,23 +134,25 @@ def text(record: dict) -> str:
     raw = json.dumps(plain(record), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return re.sub(r"\[[\s\d.,eE+\-]*\]", lambda m: " ".join(m[0].split()), raw) + "\n"
 
-# %% ../../../nbs/core/14_record.ipynb #86664f88
+# %% ../../../nbs/core/14_record.ipynb #f8a4503a
 _BACKENDS: dict[str, set[str]] = {}
 
 
 def note_backend(operator: str, name: str) -> None:
-    """Remember that `operator` ran on the back end `name`, for the record; compiled C is named with its build, cc-v3."""
+    """Remember that `operator` ran on the back end `name`; compiled C with its build, as cc-v3."""
     _BACKENDS.setdefault(operator, set()).add(name)
 
 
 def _instructions() -> str:
-    """The instruction set of PyTorch's own kernels ("AVX512"), and the builds of our C kernels that ran."""
+    """The instruction set of PyTorch's kernels ("AVX512"), and the builds of C kernels that ran."""
     torch = sys.modules.get("torch")
     own = torch.backends.cpu.get_cpu_capability() if torch else ""
-    builds = sorted({name[3:] for names in _BACKENDS.values() for name in names if name.startswith("cc-")})
+    builds = sorted(
+        {name[3:] for names in _BACKENDS.values() for name in names if name.startswith("cc-")}
+    )
     return ", ".join(part for part in (own, "C " + "/".join(builds) if builds else "") if part)
 
-# %% ../../../nbs/core/14_record.ipynb #8fd8bb83
+# %% ../../../nbs/core/14_record.ipynb #40d99dda
 _CLAIMS: dict[Path, tuple] = {}  # folder -> its open lock file, and the notebook
 
 
@@ -146,7 +170,7 @@ def _release(folder: Path) -> None:
 
 
 def _hold(folder: Path, notebook: str) -> Path:
-    """Make and lock `folder` for this process; one-line RuntimeError naming the process that has it."""
+    """Make and lock `folder` for this process; RuntimeError naming the process that has it."""
     _let_go_in_children()
     if folder in _CLAIMS:
         return folder
@@ -154,14 +178,18 @@ def _hold(folder: Path, notebook: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".claim", "a+", encoding="utf-8")
     except OSError as error:
-        raise OSError(f"folder={folder}: cannot be written ({error.strerror}); name another one") from None
+        raise OSError(
+            f"folder={folder}: cannot be written ({error.strerror}); name another one"
+        ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         who = file.read().strip() or "another process"
         file.close()
-        raise RuntimeError(f"{folder}: in use by {who}; wait for it, or name another folder") from None
+        raise RuntimeError(
+            f"{folder}: in use by {who}; wait for it, or name another folder"
+        ) from None
     except OSError as error:  # a network disk without locks
         print(f"{folder}: cannot be locked here ({error.strerror}); let no other run use it")
     file.truncate(0)
@@ -173,12 +201,13 @@ def _hold(folder: Path, notebook: str) -> Path:
 # %% ../../../nbs/core/14_record.ipynb #65ec5216
 _PACKAGES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "papermill")
 _PLACE = re.compile(
-    r"papers/(?P<system>[^/]+)/records/(?P<set>[^/]+)/(?P<table>[^/]+)/(?P<row>[^/]+)\.s(?P<seed>\d+)\.json$"
+    r"papers/(?P<system>[^/]+)/records/(?P<set>[^/]+)"
+    r"/(?P<table>[^/]+)/(?P<row>[^/]+)\.s(?P<seed>\d+)\.json$"
 )
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the packages that a result depends on; a missing one is left out."""
+    """The installed versions of the packages that a result depends on, without missing ones."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -187,7 +216,7 @@ def versions() -> dict[str, str]:
             continue
     return found
 
-# %% ../../../nbs/core/14_record.ipynb #d842e7fa
+# %% ../../../nbs/core/14_record.ipynb #f27f9018
 _WORDS = ("system", "set", "table", "row", "scale")
 _BLOCKS = ("params", "metrics", "cost", "data", "env")
 
@@ -197,8 +226,12 @@ class NewerRecord(ValueError):
 
 
 def _sound(record: object) -> bool:
-    """Whether all blocks of a record of this schema, or of an earlier one, are there and of their kind."""
-    if not isinstance(record, dict) or type(record.get("schema")) is not int or record["schema"] < 1:
+    """Whether all blocks of a record (schema 1 or ours) are there and of their kind."""
+    if (
+        not isinstance(record, dict)
+        or type(record.get("schema")) is not int
+        or record["schema"] < 1
+    ):
         return False
     kinds = {word: str for word in _WORDS} | {block: dict for block in _BLOCKS} | {"seed": int}
     kinds["code"] = dict if record["schema"] > 1 else str
@@ -216,7 +249,7 @@ def _no_number(word: str):
 
 
 def read(path: str | Path) -> dict:
-    """The record at `path`; one-line ValueError when it is no record of ours, NewerRecord when it is of a later schema."""
+    """The record at `path`; ValueError when it is none of ours, NewerRecord for a later schema."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
@@ -225,14 +258,16 @@ def read(path: str | Path) -> dict:
         record = None
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema > SCHEMA:
-        raise NewerRecord(f"{path}: schema {schema}, this code reads up to {SCHEMA}; update the checkout")
+        raise NewerRecord(
+            f"{path}: schema {schema}, this code reads up to {SCHEMA}; update the checkout"
+        )
     if not _sound(record):
         raise ValueError(f"{path}: unreadable record; delete it and run the row again")
     return record
 
-# %% ../../../nbs/core/14_record.ipynb #42d3449e
+# %% ../../../nbs/core/14_record.ipynb #168f8e12
 def _ready(out: Path) -> None:
-    """One-line error unless a record can be written to `out`; an odd folder in a record's place is moved aside."""
+    """An error unless a record can be written to `out`; a folder in its place is moved aside."""
     if out.is_dir():
         if not _PLACE.search(out.as_posix()):
             raise ValueError(f"out={out}: is a folder; name a file")
@@ -243,7 +278,9 @@ def _ready(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
-        raise OSError(f"out={out}: cannot be written ({error.strerror}); name another file") from None
+        raise OSError(
+            f"out={out}: cannot be written ({error.strerror}); name another file"
+        ) from None
     try:
         read(out)
     except NewerRecord:
@@ -251,7 +288,7 @@ def _ready(out: Path) -> None:
     except (ValueError, FileNotFoundError):  # damaged, or none yet: to be written
         return
 
-# %% ../../../nbs/core/14_record.ipynb #f5096c92
+# %% ../../../nbs/core/14_record.ipynb #72ce7b85
 class Run:
     """One execution of a row notebook: its checked parameters now, its record at the end."""
 
@@ -273,27 +310,39 @@ class Run:
         for name in self.given.keys() & self.namespace.keys() - rebound(self.notebook):
             was, now = self.given[name], self.namespace[name]
             if repr(was) != repr(now):
-                raise ValueError(f"parameter '{name}' was {was!r} when this run began and is {now!r} now; "
-                                 "run the cell with Run(...) again")
+                raise ValueError(
+                    f"parameter '{name}' was {was!r} when this run began and is {now!r} now; "
+                    "run the cell with Run(...) again"
+                )
 
     def identity(self, fingerprint: str) -> dict:
-        """What makes this run, for a checkpoint to be compared with; `fingerprint` is that of its data."""
+        """What makes this run, for a checkpoint to compare; `fingerprint` is that of its data."""
         self._steady()
-        return {"notebook": self.name, "params": portable(self.params), "seed": self.seed, "code": self.code,
-                "data": fingerprint}
+        return {
+            "notebook": self.name,
+            "params": portable(self.params),
+            "seed": self.seed,
+            "code": self.code,
+            "data": fingerprint,
+        }
 
     def claim(self, default: str) -> Path:
-        """The folder of this run, made, and locked until `finish` or the end of the process; RuntimeError if it is taken.
+        """The folder of this run, made, locked until `finish`; RuntimeError if another has it.
 
-        default: the beginning of its name below runs/by-hand/<system> where neither `folder` nor `logdir` says where.
+        default: what its name begins with, below runs/by-hand/<system>, where no parameter says.
         """
         logdir = declared(self.notebook)["logdir"].default if "logdir" in self.params else ""
-        given = self.params.get("folder") or (self.params.get("logdir") != logdir and self.params.get("logdir"))
+        given = self.params.get("folder") or (
+            self.params.get("logdir") != logdir and self.params.get("logdir")
+        )
         if given:
             folder = resolve(given)
         else:
-            where = {name: os.path.relpath(resolve(self.params[name]), root())
-                     for name in PLACES if self.params.get(name)}
+            where = {
+                name: os.path.relpath(resolve(self.params[name]), root())
+                for name in PLACES
+                if self.params.get(name)
+            }
             key = code_key({"params": portable(self.params), "seed": self.seed, "where": where})[:8]
             folder = root() / "runs" / "by-hand" / Path(self.name).parent.name / f"{default}-{key}"
         for other, (_, notebook) in list(_CLAIMS.items()):
@@ -302,7 +351,7 @@ class Run:
         return _hold(folder.resolve(), self.name)
 
     def finish(self, metrics: dict, cost: dict, data: dict, env: dict) -> dict:
-        """The record as a dict, written to the parameter `out` unless that is empty; `cost` gains its wall seconds."""
+        """The record as a dict, written to `out` unless that is empty; `cost` gains its seconds."""
         self._steady()
         place = _PLACE.search(self.out.as_posix()) if self.out else None
         which = place.groupdict() if place else {"system": "", "set": "", "table": "", "row": ""}
@@ -314,10 +363,20 @@ class Run:
             "cost": {"seconds": round(time.perf_counter() - self.started, 2)} | cost,
             "env": env | {"packages": versions(), "backends": backends, "isa": _instructions()},
         }
-        record = plain(which | {"schema": SCHEMA, "seed": self.seed, "scale": which["set"].split("-")[0],
-                                "code": self.code} | without_paths(blocks))
+        record = plain(
+            which
+            | {
+                "schema": SCHEMA,
+                "seed": self.seed,
+                "scale": which["set"].split("-")[0],
+                "code": self.code,
+            }
+            | without_paths(blocks)
+        )
         if not record["metrics"]:
-            raise ValueError("record.metrics is empty: a row that measured nothing leaves no record")
+            raise ValueError(
+                "record.metrics is empty: a row that measured nothing leaves no record"
+            )
         if self.out:
             _ready(self.out)
             write_atomic(self.out, text(record))
@@ -326,8 +385,15 @@ class Run:
                 _release(folder)
         return record
 
-# %% ../../../nbs/core/14_record.ipynb #69c48ce7
-VOUCHER = ("notebook", "table", "old", "new", "metrics", "commit")  # what an entry of vouched.json says, all texts
+# %% ../../../nbs/core/14_record.ipynb #7e371227
+VOUCHER = (
+    "notebook",
+    "table",
+    "old",
+    "new",
+    "metrics",
+    "commit",
+)  # what an entry of vouched.json says, all texts
 
 
 @lru_cache(maxsize=8)
@@ -343,7 +409,7 @@ def _vouchers(path: Path, stamp: tuple) -> list[dict]:
 
 
 def vouchers(path: Path) -> list[dict]:
-    """The entries of a vouched.json, none where there is no file; one-line ValueError when it is damaged."""
+    """The entries of a vouched.json, none where there is no file; ValueError if it is damaged."""
     if not path.exists():
         return []
     return _vouchers(path, (path.stat().st_mtime_ns, path.stat().st_size))
@@ -351,8 +417,12 @@ def vouchers(path: Path) -> list[dict]:
 
 def _chained(path: Path, record: dict, code: dict) -> bool:
     """Whether vouched changes lead from the code of the record at `path` to `code`."""
-    entries = [entry for folder in path.parents[3:4] for entry in vouchers(folder / "vouched.json")
-               if entry["table"] == record["table"] and entry["notebook"] in code]
+    entries = [
+        entry
+        for folder in path.parents[3:4]
+        for entry in vouchers(folder / "vouched.json")
+        if entry["table"] == record["table"] and entry["notebook"] in code
+    ]
     reached, waiting = set(), {code_key(record["code"])}
     while waiting:
         reached |= waiting
@@ -361,9 +431,13 @@ def _chained(path: Path, record: dict, code: dict) -> bool:
 
 
 def vouched(path: str | Path) -> bool:
-    """Whether the record at `path` is of other code than today's, and current by vouched changes only."""
+    """Whether the record at `path` is of other code than today's and current by vouching."""
     record = read(path)
-    notebook = next((name for name in record["code"] if name.endswith(".ipynb")), "") if record["schema"] > 1 else ""
+    notebook = (
+        next((name for name in record["code"] if name.endswith(".ipynb")), "")
+        if record["schema"] > 1
+        else ""
+    )
     code = digest(notebook) if notebook and resolve(notebook).exists() else record["code"]
     return code != record["code"] and _chained(Path(path).resolve(), record, code)
 
@@ -371,11 +445,13 @@ def vouched(path: str | Path) -> bool:
 def _another(path: Path, record: dict) -> bool:
     """Whether a record lies in the place of another row, as after a copy by hand."""
     place = _PLACE.search(path.as_posix())
-    return bool(place) and any(str(record[word]) != place[word] for word in ("system", "table", "row", "seed"))
+    return bool(place) and any(
+        str(record[word]) != place[word] for word in ("system", "table", "row", "seed")
+    )
 
 
 def stale(path: str | Path, params: dict, code: dict[str, str], fingerprint: str) -> str:
-    """Why the record at `path` is not that of these parameters, code and data; empty when it is current."""
+    """Why the record at `path` is not of these parameters, code and data; empty if it is."""
     path = Path(path).resolve()
     if not path.exists():
         return "no record yet"
@@ -390,7 +466,9 @@ def stale(path: str | Path, params: dict, code: dict[str, str], fingerprint: str
     if _another(path, record):
         return "another row's record"
     was, now = record["params"], portable(params)
-    changed = sorted(name for name in was.keys() | now.keys() if was.get(name, ...) != now.get(name, ...))
+    changed = sorted(
+        name for name in was.keys() | now.keys() if was.get(name, ...) != now.get(name, ...)
+    )
     if changed:
         return "changed " + ", ".join(changed)
     old = record["code"]

@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import unicodedata
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from .digest import digest
 from .parameters import complaints, declared, nearest
 from .paths import resolve, root, write_atomic
 from .process import PARENT, end_with
-from .record import RUNNER, stale
+from .record import RUNNER, stale, without_paths
 
 # %% ../../../nbs/core/10_rows.ipynb #8917eb28
 SCALES = ("smoke", "demo", "paper")
@@ -35,7 +34,7 @@ SCALES = ("smoke", "demo", "paper")
 
 def place(data: str) -> Path:
     """The folder that `DATA=` names, absolute, as written: `~` and `..` resolved, links not followed."""
-    return Path(os.path.abspath(resolve(data)))
+    return Path(os.path.abspath(root() / os.path.expanduser(data)))  # `~x` may be a folder, too
 
 
 def _seen_from_here(folder: Path) -> str:
@@ -281,21 +280,12 @@ def fingerprints(rows: list[Row]) -> list[str]:
         known[key] = known[key] if key in known else fingerprint(row)
     return [known[key] for key in keys]
 
-# %% ../../../nbs/core/10_rows.ipynb #b9705272
-_QUOTED = re.compile(r"""(["'])(?:~|/)[^"'\n]*/([^"'/\n]+)/?\1""")
-_PATH = re.compile(r"(?<![\w.…:/~+)\]-])(?:~/|/)(?:[^\s/\"'(),;:]+/)*([^\s/\"'(),;:]+)")
-
-
+# %% ../../../nbs/core/10_rows.ipynb #d60fc29d
 def without_places(line: str, *folders: Path | str) -> str:
-    """`line` with absolute paths cut: relative below the repository, the last name elsewhere and in `folders`."""
-    home = Path.home()
-    known = [(root(), ""), *((Path(f), Path(f).name) for f in folders), (tempfile.gettempdir(), "…"), (home, "~")]
-    for folder, name in sorted(known, key=lambda pair: -len(str(pair[0]))):  # the innermost first; spaces do not matter
-        if str(folder) != "/":
-            line = re.sub(rf"{re.escape(str(folder))}/", lambda _: f"{name}/" if name else "", line)
-            line = re.sub(rf"{re.escape(str(folder))}(?![\w.-])", lambda _: name or "the repository", line)
-    line = _QUOTED.sub(r"\1…/\2\1", line)
-    return _PATH.sub(r"…/\1", line)
+    """`line` without absolute paths: relative below the repository, the last name elsewhere and of `folders`."""
+    for folder in sorted(map(str, folders), key=len, reverse=True):  # known ones may hold spaces
+        line = line.replace(f"{folder}/", f"{Path(folder).name}/")
+    return without_paths(line)
 
 # %% ../../../nbs/core/10_rows.ipynb #aee442d1
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
