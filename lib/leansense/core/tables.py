@@ -244,7 +244,9 @@ class Paper:
 # %% ../../../nbs/core/40_tables.ipynb #88535002
 def _distinct(runs: pd.DataFrame, column: str) -> list[str]:
     """The different values of a column among the lines that have a record."""
-    return sorted({str(value) for value in runs[column].dropna()}) if column in runs else []
+    whole = lambda value: isinstance(value, float) and value.is_integer()  # noqa: E731: beside rows without a record
+    values = runs[column].dropna() if column in runs else ()
+    return sorted({str(int(value) if whole(value) else value) for value in values})
 
 
 def caption_facts(runs: pd.DataFrame, scale: str) -> str:
