@@ -135,7 +135,7 @@ def test_three_layouts_in_the_same_notebook(tmp_path):
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"resume": "runs/nothing_here.pt"}, "runs/nothing_here.pt: no such checkpoint"),
+    ({"resume": "runs/nothing_here.pt"}, "runs/nothing_here.pt: no such file"),
     ({"data": "nothing/here"}, "nothing/here"),
     ({"cams": ["front", "fornt_left"], "trunk": "resnet999"}, "fornt_left"),
 ])
