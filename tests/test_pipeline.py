@@ -3,8 +3,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-from pathlib import Path
 
 import pytest
 import toy as toys
@@ -64,32 +62,34 @@ def test_rows_then_nothing_then_one(toy):
 
 
 def test_failed_row_is_a_dash_and_blocks_nobody(toy):
-    write_atomic(toy / "papers/toy/rows.yaml", TWO.replace("{value: 2}", "{fail: true}"))
+    write_atomic(toy / "papers/toy/rows.yaml", SMALL)
+    assert tables(toy).returncode == 0
+    kept = (toy / "papers/toy/records/demo/main/one.s0.json").read_bytes()
+    write_atomic(toy / "papers/toy/rows.yaml", TWO.replace("{label: One}", "{label: One, params: {fail: true}}"))
     done = tables(toy)
     assert done.returncode == 1
-    assert "toy main/two.s0: ValueError: heads=5 does not divide 144" in done.stderr
+    assert "toy main/one.s0: ValueError: heads=5 does not divide 144, see papers/toy/rows.yaml" in done.stderr
+    assert r"One\textsuperscript{a} & -- \\" in table(toy) and "heads=5 does not divide 144" in table(toy)
+    assert r"Two & 20.0 \\" in table(toy)
     committed = [path.read_text() for path in (toy / "papers/toy").rglob("*") if path.is_file()]
     assert not [text for text in committed if str(toy.parent) in text or "/opt" in text], "no folders of this machine"
-    assert r"Two\textsuperscript{a} & -- \\" in table(toy) and "heads=5 does not divide 144" in table(toy)
-    assert r"One & 10.0 \\" in table(toy)
-    executed = (toy / "runs/demo/toy/main/two.s0.ipynb").read_text()
+    assert (toy / "papers/toy/records/demo/main/one.s0.json").read_bytes() == kept, "but no table passes it off as this row's"
+    executed = (toy / "runs/demo/toy/main/one.s0.ipynb").read_text()
     assert "heads=5 does not divide 144" in executed, "the executed notebook with its traceback is kept"
 
-    write_atomic(toy / "papers/toy/rows.yaml", TWO)
-    assert tables(toy).returncode == 0 and r"\textbf{20.0}" in table(toy)
-    kept = (toy / "papers/toy/records/demo/main/two.s0.json").read_bytes()
-    write_atomic(toy / "papers/toy/rows.yaml", TWO.replace("{value: 2}", "{fail: true}"))
-    assert tables(toy).returncode == 1
-    assert (toy / "papers/toy/records/demo/main/two.s0.json").read_bytes() == kept
-    assert r"Two\textsuperscript{a} & -- \\" in table(toy), "but the table does not pass it off as this row's"
 
-
-def test_smoke_stays_below_runs(toy):
+def test_plain_snakemake_works_too(toy):
+    """By hand, and a smoke run leaves nothing outside runs/."""
     write_atomic(toy / "papers/toy/rows.yaml", SMALL)
-    before = {p for p in toy.rglob("*") if "runs" not in p.parts and ".snakemake" not in p.parts and "__pycache__" not in p.parts}
-    assert tables(toy, "--scale", "smoke").returncode == 0
-    after = {p for p in toy.rglob("*") if "runs" not in p.parts and ".snakemake" not in p.parts and "__pycache__" not in p.parts}
-    assert after == before and (toy / "runs/smoke/papers/toy/tables/main.tex").exists()
+
+    def files() -> set:
+        return {p for p in toy.rglob("*") if not {"runs", ".snakemake", "__pycache__"} & set(p.parts)}
+
+    before = files()
+    done = run(toy, "python", "-m", "snakemake", "--snakefile", "papers/Snakefile", "--profile", "papers/profiles/default",
+               "--cores", "2", "--config", "system=toy", "scale=smoke")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "One & 10.0" in (toy / "runs/smoke/papers/toy/tables/main.tex").read_text() and files() == before
 
 
 def test_typo_stops_everything_at_once(toy):
@@ -129,14 +129,6 @@ def test_cluster_through_a_fake_sbatch(toy):
 def test_unknown_profile(toy):
     done = tables(toy, "--profile", "slrum")
     assert done.returncode == 2 and "nearest is 'slurm'" in done.stderr
-
-
-def test_plain_snakemake_works_too(toy):
-    write_atomic(toy / "papers/toy/rows.yaml", SMALL)
-    done = run(toy, "python", "-m", "snakemake", "--snakefile", "papers/Snakefile", "--profile", "papers/profiles/default",
-               "--cores", "2", "--config", "system=toy")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "One & 10.0" in table(toy)
 
 
 
