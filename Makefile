@@ -1,7 +1,7 @@
 # leansense: `make` alone lists what there is. Everything works from a fresh clone, with nothing activated.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup tables test lab papers prepare hooks clean unlock
+.PHONY: help setup tables test gates lab papers prepare hooks clean unlock
 .DELETE_ON_ERROR:
 
 SYSTEM  ?=
@@ -49,8 +49,11 @@ tables: $(ready)  ## rows without a current record, then tables, figures and PDF
 	@$(bin)/python -m leansense.core.batch --system="$$SYSTEM" --scale="$$SCALE" --data="$$DATA" \
 		--profile="$$PROFILE" --cores="$$CORES" $(if $(filter-out 0,$(FRESH)),--fresh)
 
-test: $(ready)  ## the test suite
-	@$(bin)/python -m pytest -q
+test: $(ready)  ## the test suite, on up to four cores; it measures no time
+	@$(bin)/python -m pytest -q -n auto --dist worksteal --durations=20
+
+gates: $(ready)  ## the tests that measure time; one that fails is measured again when the machine is quiet
+	@$(bin)/python -m pytest -q -m gate -rA
 
 lab: $(ready)  ## JupyterLab on localhost, with its token
 	@$(bin)/python -m jupyterlab --ip=127.0.0.1 --port="$$PORT" --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -30,6 +30,7 @@ def name(goal: dict) -> str:
     return f"{goal['table']}-{goal['row']}-{goal['ours']}"
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("goal", GOALS, ids=name)
 def test_ratio_is_kept(goal):
     row, chosen = ROWS[f"{goal['table']}/{goal['row']}"], operator(goal["table"])

@@ -513,7 +513,7 @@ print("agree")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300,
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=1800,
                           env=os.environ | {"OMP_NUM_THREADS": "1", **environment})
 
 
@@ -654,6 +654,7 @@ def test_peers_agree_and_ours_is_exact():
     assert 2e-6 < found["forward"]["lss"] < 1e-3  # differences of a running sum
 
 
+@pytest.mark.gate
 def test_faster_than_published():
     """About half of what was measured on a quiet machine: 40 and 30 times against LSS, 5 against cached ranks."""
     from leansense.core.cost import ratio, throughput

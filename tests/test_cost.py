@@ -1,6 +1,6 @@
 """The cost meter against numbers known otherwise."""
+
 import copy
-import time
 
 import pytest
 import torch
@@ -46,7 +46,10 @@ class Branch(nn.Module):
 def test_parameters_live_and_nothing_touched():
     model = Branch()
     before = copy.deepcopy(model.state_dict())
-    example = {"x": torch.randn(5, 4), "scale": torch.tensor(0.0)}  # gradients of zero still count as reached
+    example = {
+        "x": torch.randn(5, 4),
+        "scale": torch.tensor(0.0),
+    }  # gradients of zero still count as reached
     assert parameters(model, example) == {"declared": 68, "live": 48}
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
     assert not model.frozen.weight.requires_grad and model.used.weight.grad is None
@@ -73,7 +76,9 @@ def test_sizes():
 
 def test_flops_of_known_products():
     assert flops(nn.Linear(10, 20), torch.ones(3, 10)) == 2 * 3 * 10 * 20
-    assert flops(nn.Conv2d(8, 8, 3, groups=8), torch.ones(1, 8, 10, 10)) == 2 * 8 * 64 * 9  # depthwise
+    assert (
+        flops(nn.Conv2d(8, 8, 3, groups=8), torch.ones(1, 8, 10, 10)) == 2 * 8 * 64 * 9
+    )  # depthwise
     assert flops_by_operator(nn.ReLU(), torch.ones(2)) == {}
     model = nn.Dropout(0.5).train()
     flops(model, torch.ones(2))
@@ -116,7 +121,7 @@ def test_peak_memory_finds_the_matrix():
     x = torch.randn(512, 8)
     n_by_n = 512 * 512 * 4
     peak = peak_memory(lambda: (x @ x.T).softmax(-1).sum())
-    assert 2 * n_by_n <= peak < 2.1 * n_by_n
+    assert 2 * n_by_n <= peak < 3 * n_by_n  # and what little the products ask for
     model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)))
     y = torch.randn(256, 64)
     assert peak_memory(train_step(model, y)) > 2 * peak_memory(eval_step(model, y))
@@ -151,27 +156,51 @@ def test_throughput_takes_turns_and_records_circumstances():
     assert calls == list("AABB" + "ABBAABBA")
     summary = timings["A"].summary()
     assert {k: summary[k] for k in ("batch", "clock", "device", "dtype", "threads", "repeats")} == {
-        "batch": 16, "clock": "process", "device": "cpu", "dtype": "float32", "threads": 1, "repeats": 4}
+        "batch": 16,
+        "clock": "process",
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "repeats": 4,
+    }
     assert summary["min"] <= summary["p25"] <= summary["p50"] <= summary["p75"]
     assert summary["per_second"] == pytest.approx(16 / summary["p50"])
     assert torch.get_num_threads() == before
 
 
-def test_clocks_differ_for_a_sleeper():
+class Clocks:
+    """Two clocks that go as told: work moves both, waiting only the one on the wall."""
+
+    def __init__(self, monkeypatch):
+        self.wall = self.process = 0.0
+        monkeypatch.setattr(cost.time, "perf_counter", lambda: self.wall)
+        monkeypatch.setattr(cost.time, "process_time", lambda: self.process)
+
+    def go(self, seconds: float, working: bool = True) -> None:
+        self.wall += seconds
+        self.process += seconds * working
+
+
+def test_clocks_differ_for_a_sleeper(monkeypatch):
     """A process that waits uses wall time, not process time."""
-    steps = {"nap": lambda: time.sleep(0.02)}
+    clocks = Clocks(monkeypatch)
+    steps = {"nap": lambda: (clocks.go(2.0, working=False), clocks.go(0.5))}
     wall = throughput(steps, repeats=3, warmup=1, clock="wall")["nap"].summary()
-    process = throughput(steps, repeats=3, warmup=1, clock="process")["nap"].summary()
-    assert wall["p50"] > 4 * process["p50"] and wall["clock"] == "wall"
+    process = throughput(steps, repeats=3, warmup=1, inner=4, clock="process")["nap"].summary()
+    assert (wall["p50"], wall["clock"]) == (2.5, "wall")
+    assert (process["p50"], process["clock"]) == (0.5, "process")
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(clock="sundial"), "clock='sundial' is unknown"),
-    (dict(repeats=1), "repeats=1"),
-    (dict(warmup=0), "warmup=0"),
-    (dict(threads=2), "process clock adds"),
-    (dict(clock="wall", threads=0), "threads=0"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(clock="sundial"), "clock='sundial' is unknown"),
+        (dict(repeats=1), "repeats=1"),
+        (dict(warmup=0), "warmup=0"),
+        (dict(threads=2), "process clock adds"),
+        (dict(clock="wall", threads=0), "threads=0"),
+    ],
+)
 def test_throughput_errors(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
         throughput({"a": lambda: None}, **settings)
@@ -179,12 +208,18 @@ def test_throughput_errors(settings, message):
 
 
 def test_ratio_is_paired():
-    make = lambda *s, **kw: Timing(s, **dict(batch=1, clock="wall", device="cpu", dtype="float32", threads=1) | kw)
+    make = lambda *s, **kw: Timing(
+        s, **dict(batch=1, clock="wall", device="cpu", dtype="float32", threads=1) | kw
+    )
     drifting = make(1.0, 10.0, 100.0), make(2.0, 20.0, 200.0)
     assert ratio(*drifting) == {"ratio": 0.5, "p25": 0.5, "p75": 0.5}
     wide = ratio(make(1.0, 3.0), make(2.0, 2.0))
     assert wide["p25"] < 1 < wide["p75"]
-    for other in (make(1.0, 2.0), make(1.0, 2.0, 3.0, clock="process"), make(1.0, 2.0, 3.0, threads=2)):
+    for other in (
+        make(1.0, 2.0),
+        make(1.0, 2.0, 3.0, clock="process"),
+        make(1.0, 2.0, 3.0, threads=2),
+    ):
         with pytest.raises(ValueError, match="one throughput"):
             ratio(drifting[0], other)
     with pytest.raises(ValueError, match="raise inner"):
@@ -204,18 +239,22 @@ def test_set_threads_comes_back_after_an_error():
 
 def test_hardware_and_gpu_hours():
     machine = hardware()
-    assert machine["cores"] >= 1 and machine["ram_gib"] > 0 and machine["torch"] == torch.__version__
+    assert (
+        machine["cores"] >= 1 and machine["ram_gib"] > 0 and machine["torch"] == torch.__version__
+    )
     assert (machine["gpu"] is None) == (machine["gpus"] == 0) == (not torch.cuda.is_available())
     assert gpu_hours(7200, 4) == 8 and gpu_hours(3600, 0) == 0
     with pytest.raises(ValueError):
         gpu_hours(-1, 1)
 
 
-def test_meter():
+def test_meter(monkeypatch):
+    clocks = Clocks(monkeypatch)
     with Meter() as meter:
-        time.sleep(0.02)
+        clocks.go(2.0, working=False)
+        clocks.go(1.0)
     summary = meter.summary()
-    assert summary["seconds"] > summary["cpu_seconds"] and summary["seconds"] >= 0.02
+    assert summary["seconds"] == 3.0 and summary["cpu_seconds"] == 1.0
     assert summary["gpu_hours"] == 0 and summary["peak_mib"] is None
 
 
@@ -226,7 +265,9 @@ def test_cost_of_leaves_the_model_alone():
     found = cost_of(model, torch.randn(2, 3, 8, 8), 2)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
     assert model[0].weight.grad is not None and not model.training
-    assert found["mflops"] == 2 * 6 * 6 * 4 * 27 / 1e6 and found["train_mib"] > found["eval_mib"] > 0
+    assert (
+        found["mflops"] == 2 * 6 * 6 * 4 * 27 / 1e6 and found["train_mib"] > found["eval_mib"] > 0
+    )
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -239,7 +280,9 @@ def test_cuda_peak_and_clock():
     n_by_n = 512 * 512 * 4
     assert 2 * n_by_n <= peak_memory(lambda: (x @ x.T).softmax(-1).sum(), "cuda") < 20 * n_by_n
     big = torch.randn(2048, 2048, device="cuda")
-    timings = throughput({"small": lambda: x.T @ x, "big": lambda: big @ big @ big}, inner=10, device="cuda")
+    timings = throughput(
+        {"small": lambda: x.T @ x, "big": lambda: big @ big @ big}, inner=10, device="cuda"
+    )
     assert timings["big"].clock == "cuda" and ratio(timings["big"], timings["small"])["ratio"] > 1
     with Meter("cuda", devices=2) as meter:
         big @ big

@@ -344,7 +344,7 @@ print("kernels agree")
 def test_triton_interpreted():
     pytest.importorskip("triton")
     code = TRITON.format(tests=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800,
                           env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0 and "kernels agree" in done.stdout, done.stderr[-2000:]
 
@@ -378,7 +378,7 @@ print("compiled")
 def test_triton_compiles_for_a_gpu():
     """All the way to machine code for a Hopper GPU, which needs no GPU."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=1800,
                           env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-2000:]
 
@@ -440,24 +440,29 @@ def test_contenders_agree(size):
     assert all(error < 1e-4 for phase in found.values() for error in phase.values()), found
 
 
-def test_faster_and_smaller_than_grid_sample():
-    """Forward and backward on one thread, in turns: 60 % of what was measured at 10 000 queries (5.7 and 18 times).
-
-    Memory was 1/7 and 1/8; it does not depend on who else uses the machine.
-    """
-    size = {"Q": 4096, "shapes": [(64, 64)]}
-    problem = OPERATOR.problem(size, 0, torch.float32, "cpu")
+def steps_on_one_level(Q: int) -> dict:
+    """Forward and backward of grid_sample and of ours, by name."""
+    problem = OPERATOR.problem({"Q": Q, "shapes": [(64, 64)]}, 0, torch.float32, "cpu")
     names = ["grid_sample", "torch", *(["cc"] if not native.why_not() else [])]
     computes = {name: OPERATOR.contenders[name].prepare(problem) for name in names}
-    steps = {name: lambda f=f: torch.autograd.grad(f(), problem.wanted(), problem.gradient)
-             for name, f in computes.items()}
-    timings = throughput(steps, repeats=5, warmup=1)
-    least, most = {"torch": 2.7, "cc": 7.2}, {"torch": 1 / 3, "cc": 1 / 5}
+    return {name: lambda f=f: torch.autograd.grad(f(), problem.wanted(), problem.gradient)
+            for name, f in computes.items()}
+
+
+def test_smaller_than_grid_sample():
+    """Bytes that forward and backward ask the allocator for: 1/7 and 1/8 were measured."""
     with set_threads(1):
-        peak = {name: peak_memory(step) for name, step in steps.items()}
-    for name in names[1:]:
-        assert ratio(timings["grid_sample"], timings[name])["ratio"] > least[name], name
-        assert peak[name] < most[name] * peak["grid_sample"], (name, peak)
+        peak = {name: peak_memory(step) for name, step in steps_on_one_level(4096).items()}
+    for name, most in {"torch": 1 / 3, "cc": 1 / 5}.items():
+        assert name not in peak or peak[name] < most * peak["grid_sample"], (name, peak)
+
+
+@pytest.mark.gate
+def test_faster_than_grid_sample():
+    """On one thread, in turns: 60 % of what was measured at 10 000 queries (5.7 and 18 times)."""
+    timings = throughput(steps_on_one_level(4096), repeats=5, warmup=1)
+    for name, least in {"torch": 2.7, "cc": 7.2}.items():
+        assert name not in timings or ratio(timings["grid_sample"], timings[name])["ratio"] > least, name
 
 
 @pytest.mark.cuda

@@ -1,4 +1,5 @@
-"""The rules of the house: notebooks that teach, a library that is exactly what they export, one list of requirements."""
+"""The rules of the house: notebooks that teach, a library that is what they export, one list."""
+
 import ast
 import configparser
 import json
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from conftest import ROOT, run
 
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+NOTEBOOKS = sorted(
+    path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
+)
 NAMES = [path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS]
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT / "settings.ini")
@@ -33,7 +37,9 @@ def is_export(cell: dict) -> bool:
 
 
 def only_imports(cell: dict) -> bool:
-    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source(cell)).body)
+    return all(
+        isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source(cell)).body
+    )
 
 
 def test_there_are_notebooks():
@@ -50,34 +56,63 @@ def test_opening(path):
     assert re.match(r"# .+\n> .+", source(every[0])), "a title and one sentence behind '> '"
 
 
+def defines(cell: dict) -> list[ast.stmt]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [node for node in ast.parse(source(cell)).body if isinstance(node, kinds)]
+
+
+def is_one_class(cell: dict) -> bool:
+    return [type(node) for node in defines(cell)] == [ast.ClassDef]
+
+
+def is_private(cell: dict) -> bool:
+    """It defines helpers, and nothing that a reader would call."""
+    names = [node.name for node in defines(cell)]
+    return bool(names) and all(name.startswith("_") for name in names)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_export_cells_are_short_and_shown(path):
-    """At most 40 lines each, and each is followed by a cell that shows or asserts it."""
+    """At most 40 lines (a class may be longer); a public one is followed by a cell showing it."""
     code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
-    for cell, following in zip(code, [*code[1:], None]):
+    for cell, following in zip(code, [*code[1:], None], strict=True):
         if not is_export(cell):
             continue
         lines = [line for line in source(cell).splitlines() if line.strip()]
-        assert len(lines) <= 41, f"{len(lines) - 1} lines: {lines[1]}"
-        if not only_imports(cell):
-            assert following is not None and not is_export(following), f"nothing shows this cell: {lines[1]}"
+        assert len(lines) <= 41 or is_one_class(cell), f"{len(lines) - 1} lines: {lines[1]}"
+        if not only_imports(cell) and not is_private(cell):
+            shown = following is not None and not is_export(following)
+            assert shown, f"nothing shows this cell: {lines[1]}"
+
+
+def test_which_cells_are_private_or_one_class():
+    cell = lambda text: {"cell_type": "code", "source": [f"#| export\n{text}"]}
+    assert is_private(cell("def _a(): ...\nclass _B: ..."))
+    assert not is_private(cell("def _a(): ...\ndef b(): ...")) and not is_private(cell("A = 1"))
+    assert is_one_class(cell("A = 1\nclass B: ..."))
+    assert not is_one_class(cell("class A: ...\nclass B: ..."))
+    assert not is_one_class(cell("class A: ...\ndef b(): ..."))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_source_is_clean(path):
-    """No wildcard import, no machine's path, no line over 120, no outputs of running it, at most 150 kB."""
+    """No wildcard import, no machine's path, no line over 120, no outputs, at most 150 kB."""
     text = path.read_text()
     assert path.stat().st_size <= 150_000
     for cell in cells(path):
         body = source(cell)
         assert not re.search(r"^from .* import \*", body, re.M), "wildcard import"
         assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users|mnt)/\w", body), "absolute path"
-        assert cell["cell_type"] == "markdown" or max(map(len, body.splitlines()), default=0) <= 120, "long line"
+        assert (
+            cell["cell_type"] == "markdown" or max(map(len, body.splitlines()), default=0) <= 120
+        ), "long line"
         if cell["cell_type"] == "code":
             assert cell["execution_count"] is None, "run nbdev_clean"
             assert not any(out.get("name") == "stderr" for out in cell["outputs"])
             assert path.name[:2] != "80" or not cell["outputs"]
-    assert not re.search(r"torch\.load\((?![^\n]*weights_only=True)", text), "torch.load without weights_only=True"
+    assert not re.search(r"torch\.load\((?![^\n]*weights_only=True)", text), (
+        "torch.load without weights_only=True"
+    )
     assert "allow_pickle=True" not in text and "yaml.load(" not in text
 
 
@@ -89,13 +124,33 @@ def test_prose(path):
     assert words >= lines, f"{words} words, {lines} lines of code"
 
 
+def long_lines() -> dict[str, int]:
+    """How many lines of code are longer than 100, in notebooks and tests."""
+    tests = [
+        line for path in (ROOT / "tests").glob("*.py") for line in path.read_text().splitlines()
+    ]
+    nbs = [line for path in NOTEBOOKS for cell in cells(path) if cell["cell_type"] == "code"
+           for line in source(cell).splitlines()]  # fmt: skip
+    return {
+        "nbs": sum(len(line) > 100 for line in nbs),
+        "tests": sum(len(line) > 100 for line in tests),
+    }
+
+
+def test_lines_get_shorter():
+    """At most 100 wide. So many lines are older than that rule: lower the numbers, never raise."""
+    limits = {"nbs": 2178, "tests": 700}
+    found = long_lines()
+    assert all(found[where] <= limit for where, limit in limits.items()), found
+
+
 def test_median_export_cell():
     sizes = [len(source(c).splitlines()) for path in NOTEBOOKS for c in cells(path) if is_export(c)]
     assert statistics.median(sizes) <= 25
 
 
 def test_lib_is_what_the_notebooks_export(clone):
-    """Export a copy afresh and compare: catches a notebook not exported and a module edited by hand."""
+    """Export a copy afresh and compare: finds notebooks not exported and modules edited by hand."""
     shutil.rmtree(clone / "lib")
     exported = run(clone, str(Path(sys.executable).with_name("nbdev_export")))
     assert exported.returncode == 0, exported.stderr
@@ -106,8 +161,11 @@ def test_lib_is_what_the_notebooks_export(clone):
 
 
 def modules() -> dict[str, ast.Module]:
-    return {".".join(p.relative_to(ROOT / "lib").with_suffix("").parts): ast.parse(p.read_text())
-            for p in (ROOT / "lib").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")}
+    return {
+        ".".join(p.relative_to(ROOT / "lib").with_suffix("").parts): ast.parse(p.read_text())
+        for p in (ROOT / "lib").rglob("*.py")
+        if p.name not in ("__init__.py", "_modidx.py")
+    }
 
 
 def test_who_may_import_whom():
@@ -117,7 +175,8 @@ def test_who_may_import_whom():
     for name in modules():
         own = name.split(".")[1]
         allowed = {"core": {"core"}, "layers": {"core", "layers"}, "world": {"core", "world"}}.get(
-            own, {"core", "layers", "world", own})
+            own, {"core", "layers", "world", own}
+        )
         path = ROOT / "lib" / Path(*name.split(".")).with_suffix(".py")
         reached = {module.split(".")[1] for module in imports(path.read_text(), name)}
         assert reached <= allowed, f"{name} imports {reached - allowed}"
@@ -125,36 +184,54 @@ def test_who_may_import_whom():
 
 def test_lib_needs_no_developer_tool():
     for name, tree in modules().items():
-        found = {n.names[0].name if isinstance(n, ast.Import) else n.module or "" for n in ast.walk(tree)
-                 if isinstance(n, (ast.Import, ast.ImportFrom))}
-        assert not {f for f in found if f.split(".")[0] in ("nbdev", "fastcore", "execnb", "pytest")}, name
+        found = {
+            n.names[0].name if isinstance(n, ast.Import) else n.module or ""
+            for n in ast.walk(tree)
+            if isinstance(n, (ast.Import, ast.ImportFrom))
+        }
+        assert not {
+            f for f in found if f.split(".")[0] in ("nbdev", "fastcore", "execnb", "pytest")
+        }, name
 
 
 def test_public_names_have_docstrings():
-    bare = [f"{name}.{node.name}" for name, tree in modules().items() for node in tree.body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-            and not ast.get_docstring(node)]
+    bare = [
+        f"{name}.{node.name}"
+        for name, tree in modules().items()
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
     assert bare == []
 
 
 def test_import_is_light():
-    """`import leansense` loads nothing but itself (its time is printed for whoever runs with -s)."""
-    code = ("import sys, time; a = set(sys.modules); t = time.perf_counter(); import leansense; "
-            "print(time.perf_counter() - t); print(sorted({m.split('.')[0] for m in set(sys.modules) - a}))")
-    seconds, loaded = run(ROOT, "python", "-c", code).stdout.splitlines()
-    print(f"import leansense: {float(seconds) * 1e3:.1f} ms")
-    assert loaded == "['leansense']"
+    """`import leansense` loads nothing but itself."""
+    code = (
+        "import sys; a = set(sys.modules); import leansense; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - a}))"
+    )
+    assert run(ROOT, "python", "-c", code).stdout.strip() == "['leansense']"
 
 
 def test_scheduler_side_is_light():
     """What Snakemake parses for each job must not load torch, pandas or Lightning."""
-    code = "import sys, leansense.core.batch, leansense.leaf.data; print([m for m in ('torch', 'pandas', 'lightning', 'matplotlib', 'papermill', 'torchvision', 'sklearn') if m in sys.modules])"
+    code = (
+        "import sys, leansense.core.batch, leansense.leaf.data; "
+        "heavy = 'torch pandas lightning matplotlib papermill torchvision sklearn'.split(); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
     assert run(ROOT, "python", "-c", code).stdout.strip() == "[]"
 
 
 def _pins() -> dict[str, str]:
     """name -> exact version of environment.yml's conda packages."""
-    packages = [p for p in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"] if isinstance(p, str)]
+    packages = [
+        p
+        for p in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+        if isinstance(p, str)
+    ]
     return dict(re.fullmatch(r"([\w.-]+)=+([\w.]+)", package).groups() for package in packages)
 
 
@@ -162,7 +239,7 @@ CONDA_NAMES = {"torch": "pytorch-gpu", "matplotlib": "matplotlib-base"}
 
 
 def test_environment_agrees_with_settings():
-    """Each requirement is in environment.yml, at an exact version that settings.ini admits, and the reverse."""
+    """Each requirement is in environment.yml, at an exact version that settings.ini admits."""
     from packaging.requirements import Requirement
 
     pins = _pins()
@@ -172,15 +249,33 @@ def test_environment_agrees_with_settings():
         name = CONDA_NAMES.get(requirement.name, requirement.name)
         names.add(name)
         assert name in pins, f"{name} is missing in environment.yml"
-        assert requirement.specifier.contains(pins[name]), f"{name}={pins[name]} is outside {requirement.specifier}"
-    assert set(pins) - names == {"python", "pip", "tectonic"}, "environment.yml has packages that settings.ini lacks"
-    pip = [p for p in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"] if isinstance(p, dict)]
+        assert requirement.specifier.contains(pins[name]), (
+            f"{name}={pins[name]} is outside {requirement.specifier}"
+        )
+    assert set(pins) - names == {"python", "pip", "tectonic"}, (
+        "environment.yml has packages that settings.ini lacks"
+    )
+    pip = [
+        p
+        for p in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+        if isinstance(p, dict)
+    ]
     assert pip == [{"pip": ["-e .[dev,onnx,bench]"]}]
     assert pins["python"].startswith(SETTINGS["min_python"])
 
 
 def test_the_users_packages_are_there():
-    wanted = {"torch", "jupyterlab", "papermill", "timm", "mamba-ssm", "matplotlib", "seaborn", "nbdev", "torchmetrics"}
+    wanted = {
+        "torch",
+        "jupyterlab",
+        "papermill",
+        "timm",
+        "mamba-ssm",
+        "matplotlib",
+        "seaborn",
+        "nbdev",
+        "torchmetrics",
+    }
     text = " ".join(SETTINGS[f"{extra}requirements"] for extra in ("", "cuda_", "dev_"))
     assert {re.split(r"[<>=]", word)[0] for word in text.split()} >= wanted
 
@@ -189,7 +284,9 @@ def test_installed_metadata_comes_from_settings():
     from importlib.metadata import requires, version
 
     assert version("leansense") == SETTINGS["version"]
-    assert len([r for r in requires("leansense") if "extra" not in r]) == len(SETTINGS["requirements"].split())
+    assert len([r for r in requires("leansense") if "extra" not in r]) == len(
+        SETTINGS["requirements"].split()
+    )
 
 
 def test_readme():
@@ -209,13 +306,214 @@ def test_readme_table_comes_from_records():
 
 
 def test_top_level():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     top = {name.split("/")[0] for name in tracked}
-    assert top <= {"README.md", "settings.ini", "environment.yml", "Makefile", "pyproject.toml", "setup.py", "LICENSE",
-                   ".gitignore", ".gitattributes", ".ci", "nbs", "lib", "figures", "papers", "tests"}
+    assert top <= {
+        "README.md",
+        "settings.ini",
+        "environment.yml",
+        "Makefile",
+        "pyproject.toml",
+        "setup.py",
+        "LICENSE",
+        ".gitignore",
+        ".gitattributes",
+        ".ci",
+        "nbs",
+        "lib",
+        "figures",
+        "papers",
+        "tests",
+    }
 
 
 def test_no_machine_paths_in_tracked_text():
-    hits = subprocess.run(["git", "grep", "-nIE", r"(^|[^A-Za-z0-9_.])/(work|tmp|root|home)/[a-z]", "--", ".",
-                           ":!tests/test_house.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    hits = subprocess.run(
+        [
+            "git",
+            "grep",
+            "-nIE",
+            r"(^|[^A-Za-z0-9_.])/(work|tmp|root|home)/[a-z]",
+            "--",
+            ".",
+            ":!tests/test_house.py",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
     assert hits == ""
+
+
+# --- versions, CI, and the tests themselves ---
+
+
+def lock() -> dict[str, str]:
+    """package -> the version in papers/versions.lock."""
+    lines = (ROOT / "papers/versions.lock").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_lock_holds_the_versions_that_made_the_records():
+    """`pip install -c papers/versions.lock` gives what every committed record was made with."""
+    records = list((ROOT / "papers").glob("*/records/**/*.json"))
+    assert records
+    pins = {name.lower().replace("_", "-"): version for name, version in lock().items()}
+    for path in records:
+        for name, version in json.loads(path.read_text())["env"]["packages"].items():
+            pinned = pins.get(name.lower().replace("_", "-"))
+            where = path.relative_to(ROOT)
+            assert pinned == version, (
+                f"{where}: {name} {version}, papers/versions.lock has {pinned}"
+            )
+
+
+def test_lock_can_be_installed():
+    """Each requirement, extras included, is locked at a version that settings.ini admits."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    pins = {canonicalize_name(name): version for name, version in lock().items()}
+    for extra in ("", "dev_", "onnx_", "bench_"):
+        for line in SETTINGS[f"{extra}requirements"].split():
+            requirement = Requirement(line)
+            version = pins.get(canonicalize_name(requirement.name))
+            assert version and requirement.specifier.contains(version), f"{line}: {version}"
+
+
+def test_ci_does_what_the_readme_says():
+    """The README's commands, every system's tables, and a comparison that sees every table."""
+    text = (ROOT / ".ci/run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for command in ("make test", "make gates", "make tables SYSTEM="):
+        assert command in text and command in readme, command
+    assert "for matrix in papers/*/rows.yaml" in text, "tables of all systems"
+    compared = re.search(r"git diff --exit-code -- (.*?)\s+#", text)[1].replace("'", "").split()
+    seen = subprocess.run(["git", "ls-files", *compared], cwd=ROOT, capture_output=True, text=True)
+    rebuilt = [
+        *(ROOT / "papers").glob("*/**/tables/*.tex"),
+        *(ROOT / "papers").glob("*/**/numbers.tex"),
+    ]
+    names = {path.relative_to(ROOT).as_posix() for path in rebuilt} | {"README.md"}
+    assert len(names) > 10 and names <= set(seen.stdout.split())
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+
+
+def names_in(node: ast.AST) -> set[str]:
+    every = ast.walk(node)
+    return {
+        n.id if isinstance(n, ast.Name) else n.attr
+        for n in every
+        if isinstance(n, ast.Name | ast.Attribute)
+    }
+
+
+TIMERS = {"throughput", "perf_counter", "process_time", "timeit", "thread_time"}
+
+
+def test_only_gates_measure_time():
+    """A test that times anything is a gate, so that `make test` is the same on a busy machine.
+
+    test_cost.py tests the meter itself, with clocks of its own.
+    """
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for function in functions(path) if path.name != "test_cost.py" else ():
+            gate = any("gate" in names_in(mark) for mark in function.decorator_list)
+            timed = names_in(function) & TIMERS
+            assert gate or not timed, f"{path.name}::{function.name} calls {sorted(timed)}"
+
+
+def test_no_notebook_asserts_a_time():
+    """Notebooks may print times; what they assert holds on any machine."""
+    clocks = re.compile(
+        r"ratio\(|timings|per_second|process_time|perf_counter|\bspent\b|cpu_seconds"
+    )
+    for path, name in zip(NOTEBOOKS, NAMES, strict=True):
+        for cell in cells(path):
+            if cell["cell_type"] != "code" or is_export(cell) or "throughput(" not in source(cell):
+                continue
+            asserts = [n for n in ast.walk(ast.parse(source(cell))) if isinstance(n, ast.Assert)]
+            found = [ast.unparse(n) for n in asserts if clocks.search(ast.unparse(n))]
+            assert found == [], f"{name}: {found}"
+
+
+GATE = """
+import conftest, pytest
+conftest.quiet = lambda: {quiet}
+times = []
+@pytest.mark.gate
+def test_gate():
+    times.append(1)
+    assert len(times) > {failures}
+"""
+
+
+@pytest.mark.parametrize("quiet, failures, outcome", [
+    (True, 0, "1 passed"), (True, 1, "1 passed"), (True, 2, "1 failed"), (False, 1, "1 skipped"),
+])  # fmt: skip
+def test_a_gate_fails_only_twice_and_in_quiet(tmp_path, quiet, failures, outcome):
+    for name in ("conftest.py", "warm.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / name)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gate: timed\n")
+    (tmp_path / "test_it.py").write_text(GATE.format(quiet=quiet, failures=failures))
+    done = run(ROOT, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path))
+    assert outcome in done.stdout, done.stdout + done.stderr
+
+
+def test_gates_are_left_out_unless_named():
+    import tomllib
+
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert "-m 'not gate'" in options["addopts"]
+    recipes = (ROOT / "Makefile").read_text()
+    assert re.search(r"^gates:.*\n\t.*pytest .*-m gate", recipes, re.M)
+    assert not re.search(r"^test:.*\n\t.*pytest.*-m ", recipes, re.M)
+
+
+# --- the warm process ---
+
+
+def test_warm_process_is_like_a_fresh_one(tmp_path):
+    """Its own folder, environment, arguments, exit code; nothing of this repository is loaded."""
+    code = (
+        "import os, sys; print(os.getcwd(), os.environ['LEANSENSE_X'], sys.argv, __name__); "
+        "print([m for m in sys.modules if m.startswith('leansense')], 'torch' in sys.modules); "
+        "import leansense; print(leansense.__file__, file=sys.stderr); sys.exit(3)"
+    )
+    (tmp_path / "lib/leansense").mkdir(parents=True)
+    (tmp_path / "lib/leansense/__init__.py").touch()
+    for _ in range(2):
+        done = run(tmp_path, "python", "-c", code, "one", "two words", warm=True, LEANSENSE_X="x")
+        assert done.stdout.splitlines() == [
+            f"{tmp_path} x ['-c', 'one', 'two words'] __main__",
+            "[] True",
+        ]
+        assert done.returncode == 3 and done.stderr.strip() == str(
+            tmp_path / "lib/leansense/__init__.py"
+        )
+
+
+def test_warm_process_shows_its_error_and_can_be_stopped(tmp_path):
+    done = run(tmp_path, "python", "-c", "int('no')", warm=True)
+    assert done.returncode == 1 and "ValueError: invalid literal for int()" in done.stderr
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(tmp_path, "python", "-c", "import time; time.sleep(600)", warm=True, timeout=0.5)
+    assert run(tmp_path, "python", "-c", "print(1)", warm=True).stdout == "1\n"
+
+
+def test_a_notebook_that_fails_shows_its_cell(tmp_path):
+    from test_notebooks import CODE
+
+    first = next(path for path in NOTEBOOKS if path.parent.name == "core")
+    notebook = json.loads(first.read_text())
+    cell = {"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": []}
+    notebook["cells"] = [cell | {"source": ["x = 1\n", "assert x == 2, 'the wrong x'"]}]
+    (tmp_path / "bad.ipynb").write_text(json.dumps(notebook))
+    done = run(ROOT, "python", "-c", CODE, str(tmp_path / "bad.ipynb"), warm=True)
+    assert done.returncode == 1
+    assert "assert x == 2" in done.stderr and "the wrong x" in done.stderr

@@ -217,13 +217,14 @@ def test_fingerprint_follows_content_and_nothing_else(copy, folder):
 
 
 def test_digests_are_remembered_and_noticed_when_stale(tmp_path, monkeypatch):
-    path = tmp_path / "a.bin"
+    path, clock = tmp_path / "a.bin", doctor.time.time_ns
     path.write_bytes(b"one")
-    os.utime(path, ns=(10**18, 10**18))  # long ago
-    first = doctor.fingerprint(tmp_path, ["a.bin"])
+    with monkeypatch.context() as later:
+        later.setattr(doctor.time, "time_ns", lambda: clock() + 10**10)  # seen ten seconds after it was written
+        first = doctor.fingerprint(tmp_path, ["a.bin"])
     read = []
-    digest = doctor._digest
-    monkeypatch.setattr(doctor, "_digest", lambda p: read.append(p) or digest(p))
+    digest = doctor.content_digest
+    monkeypatch.setattr(doctor, "content_digest", lambda p: read.append(p) or digest(p))
     assert doctor.fingerprint(tmp_path, ["a.bin"]) == first and not read
     path.write_bytes(b"two")  # same size, new time
     second = doctor.fingerprint(tmp_path, ["a.bin"])
@@ -420,7 +421,7 @@ def test_the_cache_follows_content(copy, folder):
 def run_together(code):
     """What three processes print that run `code` at the same time."""
     workers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    found = [worker.communicate(timeout=120)[0].strip() for worker in workers]
+    found = [worker.communicate(timeout=1800)[0].strip() for worker in workers]
     assert all(worker.returncode == 0 for worker in workers)
     return found
 

@@ -258,6 +258,7 @@ def test_predict_and_onnx(trained, leaves, tmp_path):
     assert not (tmp_path / "never.onnx").exists()
 
 
+@pytest.mark.gate
 def test_training_through_fit_is_as_fast_as_a_bare_loop(tmp_path):
     """Samples per second of `fit` against a hand-written loop: same model, data and batches, taking turns in one process."""
     data = dataset({"data": "standin", "standin": 24})

@@ -255,5 +255,19 @@ if pid == 0:
     os._exit(7)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.stdout.strip() == "7", done.stderr
+
+
+@has_compiler
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
+def test_second_start_where_groups_may_write(tmp_path):
+    """Under the umask of many systems: what the first start writes, the second must not refuse as open to others."""
+    code = ("import os, sys; os.umask(0o002); from leansense.layers.native import library\n"
+            "print(library('lanes', sys.argv[1]).lanes())")
+    load = lambda: subprocess.run([sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT)
+    first, second = load(), load()
+    assert second.returncode == 0 and second.stdout == first.stdout, second.stderr
+    path, = cached(tmp_path)
+    modes = [stat.S_IMODE(p.stat().st_mode) for p in (path.parent, path, path.with_suffix(".hash"))]
+    assert modes == [0o700, 0o700, 0o600]

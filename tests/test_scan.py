@@ -375,6 +375,7 @@ def unbind_loop(u, delta, A, B, C, D):
     return torch.stack(y, 1) + D * u
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("backend, least", [("torch", 2), pytest.param("cc", 10, marks=compiled)])
 def test_faster_than_the_loop(backend, least):
     """Forward and backward, in turns on one thread; 3.6 to 3.9 and 22 to 23 times were measured."""

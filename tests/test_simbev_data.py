@@ -28,9 +28,9 @@ from leansense.simbev.layouts import CAMERAS, CLASSES, camera_of, channels, loca
 from leansense.simbev.overlap import read_depth, splat_overlap
 from leansense.simbev.standin import depth_png, image_size, shots, standin, version
 
-SMALL = dict(n=6, size="240x112")  # three scenes of two frames, one to validate on
+SMALL = dict(n=8, size="240x112")  # four scenes of two frames: two train, one validates, one tests
 FAST = dict(size=(112, 240), final=(64, 176))
-LAYOUTS = ("seed", "converted", "native")
+LAYOUTS = ("published", "converted", "native")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,13 +48,13 @@ def folders(own_data_root):
 
 @pytest.fixture(scope="module")
 def folder(folders):
-    return folders["seed"]
+    return folders["published"]
 
 
 @pytest.fixture()
 def copies(folders, tmp_path):
     """A function that gives a copy of the stand-in in a layout, to be broken."""
-    return lambda layout="seed": Path(shutil.copytree(folders[layout], tmp_path / f"my {layout}"))
+    return lambda layout="published": Path(shutil.copytree(folders[layout], tmp_path / f"my {layout}"))
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_k_must_be_made_for_the_image(copies):
     text = message(ValueError, simbev.SimBEVDataset, simbev.load(folder), "train", **FAST)
     assert "far from the middle of a 240 x 112 image" in text and "image_size in meta.json" in text
     report = simbev.check(folder)
-    assert len(report.errors) == 6 * 3 and all("principal point" in p.what for p in report.errors)
+    assert len(report.errors) == 6 * 4 and all("principal point" in p.what for p in report.errors)
     for meta in metas:  # the same numbers are right once their size is declared
         change(meta, lambda entries: [e.update(image_size=[1600, 747]) for e in entries])
     assert simbev.check(folder).ok
@@ -289,7 +289,7 @@ def test_cameras_that_look_elsewhere(copies):
     ("named", "said"),
     [({"flip": "leftright"}, "flip='leftright' is unknown"), ({"extrinsics": "inv"}, "did you mean 'inverse'?"),
      ({"intrinsics": "scale"}, "did you mean 'scaled'?"), ({"ego": "mask"}, "ego='mask' is unknown"),
-     ({"augment": "seeds"}, "did you mean 'seed'?"), ({"cams": "front,top"}, "cams='top' is unknown"),
+     ({"augment": "publishd"}, "did you mean 'published'?"), ({"cams": "front,top"}, "cams='top' is unknown"),
      ({"classes": "lorry"}, "classes: 'lorry' is unknown"), ({"classes": ["car", "car"]}, "each once"),
      ({"ncams": 7}, "ncams=7"), ({"cams": "front", "ncams": 2}, "ncams=2"), ({"size": (0, 240)}, "image size (0, 240)"),
      ({"xbound": (-50, 50, 0.3)}, "bound [-50, 50, 0.3]")],
@@ -326,10 +326,10 @@ def test_three_layouts_give_the_same_tensors(folders):
                 assert all(torch.equal(first[name], other[name]) for name in ("imgs", "target", "mask", "post_rots"))
                 assert all(torch.allclose(first[name], other[name], atol=1e-5) for name in ("rots", "trans", "intrins"))
     jpegs = [{p.read_bytes() for f in data.frames for p in map(Path, f.images)} for data in sets.values()]
-    assert jpegs[0] == jpegs[1] == jpegs[2] and len(jpegs[0]) == 36
+    assert jpegs[0] == jpegs[1] == jpegs[2] and len(jpegs[0]) == 48
 
 
-@pytest.mark.parametrize("layout", ["seed", "converted"])
+@pytest.mark.parametrize("layout", ["published", "converted"])
 def test_other_orientations_are_ignored(folders, copies, layout):
     folder = copies(layout)
     others = list(folder.rglob("yaw20pitch0"))
@@ -353,10 +353,11 @@ def test_a_scene_without_an_orientation_folder(copies, folder):
 def test_converted_split_is_four_fifths_of_the_sorted_scenes(copies):
     folder = copies("converted")
     labels = folder / "SimBEV_cvt_label"
-    for k in range(3, 10):
+    for k in range(4, 10):
         shutil.copytree(labels / "scene_0001", labels / f"scene_{k:04d}")
     frames = simbev.load(folder).frames
-    assert {f.scene for f in frames if f.split == "valid"} == {"scene_0008", "scene_0009"}
+    assert {f.scene for f in frames if f.split == "train"} == {f"scene_{k:04d}" for k in range(8)}
+    assert [f.split for f in frames if f.scene in ("scene_0008", "scene_0009")] == ["valid"] * 2 + ["test"] * 2
     for k in range(1, 10):
         shutil.rmtree(labels / f"scene_{k:04d}")
     assert "1 scenes" in message(ValueError, simbev.load, folder)
@@ -494,7 +495,7 @@ def test_true_depth_through_loader_and_pooling(street):
     from leansense.layers.bev_pool import Grid, PoolPlan, bev_pool
     from leansense.layers.lift_splat import get_geometry, make_frustum
 
-    grid, dataset = Grid(dbound=(1.0, 45.0, 0.25)), simbev.SimBEVDataset(street, "train", augment="seed", **FAST)
+    grid, dataset = Grid(dbound=(1.0, 45.0, 0.25)), simbev.SimBEVDataset(street, "train", augment="published", **FAST)
     frustum = make_frustum(grid, (64, 176), 4)
     hit = missed = 0
     for index in range(0, 12, 3):
@@ -569,7 +570,7 @@ def test_doctor_uses_lidar_where_there_is_no_depth(copies):
 
 
 def test_large_images_are_squeezed_with_two_factors(own_data_root):
-    data = simbev.load(standin(n=2, size="1600x900", layout="native", per_scene=1))
+    data = simbev.load(standin(n=3, size="1600x900", layout="native", per_scene=1))
     item = simbev.SimBEVDataset(data, "train", augment="none")[0]
     assert np.allclose(item["intrins"][0], [[286.0209, 0, 240], [0, 237.2914, 112], [0, 0, 1]], atol=1e-3)
     assert splat_overlap(data, stride=2)["overlap"] > 0.6
@@ -618,7 +619,7 @@ def test_published_matrices(choice, rotation, shift):
 
 def test_evaluation_choices():
     assert evaluation(AUGMENTS["nuscenes"], (900, 1600), (128, 352)).crop == (0, 48, 352, 176)
-    assert evaluation(AUGMENTS["seed"], (224, 480), (128, 352)).crop == (0, 36, 352, 164)
+    assert evaluation(AUGMENTS["published"], (224, 480), (128, 352)).crop == (0, 36, 352, 164)
     both = [evaluation(AUGMENTS[name], (224, 480), (128, 352)) for name in ("none", "matched")]
     assert both[0] == both[1]
 
@@ -661,7 +662,7 @@ def test_small_images_are_padded_black():
     assert gone.shape == (8, 8, 3) and not gone.any()
 
 
-@pytest.mark.parametrize("augment", ["none", "seed", "matched", "head"])
+@pytest.mark.parametrize("augment", ["none", "published", "matched", "head"])
 def test_a_sample_is_the_same_with_any_number_of_workers(folder, augment):
     dataset = simbev.SimBEVDataset(simbev.load(folder), "train", augment=augment, ncams=4, seed=3, **FAST)
     epochs = []
@@ -690,7 +691,7 @@ def test_per_camera_and_per_sample(folder):
 
 def test_a_subset_of_cameras_and_dropping_cameras_are_two_things(folder):
     data = simbev.load(folder)
-    make = lambda split, **named: simbev.SimBEVDataset(data, split, augment="seed", **FAST, **named)
+    make = lambda split, **named: simbev.SimBEVDataset(data, split, augment="published", **FAST, **named)
     front = make("train", cams="front_right,front_left,front")
     for name in simbev.INPUTS:  # the rig's order, and the very augmentation that the whole rig has
         assert torch.equal(front[5, 1][name], make("train")[5, 1][name][:3])
@@ -705,9 +706,9 @@ def test_a_subset_of_cameras_and_dropping_cameras_are_two_things(folder):
 
 def test_evaluation_is_not_random(folder):
     data = simbev.load(folder)
-    one = simbev.SimBEVDataset(data, "valid", augment="seed", **FAST)
+    one = simbev.SimBEVDataset(data, "valid", augment="published", **FAST)
     assert torch.equal(one[0, 1]["imgs"], one[9, 1]["imgs"])
-    make = lambda train: simbev.SimBEVDataset(data, "valid", augment="seed", train=train, **FAST)
+    make = lambda train: simbev.SimBEVDataset(data, "valid", augment="published", train=train, **FAST)
     still, moving = make(False), make(True)
     assert torch.equal(one[1]["imgs"], still[1]["imgs"]) and not torch.equal(one[1]["imgs"], moving[1]["imgs"])
 
@@ -739,7 +740,7 @@ def test_targets_by_class_and_grid(folder):
 
 
 def test_ego_is_kept_cleared_or_ignored(own_data_root):
-    data = simbev.load(standin(n=4, size="240x112", layout="native", ego=True))
+    data = simbev.load(standin(n=6, size="240x112", layout="native", ego=True))
     make = lambda ego: simbev.SimBEVDataset(data, "train", ego=ego, **FAST)[0]
     kept, cleared, ignored = map(make, ("keep", "clear", "ignore"))
     blob = slice(96, 104), slice(98, 102)
@@ -747,7 +748,7 @@ def test_ego_is_kept_cleared_or_ignored(own_data_root):
     assert cleared["target"][0][blob].sum() == 0 and torch.equal(ignored["target"], kept["target"])
     gone = kept["target"] - cleared["target"]
     assert (gone * ignored["mask"]).sum() == 0 and (ignored["mask"] == 0).sum() == 10 * 6
-    plain = simbev.load(standin(n=4, size="240x112", layout="native"))
+    plain = simbev.load(standin(n=6, size="240x112", layout="native"))
     assert torch.equal(simbev.SimBEVDataset(plain, "train", ego="clear", **FAST)[0]["target"], cleared["target"])
 
 
@@ -793,14 +794,14 @@ def test_identify_is_light():
     code = ("import sys, leansense.simbev.data as d; print(d.identify({'data': 'standin', 'standin': 40}));"
             f"print([m for m in {heavy} if m in sys.modules])")
     name, loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split("\n")[:2]
-    assert name == f"standin-40-seed-480x224-{version()}" and loaded == "[]"
+    assert name == f"standin-40-published-480x224-{version()}" and loaded == "[]"
 
 
 def test_rows_name_their_data(folders):
-    asked = {"data": "standin", "standin": 6, "standin_size": "240x112", "layout": "native"}
+    asked = {"data": "standin", "standin": 8, "standin_size": "240x112", "layout": "native"}
     data = simbev.dataset(asked)
-    assert data.layout == "native" and data.folder == str(folders["native"]) and data.name == "stand-in, 6 frames"
-    others = ({}, {"layout": "auto"}, {"standin": 8}, {"standin_size": ""})
+    assert data.layout == "native" and data.folder == str(folders["native"]) and data.name == "stand-in, 8 frames"
+    others = ({}, {"layout": "auto"}, {"standin": 10}, {"standin_size": ""})
     names = {simbev.identify(asked | other) for other in others}
     assert len(names) == 4 and simbev.identify(asked) == simbev.identify(asked | {"cams": "front", "seed": 7})
     real = {"data": str(folders["native"])}
@@ -829,7 +830,7 @@ def test_loaders_take_the_published_flags(folder):
         assert simbev.options({"cams": list(CAMERAS[:count]), "ncams": asked})["ncams"] == kept
     assert named["augment"] == Augment((0.5, 0.6), rand_flip=False)
     made = simbev.loaders(data, params)
-    assert {split: len(part) for split, part in made.items()} == {"train": 1, "valid": 1}
+    assert {split: len(part) for split, part in made.items()} == {"train": 1, "valid": 1, "test": 1}
     batch = next(iter(made["valid"]))
     assert batch["imgs"].shape == (2, 6, 3, 64, 176) and batch["target"].shape == (2, 2, 200, 200)
     assert batch["id"] == [f.id for f in data.part("valid")]
@@ -847,7 +848,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_standin_is_the_same_bytes_twice(tmp_path, layout):
-    small = dict(n=2, per_scene=1, size="96x54", layout=layout)
+    small = dict(n=3, per_scene=1, size="96x54", layout=layout)
     first, second = (contents(standin(tmp_path / name, **small)) for name in "ab")
     assert first == second and len(first) > 12
     assert first != contents(standin(tmp_path / "c", seed=1, **small))
@@ -880,18 +881,18 @@ def test_standin_refuses_what_it_cannot_write():
 
 
 def test_standin_written_by_several_at_once(tmp_path):
-    call = f"standin({str(tmp_path)!r}, n=2, per_scene=1, size='96x54')"
+    call = f"standin({str(tmp_path)!r}, n=3, per_scene=1, size='96x54')"
     code = f"from leansense.simbev.standin import standin; print({call})"
     workers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    found = {worker.communicate(timeout=120)[0].strip() for worker in workers}
+    found = {worker.communicate(timeout=1800)[0].strip() for worker in workers}
     assert len(found) == 1 and [str(p) for p in tmp_path.iterdir()] == list(found)
 
 
 def test_doctor_is_content_with_the_standins(folders):
     for layout, folder in folders.items():
         report = simbev.check(folder)
-        assert report.ok and not report.warnings and f"{layout} layout, 3 scenes" in str(report)
-        assert "36 of 36 images decoded" in str(report)
+        assert report.ok and not report.warnings and f"{layout} layout, 4 scenes" in str(report)
+        assert "48 of 48 images decoded" in str(report)
 
 
 def test_doctor_command(folder, tmp_path):

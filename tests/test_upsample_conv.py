@@ -43,7 +43,7 @@ def test_upsample_conv_is_its_definition(shape, k, size, corners, with_skip):
     skip = torch.randn(B, S, *size, requires_grad=True) if with_skip else None
     weight = torch.randn(O, C + (S if with_skip else 0), k, k, requires_grad=True)
     inputs = [t for t in (x, weight, skip) if t is not None]
-    y, reference = upsample_conv(x, weight, size, skip, corners, "native"), exact(x, weight, size, skip, corners)
+    y, reference = upsample_conv(x, weight, size, skip, corners, "cc"), exact(x, weight, size, skip, corners)
     torch.testing.assert_close(y.double(), reference, rtol=1e-4, atol=1e-4)
     upstream = torch.randn_like(y)
     ours = torch.autograd.grad(y, inputs, upstream)
@@ -57,7 +57,7 @@ def test_upsample_conv_gradients_in_float64(corners):
     torch.manual_seed(0)
     x, weight, skip = (torch.randn(*s, dtype=torch.float64, requires_grad=True)
                        for s in ((2, 3, 3, 2), (4, 5, 3, 3), (2, 2, 6, 4)))
-    assert torch.autograd.gradcheck(lambda *t: upsample_conv(t[0], t[1], (6, 4), t[2], corners, "native"),
+    assert torch.autograd.gradcheck(lambda *t: upsample_conv(t[0], t[1], (6, 4), t[2], corners, "cc"),
                                     (x, weight, skip))
 
 
@@ -65,7 +65,7 @@ def test_upsample_conv_gradients_in_float64(corners):
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_upsample_conv_partial_gradients(wanted):
     x, weight = (torch.randn(*s, requires_grad=r) for s, r in zip(((1, 3, 4, 4), (2, 3, 3, 3)), wanted))
-    upsample_conv(x, weight, (8, 8), backend="native").sum().backward()
+    upsample_conv(x, weight, (8, 8), backend="cc").sum().backward()
     assert ((x.grad is not None), (weight.grad is not None)) == wanted
 
 
@@ -75,12 +75,12 @@ def test_upsample_conv_takes_any_memory_order():
     torch.manual_seed(0)
     x, weight = torch.randn(4, 5, 3, 2).permute(3, 2, 0, 1), torch.randn(7, 3, 3, 3)  # (2, 3, 4, 5)
     x.requires_grad_()
-    y = upsample_conv(x, weight, (8, 10), backend="native")
+    y = upsample_conv(x, weight, (8, 10), backend="cc")
     upstream = torch.randn(8, 10, 7, 2).permute(3, 2, 0, 1)
     one, = torch.autograd.grad(y, x, upstream)
     other, = torch.autograd.grad(exact(x, weight, (8, 10), None, True), x, upstream.double())
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.autograd.grad(upsample_conv(x, weight, (8, 10), backend="native").sum(), x)[0],
+    torch.testing.assert_close(torch.autograd.grad(upsample_conv(x, weight, (8, 10), backend="cc").sum(), x)[0],
                                torch.autograd.grad(exact(x, weight, (8, 10), None, True).sum(), x)[0],
                                rtol=1e-4, atol=1e-4)
 
@@ -192,7 +192,7 @@ def test_norm_act_is_its_definition(shape, act, offset, training):
         norm.running_var.uniform_(0.5, 2)
     wide, other = copy.deepcopy(norm).double(), x.detach().double().requires_grad_()
     with torch.set_grad_enabled(training):
-        y, reference = norm_act(x, norm, act, "native"), ACTIVATIONS[act](wide(other))
+        y, reference = norm_act(x, norm, act, "cc"), ACTIVATIONS[act](wide(other))
     noise = 2e-6 * abs(offset) + 1e-5  # x itself is rounded at its offset
     few = B * h * w < 8  # so few values that their variance may be tiny, and its root's inverse large
     torch.testing.assert_close(y.double(), reference, rtol=1e-4, atol=noise * (1e3 if few else 30))
@@ -213,7 +213,7 @@ def test_silu_over_its_whole_range():
     norm = nn.BatchNorm2d(1).eval()
     x = torch.linspace(-120, 120, 20001)[None, None, :, None].contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        y = norm_act(x, norm, "silu", "native").double()
+        y = norm_act(x, norm, "silu", "cc").double()
     scaled = batch_norm(x.double(), norm.running_mean.double(), norm.running_var.double(), eps=norm.eps)
     torch.testing.assert_close(y, nn.functional.silu(scaled), rtol=1e-5, atol=1e-30)  # u has 24 bits
 
@@ -228,7 +228,7 @@ def test_norm_act_falls_back():
     with pytest.raises(ValueError, match="act='gelu' is unknown"):
         norm_act(x, norm, "gelu")
     with pytest.raises(RuntimeError, match="plain BatchNorm2d"):
-        norm_act(x, nn.Identity(), backend="native")
+        norm_act(x, nn.Identity(), backend="cc")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm_act(torch.zeros(1, 3, 1, 1), nn.BatchNorm2d(3))
 

@@ -61,7 +61,9 @@ def parameters(model: nn.Module, example: Any) -> dict[str, int]:
         with _as(model, False), torch.enable_grad():
             outputs = [t.sum() for t in _tensors(_call(model, example)) if t.requires_grad]
             if not outputs:
-                raise ValueError(f"{type(model).__name__} returns nothing that depends on its parameters")
+                raise ValueError(
+                    f"{type(model).__name__} returns nothing that depends on its parameters"
+                )
             found = torch.autograd.grad(outputs, usable, allow_unused=True)
     finally:
         for parameter in frozen:
@@ -77,27 +79,39 @@ def mib(count: int, dtype: torch.dtype = torch.float32) -> float:
 
 def state_mib(model: nn.Module) -> float:
     """The MiB of a model's weights and saved buffers in the types they have."""
-    return sum(t.numel() * t.element_size() for t in model.state_dict().values() if torch.is_tensor(t)) / 2**20
+    return (
+        sum(t.numel() * t.element_size() for t in model.state_dict().values() if torch.is_tensor(t))
+        / 2**20
+    )
 
 # %% ../../../nbs/core/30_cost.ipynb #bc159a74
 def flops_by_operator(model: nn.Module, example: Any) -> dict[str, int]:
     """FLOPs (2 per multiply-add) of one forward pass in eval mode, by operator."""
     from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # some versions of the counter do not know it
-    more = {} if flash in flop_registry else {flash: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    with _as(model, False), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=more) as counter:
+    # some versions of the counter do not know the CPU's flash attention
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    count = {flash: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    more = {} if flash in flop_registry else count
+    with (
+        _as(model, False),
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping=more) as counter,
+    ):
         _call(model, example)
-    return {str(operator): int(n) for operator, n in counter.get_flop_counts().get("Global", {}).items()}
+    return {
+        str(operator): int(n) for operator, n in counter.get_flop_counts().get("Global", {}).items()
+    }
 
 
 def flops(model: nn.Module, example: Any) -> int:
-    """FLOPs (2 per multiply-add) of one forward pass in eval mode; give a batch of one for FLOPs per sample."""
+    """FLOPs (2 per multiply-add) of a forward pass in eval mode; per sample for a batch of one."""
     return sum(flops_by_operator(model, example).values())
 
 # %% ../../../nbs/core/30_cost.ipynb #70c1ebb8
 def eval_step(model: nn.Module, example: Any) -> Callable[[], Any]:
     """A function that runs model(example) in eval mode without gradients."""
+
     def step():
         with torch.inference_mode():
             return _call(model, example)
@@ -106,8 +120,11 @@ def eval_step(model: nn.Module, example: Any) -> Callable[[], Any]:
     return step
 
 
-def train_step(model: nn.Module, example: Any, loss: Callable[[Any], torch.Tensor] | None = None) -> Callable[[], None]:
-    """A function that runs forward and backward in train mode; loss(output) -> scalar, default the outputs' mean."""
+def train_step(
+    model: nn.Module, example: Any, loss: Callable[[Any], torch.Tensor] | None = None
+) -> Callable[[], None]:
+    """A function that runs forward and backward in train mode: loss(output), or the mean."""
+
     def step():
         output = _call(model, example)
         total = loss(output) if loss else sum(t.mean() for t in _tensors(output) if t.requires_grad)
@@ -120,7 +137,7 @@ def train_step(model: nn.Module, example: Any, loss: Callable[[Any], torch.Tenso
 
 # %% ../../../nbs/core/30_cost.ipynb #44ff8c96
 def _replay(sizes: Sequence[int]) -> int:
-    """The highest running sum of signed sizes in bytes (allocations positive, releases negative)."""
+    """The highest running sum of sizes in bytes (allocations positive, releases negative)."""
     held = peak = 0
     for size in sizes:
         held += size
@@ -129,7 +146,7 @@ def _replay(sizes: Sequence[int]) -> int:
 
 
 def peak_memory(step: Callable[[], Any], device: str | torch.device = "cpu") -> int:
-    """Peak bytes that one call of step() allocates beyond what is held before it, by the allocator's own events."""
+    """Peak bytes that step() allocates beyond what is held before it, by the allocator's events."""
     device = torch.device(device)
     step()
     if device.type == "cuda":
@@ -141,15 +158,19 @@ def peak_memory(step: Callable[[], Any], device: str | torch.device = "cpu") -> 
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the tracer is chatty on machines without a GPU
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # the tracer is chatty on machines without a GPU
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as recorded:
         step()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     return _replay([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
 
 # %% ../../../nbs/core/30_cost.ipynb #78b3712d
 def saved_bytes(model: nn.Module, example: Any) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass of model(example) in train mode."""
+    """Bytes of the tensors that autograd keeps for the backward pass of model(example)."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -173,7 +194,9 @@ def saved_bytes(model: nn.Module, example: Any) -> int:
 class Timing:
     """The seconds of repeated calls, and the circumstances."""
 
-    seconds: tuple[float, ...]  # one per repeat, in order: repeat i of all variants belongs together
+    seconds: tuple[
+        float, ...
+    ]  # one per repeat, in order: repeat i of all variants belongs together
     batch: int  # samples per call
     clock: str  # process | wall | cuda
     device: str
@@ -181,12 +204,19 @@ class Timing:
     threads: int
 
     def summary(self) -> dict[str, Any]:
-        """Quartiles and minimum in seconds per call, samples per second at the median, and the circumstances."""
+        """Quartiles and minimum in seconds a call, samples/s, and the circumstances."""
         p25, p50, p75 = quartiles(self.seconds)
         fields = asdict(self)
         fields.pop("seconds")
-        return {"p25": p25, "p50": p50, "p75": p75, "min": min(self.seconds), "repeats": len(self.seconds),
-                "per_second": self.batch / p50, **fields}
+        return {
+            "p25": p25,
+            "p50": p50,
+            "p75": p75,
+            "min": min(self.seconds),
+            "repeats": len(self.seconds),
+            "per_second": self.batch / p50,
+            **fields,
+        }
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -216,6 +246,7 @@ CLOCKS = ("process", "wall")
 
 def _timer(clock: str, device: torch.device) -> Callable[[Callable[[], Any], int], float]:
     """A function (step, inner) -> seconds per call, with the clock that suits the device."""
+
     def on_cuda(step, inner):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -241,22 +272,30 @@ def _rounds(names: Sequence[str], repeats: int) -> list[list[str]]:
     return [list(names) if n % 2 == 0 else list(names)[::-1] for n in range(repeats)]
 
 # %% ../../../nbs/core/30_cost.ipynb #ad417240
-def throughput(steps: Mapping[str, Callable[[], Any]], repeats: int = 12, warmup: int = 3, inner: int = 1,
-               batch: int = 1, clock: str = "process", device: str | torch.device = "cpu", dtype: str = "float32",
-               threads: int | None = None) -> dict[str, Timing]:
+def throughput(
+    steps: Mapping[str, Callable[[], Any]], repeats: int = 12, warmup: int = 3, inner: int = 1,
+    batch: int = 1, clock: str = "process", device: str | torch.device = "cpu",
+    dtype: str = "float32", threads: int | None = None,
+) -> dict[str, Timing]:
     """Seconds per call of several steps, timed in turns (ABBA) in this process; name -> Timing.
 
-    clock: process (CPU time, on one thread, for shared machines) or wall; on CUDA, events on the stream in either case.
-    threads: PyTorch's CPU threads; None: 1 for the process clock, else unchanged. batch, dtype: only recorded.
+    clock: process (CPU time, on one thread, for shared machines) or wall; on CUDA always events.
+    threads: PyTorch's CPU threads; None: 1 for the process clock, else unchanged.
+    batch, dtype: only recorded.
     """
     device = torch.device(device)
     if clock not in CLOCKS:
         raise ValueError(f"clock={clock!r} is unknown: choose from {', '.join(CLOCKS)}")
     if repeats < 2 or inner < 1 or warmup < 1 or not steps:
-        raise ValueError(f"repeats={repeats} (2 or more), inner={inner} (1 or more), warmup={warmup} (1 or more) and "
-                         f"at least one step are needed")
+        raise ValueError(
+            f"repeats={repeats} (2 or more), inner={inner} and warmup={warmup} (1 or more) "
+            "and at least one step are needed"
+        )
     if clock == "process" and device.type == "cpu" and threads not in (None, 1):
-        raise ValueError(f"threads={threads}: the process clock adds all threads' times; use clock='wall' or 1 thread")
+        raise ValueError(
+            f"threads={threads}: the process clock adds all threads' times; "
+            "use clock='wall' or 1 thread"
+        )
     timer, spent = _timer(clock, device), {name: [] for name in steps}
     with set_threads(1 if clock == "process" and device.type == "cpu" else threads) as used:
         for step in steps.values():
@@ -267,37 +306,65 @@ def throughput(steps: Mapping[str, Callable[[], Any]], repeats: int = 12, warmup
                 spent[name].append(timer(steps[name], inner))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kind = "cuda" if device.type == "cuda" else clock
-    return {name: Timing(tuple(seconds), batch, kind, where, dtype, used) for name, seconds in spent.items()}
+    return {
+        name: Timing(tuple(seconds), batch, kind, where, dtype, used)
+        for name, seconds in spent.items()
+    }
 
 # %% ../../../nbs/core/30_cost.ipynb #89563a22
 def ratio(a: Timing, b: Timing) -> dict[str, float]:
-    """How many times longer `a` takes than `b`: the ratio of medians, and quartiles of the ratios pair by pair."""
-    if len(a.seconds) != len(b.seconds) or (a.clock, a.device, a.threads) != (b.clock, b.device, b.threads):
-        raise ValueError("a ratio needs two timings of one throughput() call: their repeats, clock or device differ")
+    """How many times longer `a` takes than `b`: ratio of medians, quartiles of ratios in pairs."""
+    if len(a.seconds) != len(b.seconds) or (a.clock, a.device, a.threads) != (
+        b.clock,
+        b.device,
+        b.threads,
+    ):
+        raise ValueError(
+            "a ratio needs two timings of one throughput() call: "
+            "their repeats, clock or device differ"
+        )
     if min(b.seconds) <= 0:
-        raise ValueError("a repeat took no measurable time: raise inner, so that each takes a millisecond or more")
+        raise ValueError(
+            "a repeat took no measurable time: "
+            "raise inner, so that each takes a millisecond or more"
+        )
     p25, _, p75 = quartiles([x / y for x, y in zip(a.seconds, b.seconds)])
-    return {"ratio": statistics.median(a.seconds) / statistics.median(b.seconds), "p25": p25, "p75": p75}
+    return {
+        "ratio": statistics.median(a.seconds) / statistics.median(b.seconds),
+        "p25": p25,
+        "p75": p75,
+    }
 
 # %% ../../../nbs/core/30_cost.ipynb #805a5b6c
 def _processor() -> str:
     """The CPU's marketing name where Linux tells it, else what Python knows."""
     try:
         with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def hardware() -> dict[str, Any]:
-    """CPU model, cores this process may use, RAM in GiB, GPU name or None, threads, versions of PyTorch and Python."""
+    """CPU, cores this process may use, RAM in GiB, GPU or None, threads, PyTorch, Python."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    pages = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _processor(), "cores": cores, "ram_gib": round(pages / 2**30, 1), "gpu": gpu,
-            "gpus": torch.cuda.device_count() if gpu else 0, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "cpu": _processor(),
+        "cores": cores,
+        "ram_gib": round(pages / 2**30, 1),
+        "gpu": gpu,
+        "gpus": torch.cuda.device_count() if gpu else 0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 # %% ../../../nbs/core/30_cost.ipynb #acd63c04
 def gpu_hours(seconds: float, devices: int) -> float:
@@ -323,24 +390,38 @@ class Meter:
     def __exit__(self, *error) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds, self.cpu_seconds = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        self.seconds, self.cpu_seconds = (
+            time.perf_counter() - self._wall,
+            time.process_time() - self._cpu,
+        )
 
     def summary(self) -> dict[str, float | None]:
-        """The figures after the block, ready for a record; peak_mib is None on the CPU, where nobody keeps it."""
+        """The figures after the block, for a record; peak_mib is None on the CPU."""
         cuda = self.device.type == "cuda"
         peak = round(torch.cuda.max_memory_allocated(self.device) / 2**20, 2) if cuda else None
-        return {"seconds": round(self.seconds, 3), "cpu_seconds": round(self.cpu_seconds, 3), "peak_mib": peak,
-                "gpu_hours": round(gpu_hours(self.seconds, self.devices if cuda else 0), 6)}
+        return {
+            "seconds": round(self.seconds, 3),
+            "cpu_seconds": round(self.cpu_seconds, 3),
+            "peak_mib": peak,
+            "gpu_hours": round(gpu_hours(self.seconds, self.devices if cuda else 0), 6),
+        }
 
 # %% ../../../nbs/core/30_cost.ipynb #b0947f6f
 def cost_of(model: nn.Module, example: Any, batch: int) -> dict[str, float | int]:
-    """Parameters, MFLOPs and MiB per sample of a model on the CPU, for an example with `batch` samples."""
+    """Parameters, MFLOPs and MiB per sample on the CPU, for an example with `batch` samples."""
     count = parameters(model, example)
     operations = flops(model, example) / batch
     kept = saved_bytes(model, example) / batch
     model = copy.deepcopy(model)  # a training step moves batch norm statistics and clears gradients
     train = peak_memory(train_step(model, example)) / batch
     evaluate = peak_memory(eval_step(model, example)) / batch
-    return {"params": count["declared"], "live_params": count["live"], "size_mib": mib(count["declared"]),
-            "live_mib": mib(count["live"]), "mflops": operations / 1e6, "train_mib": train / 2**20,
-            "eval_mib": evaluate / 2**20, "saved_mib": kept / 2**20}
+    return {
+        "params": count["declared"],
+        "live_params": count["live"],
+        "size_mib": mib(count["declared"]),
+        "live_mib": mib(count["live"]),
+        "mflops": operations / 1e6,
+        "train_mib": train / 2**20,
+        "eval_mib": evaluate / 2**20,
+        "saved_mib": kept / 2**20,
+    }

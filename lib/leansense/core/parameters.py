@@ -274,7 +274,7 @@ def _given(name: str, own: set[str], namespace: dict) -> object:
 
 # %% ../../../nbs/core/05_parameters.ipynb #78a41813
 def checked(namespace: dict, notebook: str | Path) -> dict:
-    """The values of the notebook's parameters in `namespace` (globals()); ValueError if one is wrong.
+    """The values of the notebook's parameters in `namespace` (globals()); ValueError if wrong.
 
     The error's one line names each such parameter and the nearest known name.
     """

@@ -8,6 +8,7 @@ __all__ = ['Tally', 'gathered', 'NonFiniteLoss', 'Guard', 'Task']
 # %% ../../../nbs/core/28_task.ipynb #9e21da3e
 import contextlib
 import math
+from collections.abc import Mapping
 
 import lightning as L
 import torch
@@ -73,9 +74,9 @@ class Guard:
     def __init__(self, every: int = 50):
         self.every, self.recent, self.good = every, [], "none"  # good: path of the last checkpoint written
 
-    def watch(self, loss: torch.Tensor, step: int, epoch: int, samples: object) -> None:
-        """Note the loss of a batch; `samples` may be a tensor, a list or a text."""
-        self.recent.append((loss.detach(), step, epoch, samples))
+    def watch(self, loss: torch.Tensor, step: int, epoch: int, samples: object, what: str = "loss") -> None:
+        """Note the loss of a batch; `samples` may be a tensor, a list or a text, `what` says which loss it is."""
+        self.recent.append((loss.detach(), step, epoch, samples, what))
         if loss.device.type == "cpu" or len(self.recent) >= self.every:
             self.flush()
 
@@ -85,11 +86,11 @@ class Guard:
         if not recent:
             return
         values = [recent[0][0].item()] if len(recent) == 1 else torch.stack([loss for loss, *_ in recent]).tolist()
-        for value, (_, step, epoch, samples) in zip(values, recent):
+        for value, (_, step, epoch, samples, what) in zip(values, recent):
             if not math.isfinite(value):
                 samples = samples.tolist() if torch.is_tensor(samples) else samples
                 raise NonFiniteLoss(
-                    f"loss is {value} at step {step} of epoch {epoch}, samples {samples};"
+                    f"{what} is {value} at step {step} of epoch {epoch}, samples {samples};"
                     f" last good checkpoint: {self.good}"
                 )
 
@@ -121,17 +122,21 @@ class _Steps(L.LightningModule):
         plain = self.valid_fp32 and self.device.type in ("cpu", "cuda")
         with torch.autocast(self.device.type, enabled=False) if plain else contextlib.nullcontext():
             loss, extra = self.valid_step(batch)
+        samples = self._samples(batch, batch_idx)
+        self.guard.watch(loss, self.trainer.global_step, self.current_epoch, samples, "validation loss")
         self._count(self.valid_tally, self.valid_metrics, loss, extra, self.count(batch))
 
     def _samples(self, batch, batch_idx: int):
         """What to call the batch's samples in an error: their ids where the batch holds them."""
-        return batch["id"] if isinstance(batch, dict) and "id" in batch else f"of batch {batch_idx}"
+        named = self.sample_ids(batch)
+        return f"of batch {batch_idx}" if named is None else named
 
     def on_validation_epoch_start(self) -> None:
         _same_buffers(self.trainer, frozen=True)
 
     def on_validation_epoch_end(self) -> None:
         _same_buffers(self.trainer, frozen=False)
+        self.guard.flush()
         self.valid_row = {f"valid_{k}": v for k, v in (self.valid_tally.means() | self.valid_scores()).items()}
 
 # %% ../../../nbs/core/28_task.ipynb #9c7c4461
@@ -284,8 +289,19 @@ class Task(_Memory):
 
     def count(self, batch) -> int:
         """Samples in a batch: the length of its first tensor."""
-        parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else [batch]
+        parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
         return next(len(part) for part in parts if torch.is_tensor(part))
+
+    def sample_ids(self, batch) -> object:
+        """The samples' names for errors: entry or attribute id, ids, or a list of texts; None: the batch has none."""
+        for name in ("id", "ids"):
+            if isinstance(batch, Mapping) and name in batch:
+                return batch[name]
+            if not torch.is_tensor(batch) and not callable(getattr(batch, name, callable)):
+                return getattr(batch, name)
+        parts = batch if isinstance(batch, (tuple, list)) else ()
+        texts = (p for p in parts if isinstance(p, (tuple, list)) and p and all(isinstance(v, str) for v in p))
+        return next(texts, None)
 
     def forward(self, *inputs, **options):
         return self.model(*inputs, **options)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from .conv import Conv2d
 from .norm_act import norm_act
 from .trunk import recompute
 from .upsample_conv import UpsampleConv2d
@@ -23,7 +24,7 @@ class Up(nn.Module):
         self.conv = nn.Sequential(
             UpsampleConv2d(in_channels, out_channels, 3, skip_channels, scale, backend=upsample),
             nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            Conv2d(out_channels, out_channels, 3),
             nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True),
         )
 
@@ -37,9 +38,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.conv2 = Conv2d(out_channels, out_channels, 3)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.downsample = None
         self.stride = stride
@@ -55,7 +56,7 @@ class BasicBlock(nn.Module):
         # the stride is taken by slicing: oneDNN's backward of a strided 1x1 convolution of 8 channels can crash
         shortcut = x if self.downsample is None else self.downsample(x[..., :: self.stride, :: self.stride])
         y = norm_act(self.conv1(x), self.bn1)
-        return self.bn2(self.conv2(y)).add_(shortcut).relu_()
+        return norm_act(self.conv2(y), self.bn2, "identity").add_(shortcut).relu_()
 
 
 def residual_layer(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -69,7 +70,7 @@ class BevEncoder(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, width: int = 64, dropout: float = 0.0,
                  checkpointing: bool = False, upsample: str = "auto"):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+        self.conv1 = Conv2d(in_channels, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = residual_layer(width, width, 1)
         self.layer2 = residual_layer(width, 2 * width, 2)

@@ -124,7 +124,7 @@ def _cc_why_not(*tensors: torch.Tensor) -> str:
 def _native(tensor: torch.Tensor):
     """The compiled version's module if the plan may be built with it, else None."""
     order = {"cc": lambda: _cc_why_not(tensor), "torch": lambda: ""}
-    if _intercepted(tensor) or tensor.numel() == 0 or pick("a bev_pool plan", "auto", order) == "torch":
+    if _intercepted(tensor) or tensor.numel() == 0 or pick("bev_pool plan", "auto", order) == "torch":
         return None
     from leansense.layers import bev_pool_native
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backend import pick
+from .backend import note_backend, pick
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #d0b91452
 FEATURE_MAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -222,9 +222,10 @@ def _why_not(name: str, inputs: Sequence[torch.Tensor]) -> str:
 def _backend(inputs: Sequence[torch.Tensor], wanted: str) -> str:
     """triton, cc, torch or reference: `wanted` if it can take these tensors, or for "auto" the first that can."""
     if wanted in ("torch", "reference"):
+        note_backend("linear_attention", wanted)
         return wanted
     probes = {name: partial(_why_not, name, inputs) for name in _MODULES}
-    return pick("linear attention", wanted, probes | {"torch": str, "reference": str})
+    return pick("linear_attention", wanted, probes | {"torch": str, "reference": str})
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #f392b0ae
 def _attend(function: type[torch.autograd.Function], formula: Callable[..., torch.Tensor],

@@ -11,10 +11,10 @@ import functools
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, interpolate
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.nn.functional import interpolate
 
 from .backend import pick
+from .conv import _intercepted, conv2d
 from .native import library, parallel, pointer, why_not
 
 # %% ../../../nbs/layers/23_upsample_conv.ipynb #8a8b3382
@@ -176,12 +176,6 @@ class _AddUpsampled(torch.autograd.Function):
         return grad, grad_x, grad_weight, None
 
 # %% ../../../nbs/layers/23_upsample_conv.ipynb #954cb96e
-def _intercepted(*tensors: torch.Tensor) -> bool:
-    """Whether a tracer or a counter looks at the operators; they are to see the plain form."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
-            or any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors))
-
-
 def _native_why_not(*tensors: torch.Tensor) -> str:
     """Empty if the loops in C can take these tensors as they are, else why not."""
     first = tensors[0]
@@ -199,7 +193,7 @@ def upsample_conv(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], 
     """conv2d(cat([skip, interpolate(x, size)]), weight), bilinear, zero padding k // 2, stride 1: (B, O, H, W).
 
     x: (B, C, h, w). weight: (O, S + C, k, k), k odd. skip: (B, S, H, W) or None (S = 0). size: (H, W).
-    backend: auto | native | torch. ValueError for shapes that do not belong together.
+    backend: auto | cc | torch. ValueError for shapes that do not belong together.
     """
     S, k = 0 if skip is None else skip.shape[1], weight.shape[-1]
     if weight.shape[1] != S + x.shape[1] or weight.shape[-2] != k or k % 2 == 0:
@@ -208,15 +202,15 @@ def upsample_conv(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], 
     if skip is not None and skip.shape != (x.shape[0], S, *size):
         raise ValueError(f"skip of shape {tuple(skip.shape)}: needs {(x.shape[0], S, *size)}")
     tensors = [t for t in (x, weight, skip) if t is not None]
-    order = {"native": lambda: _native_why_not(*tensors), "torch": str}
+    order = {"cc": lambda: _native_why_not(*tensors), "torch": str}
     chosen = "torch" if _intercepted(*tensors) else pick("upsample_conv", backend, order)
     if chosen == "torch" or not x.numel():
         fine = interpolate(x, size, mode="bilinear", align_corners=align_corners)
-        return conv2d(fine if skip is None else torch.cat([skip, fine], 1), weight, padding=k // 2)
+        return conv2d(fine if skip is None else torch.cat([skip, fine], 1), weight)
     if skip is None:
         y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=x.dtype, memory_format=torch.channels_last).zero_()
     else:
-        y = conv2d(skip, weight[:, :S], padding=k // 2).contiguous(memory_format=torch.channels_last)
+        y = conv2d(skip, weight[:, :S]).contiguous(memory_format=torch.channels_last)
     return _AddUpsampled.apply(y, x, weight[:, S:], align_corners)
 
 # %% ../../../nbs/layers/23_upsample_conv.ipynb #ca19f109

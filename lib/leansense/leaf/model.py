@@ -217,24 +217,16 @@ def _block(config: dict) -> nn.Module:
 # %% ../../../nbs/leaf/10_model.ipynb #b3e31d39
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors in a .safetensors, .pt, .pth or .ckpt file by name, without the wrappers that trainers put around."""
-    if not path.is_file():
-        raise FileNotFoundError(f"weights={str(path)!r}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    from leansense.core.checkpoint import check_finite, load_file  # loads Lightning
 
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader has errors of its own
-        kind = type(error).__name__
-        raise ValueError(f"{path}: cannot be read as weights ({kind}): download or train it again") from None
+    content = load_file(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
         raise ValueError(f"{path}: holds no weights by name: give a state_dict or a checkpoint")
     inner = {name.removeprefix("model."): value for name, value in content.items() if name.startswith("model.")}
+    check_finite(inner or content, path)
     return inner or content
 
 
@@ -291,7 +283,7 @@ def build(variant: str, num_classes: int, heads: int = 4, reduction: int | None 
     heads: of the BoT block, a divisor of 144. reduction: of coordinate attention only; None: 16.
     dropout: before the classifier; None: 0.1, hybrid 0.2. feature_map: of bot_linear, relu | elu1.
     pos: none | sincos_q | sincos_qk | relative (softmax only, tied to image_size).
-    attn_stride: 32 (the seed's) | 16 | 8, of bot and bot_linear. matrix: store softmax's N x N matrix.
+    attn_stride: 32 (the guide's) | 16 | 8, of bot and bot_linear. matrix: store softmax's N x N matrix.
     keep_unused_head: 590,848 published parameters that nothing uses. faithful: the published code, see above.
     weights: local file, of the backbone or of this model. pretrained: fetch the backbone's from the hub.
     """

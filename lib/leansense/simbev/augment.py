@@ -36,7 +36,7 @@ class Augment:
 
 
 AUGMENTS = {
-    "seed": Augment(),
+    "published": Augment(),
     "matched": Augment(relative=True),
     "head": Augment((1.0, 1.0), (0.0, 0.0), rand_flip=False, per="sample"),
     "nuscenes": Augment((0.193, 0.225), bot_pct_lim=(0.0, 0.22)),

@@ -190,13 +190,9 @@ def convert_original(weights: Mapping[str, torch.Tensor],
 # %% ../../../nbs/simbev/10_model.ipynb #7e56a880
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors in a checkpoint by name, without the wrappers that trainers put around; nothing is unpickled."""
-    if not path.is_file():
-        raise FileNotFoundError(f"weights={str(path)!r}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises one of a dozen kinds
-        kind = type(error).__name__
-        raise ValueError(f"{path}: cannot be read as weights ({kind}): download or train it again") from None
+    from leansense.core.checkpoint import load_file  # loads Lightning
+
+    content = load_file(path)
     for wrapper in ("state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -208,7 +204,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def load_weights(model: LiftSplatShoot, path: str | Path) -> LiftSplatShoot:
     """Load a checkpoint of this model or of the published code; ValueError, one line, naming the first misfit."""
-    from leansense.core.checkpoint import check_weights  # loads Lightning
+    from leansense.core.checkpoint import check_finite, check_weights
 
     given = _read_weights(Path(path))
     if f"{_TRUNK}_conv_stem.weight" in given:
@@ -216,6 +212,7 @@ def load_weights(model: LiftSplatShoot, path: str | Path) -> LiftSplatShoot:
         unused = ("dx", "bx", "nx", "frustum", f"{_TRUNK}head.")
         given = {name: value for name, value in given.items() if name in own or not name.startswith(unused)}
     check_weights(model, given, path)
+    check_finite(given, path)
     for name in ("dx", "bx", "nx", "frustum"):
         if name in given and not torch.allclose(given[name], getattr(model, name).to(given[name])):
             raise ValueError(f"{path}: was trained with another grid ({name} differs): build with its grid_conf")
@@ -250,7 +247,7 @@ def build(outC: int = 1, *, trunk: str = "efficientnet_b0", camC: int = 64, up_w
 
 # %% ../../../nbs/simbev/10_model.ipynb #6d504ccd
 def compile_model(grid_conf: dict, data_aug_conf: dict, outC: int = 1, **settings) -> LiftSplatShoot:
-    """The seed's factory: build() with final_dim from data_aug_conf; settings: further arguments of build()."""
+    """The guide's factory: build() with final_dim from data_aug_conf; settings: further arguments of build()."""
     if "final_dim" not in data_aug_conf:
         raise ValueError(f"data_aug_conf has {sorted(data_aug_conf)}: needs final_dim, (height, width)")
     return build(outC, grid_conf=grid_conf, final_dim=data_aug_conf["final_dim"], **settings)

@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['WRITERS', 'image_size', 'turned', 'Shot', 'shots', 'jpeg', 'native_label', 'converted_label', 'depth_png', 'npz',
-           'put', 'calibrated', 'write_metas', 'write_seed', 'write_converted', 'write_native', 'version', 'standin']
+           'put', 'calibrated', 'write_metas', 'write_published', 'write_converted', 'write_native', 'version',
+           'standin']
 
 # %% ../../../nbs/simbev/05_standin.ipynb #42b05074
 import hashlib
 import io
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,8 +20,9 @@ import numpy as np
 
 from ..core.digest import closure
 from ..core.paths import data_root, resolve
+from ..core.store import written_once
 from .convention import resample, to_lss
-from .layouts import CAMERAS
+from .layouts import CAMERAS, trained
 from ..world.bev import SIMBEV_GRID, raster
 from ..world.camera import Rig, quaternion, render, simbev_rig
 from ..world.scene import SIMBEV_CLASSES, Snapshot, make_scene
@@ -49,7 +48,7 @@ class Shot:
     """One frame to be written."""
 
     scene: str  # scene_0000
-    split: str  # train, val: the words of the disk
+    split: str  # train, val, test: the words of the disk
     number: int  # at 20 Hz
     order: int  # within its scene
     snapshot: Snapshot
@@ -62,17 +61,18 @@ class Shot:
 
 
 def shots(n: int, seed: int, per_scene: int) -> Iterator[Shot]:
-    """The `n` frames of a stand-in, scene by scene."""
+    """The `n` frames of a stand-in, scene by scene; ValueError for fewer than three scenes."""
+    if not 1 <= per_scene <= 16 or n <= 2 * per_scene:
+        raise ValueError(f"n={n}, per_scene={per_scene}: give at least three scenes of 1 to 16 frames")
     scenes = -(-n // per_scene)
-    train = int(0.8 * scenes)
-    if scenes < 2 or per_scene < 1 or per_scene > 16:
-        raise ValueError(f"n={n}, per_scene={per_scene}: give at least two scenes of 1 to 16 frames")
+    train = trained(scenes)
+    valid = (scenes - train + 1) // 2
     for k in range(scenes):
         conditions = {"condition": "dusk" if k % 8 == 6 else "day", "vehicles": k % 8 != 3}
         scene = make_scene(1000 * seed + k, **conditions)
         for order in range(min(per_scene, n - k * per_scene)):
             number = 20 * ((order * 16) // per_scene)
-            split = "train" if k < train else "val"
+            split = "train" if k < train else "val" if k < train + valid else "test"
             yield Shot(f"scene_{k:04d}", split, number, order, scene.snapshot(number / 20), 1000 * seed + k)
 
 # %% ../../../nbs/simbev/05_standin.ipynb #fc1f9e91
@@ -131,7 +131,7 @@ def write_metas(samples: dict[Path, list[dict]]) -> None:
         put(folder / "meta.json", json.dumps(entries, indent=1) + "\n")
 
 # %% ../../../nbs/simbev/05_standin.ipynb #0035cd11
-def write_seed(folder: Path, made: Iterator[Shot], rig: Rig, ego: bool) -> None:
+def write_published(folder: Path, made: Iterator[Shot], rig: Rig, ego: bool) -> None:
     """Write the layout of the published guide."""
     metas = {}
     for shot in made:
@@ -206,13 +206,16 @@ def _record(folder: Path, shot: Shot, rig: Rig, ego: bool) -> dict:
 # %% ../../../nbs/simbev/05_standin.ipynb #38b3719d
 def write_native(folder: Path, made: Iterator[Shot], rig: Rig, ego: bool) -> None:
     """Write the layout of SimBEV itself."""
-    splits: dict[str, dict] = {"train": {}, "val": {}}
+    splits: dict[str, dict] = {"train": {}, "val": {}, "test": {}}
     for shot in made:
-        scene = splits[shot.split].setdefault(shot.scene, {"scene_info": {"map": "world"}, "scene_data": []})
+        info = {"map": "world", "config": f"/dataset/simbev/configs/{shot.stem[:17]}.yaml"}
+        put(folder / "configs" / f"{shot.stem[:17]}.yaml", "bev_dim: 360\nbev_res: 0.4\n")
+        scene = splits[shot.split].setdefault(shot.scene, {"scene_info": info, "scene_data": []})
         scene["scene_data"].append(_record(folder, shot, rig, ego))
     for word, scenes in splits.items():
         infos = {"metadata": _metadata(rig), "data": scenes}
-        put(folder / "infos" / f"simbev_infos_{word}.json", json.dumps(infos, indent=1) + "\n")
+        if scenes:
+            put(folder / "infos" / f"simbev_infos_{word}.json", json.dumps(infos, indent=1) + "\n")
 
 # %% ../../../nbs/simbev/05_standin.ipynb #7396b5e0
 @lru_cache(maxsize=1)
@@ -223,11 +226,11 @@ def version() -> str:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=4).hexdigest()
 
 # %% ../../../nbs/simbev/05_standin.ipynb #c80089d8
-WRITERS = {"seed": write_seed, "converted": write_converted, "native": write_native}
+WRITERS = {"published": write_published, "converted": write_converted, "native": write_native}
 
 
 def standin(
-    root: str | Path | None = None, n: int = 200, seed: int = 0, layout: str = "seed", size: str = "480x224",
+    root: str | Path | None = None, n: int = 200, seed: int = 0, layout: str = "published", size: str = "480x224",
     per_scene: int = 2, ego: bool = False,
 ) -> Path:
     """The folder of a stand-in with `n` frames in all, 80 % of the scenes to train on, written when missing."""
@@ -237,17 +240,5 @@ def standin(
     next(shots(n, seed, per_scene))  # says what is wrong before anything is written
     base = resolve(root) if root else data_root() / "standin"
     kind = f"{layout}-n{n}-{per_scene}-s{seed}-{width}x{height}{'-ego' if ego else ''}"
-    folder = base / f"simbev-{kind}-{version()}"
-    if folder.is_dir():
-        return folder
-    unfinished = base / f".{folder.name}.{uuid.uuid4().hex}"
-    unfinished.mkdir(parents=True)
-    try:
-        WRITERS[layout](unfinished, shots(n, seed, per_scene), simbev_rig(height, width), ego)
-        os.rename(unfinished, folder)
-    except OSError:
-        if not folder.is_dir():  # else: somebody else was faster with the same bytes
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    write = lambda place: WRITERS[layout](place, shots(n, seed, per_scene), simbev_rig(height, width), ego)
+    return written_once(base / f"simbev-{kind}-{version()}", write)

@@ -7,6 +7,7 @@ __all__ = ['GREY', 'BLUE', 'GREEN', 'cell_centres', 'picture', 'draw_map', 'draw
            'write_predictions', 'main']
 
 # %% ../../../nbs/simbev/40_use.ipynb #6af1f4a5
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.checkpoint import read_checkpoint
+from ..core.checkpoint import check_finite, check_weights, read_checkpoint
 from ..core.paths import write_atomic
 from ..layers.lift_splat import project
 from .data import INPUTS, SPLITS, dataset, loaders
-from .model import build
+from .layouts import channels
+from .model import GRID_CONF, build
 from .task import iou, overlap
 
 # %% ../../../nbs/simbev/40_use.ipynb #cfaeed72
@@ -78,21 +80,52 @@ def draw_frame(figure, item: Mapping, found: torch.Tensor, xbound: Sequence[floa
             axes.set_title(names[n].replace("_", " "), fontsize=5, pad=1)
     draw_map(figure.add_subplot(grid[:, columns]), item["target"][0], found, xbound, ybound)
 
-# %% ../../../nbs/simbev/40_use.ipynb #e437576c
+# %% ../../../nbs/simbev/40_use.ipynb #e45f3189
+def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
+    """(arguments of build, the row's parameters) that a checkpoint holds; ValueError when they contradict each other."""
+    again = "name a model_*.pt that training wrote"
+    try:
+        settings = json.loads(kept["settings"])
+        config, params = dict(settings["model"]), dict(settings["params"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: says nothing sound of its network and data (settings): {again}") from None
+    unknown = sorted(config.keys() - inspect.signature(build).parameters.keys())
+    if unknown:
+        raise ValueError(f"{path}: its network has settings that are not known here ({', '.join(unknown)}): {again}")
+    (height, width), grid = config.get("final_dim", (128, 352)), GRID_CONF | (config.get("grid_conf") or {})
+    own = {"final_h": height, "final_w": width} | {name: list(bound) for name, bound in grid.items()}
+    for name, value in own.items():
+        said = params.setdefault(name, value)
+        if said != value:
+            raise ValueError(f"{path}: {name} is {said} in its parameters and {value} in its network: {again}")
+    count = len(channels(params.setdefault("classes", "vehicle")))
+    if count != config.get("outC", 1):
+        raise ValueError(f"{path}: {count} classes in its parameters, {config.get('outC', 1)} in its network: {again}")
+    return config, params
+
+
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model, in evaluation mode, and the row's parameters of a model_*.pt; one-line error for any other file."""
     kept = read_checkpoint(path)
-    if "settings" not in kept or "model_state_dict" not in kept:
+    if "settings" not in kept or not isinstance(kept.get("model_state_dict"), dict):
         raise ValueError(f"{path}: no checkpoint of SimBEV training: name a model_*.pt that it wrote")
-    settings = json.loads(kept["settings"])
-    model = build(**settings["model"])
-    model.load_state_dict(kept["model_state_dict"])
-    return model.eval(), settings["params"]
+    config, params = _described(kept, path)
+    try:
+        model = build(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its network cannot be built: {error}") from None
+    weights = {name.removeprefix("module."): value for name, value in kept["model_state_dict"].items()}
+    check_weights(model, weights, path)
+    check_finite(weights, path)
+    model.load_state_dict(weights)
+    return model.eval(), params
 
 # %% ../../../nbs/simbev/40_use.ipynb #48b2e49d
 @torch.no_grad()
 def predict(model: nn.Module, params: Mapping, folder: str | Path, split: str = "valid", limit: int = 0) -> Iterator:
     """(answer, item, found (X, Y)) for each frame of a data set's split; ValueError when it has no such frames."""
+    if limit < 0:
+        raise ValueError(f"limit={limit}: give a number of frames, 0 for all")
     values = {**params, "data": str(folder), "layout": "auto", "nworkers": 0, "bsz": 1}
     parts = loaders(dataset(values), values)
     if split not in parts:
@@ -101,6 +134,8 @@ def predict(model: nn.Module, params: Mapping, folder: str | Path, split: str = 
     for index in range(min(limit or len(frames), len(frames))):
         item = frames[index]
         logits = model(*(item[name][None] for name in INPUTS))[0]
+        if not bool(logits.isfinite().all()):
+            raise ValueError(f"{item['id']}: the network answers with NaN or infinity: use another checkpoint")
         found = logits[0] > 0
         score = float(iou(overlap(logits[None], item["target"][None], item["mask"][None])).mean())
         yield {"id": item["id"], "cells": torch.nonzero(found).tolist(), "iou": score,
@@ -118,7 +153,7 @@ def write_predictions(checkpoint: str | Path, folder: str | Path, out: str | Pat
     made = []
     for answer, item, found in predict(model, params, folder, split, limit):
         stem = Path(out) / answer["id"].replace("/", "_")
-        made.append(write_atomic(stem.with_name(stem.name + ".json"), json.dumps(answer) + "\n"))
+        made.append(write_atomic(stem.with_name(stem.name + ".json"), json.dumps(answer, allow_nan=False) + "\n"))
         with style():
             figure = Figure(figsize=(PAGE, 1.9), layout="constrained")
             draw_frame(figure, item, found, *bounds)
