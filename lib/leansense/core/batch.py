@@ -173,19 +173,6 @@ def _reason(stamp: Path) -> Path:
     return stamp.with_suffix(".error")
 
 
-def run_results(system: str, scale: str, data: str = "") -> Path:
-    """Execute a system's results notebook and stamp what it wrote; the executed copy stays."""
-    stamp = results_stamp(system, scale, data)
-    rows, files = read_rows(system, scale, data), stamp.with_name("results.files")
-    key = results_key(system, rows)
-    files.unlink(missing_ok=True)
-    values = {"scale": scale, "data": str(place(data)) if data else "", "out": str(files)}
-    execute(f"nbs/{system}/90_results.ipynb", stamp.with_name("90_results.ipynb"), values)
-    written = [root() / path for path in files.read_text().split("\n") if path]
-    content = {"key": key, "files": _contents(written)}
-    return write_atomic(stamp, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
 def _latex_error(log: Path) -> str:
     """The first error in a log of LaTeX or tectonic, with its line, or the last line of the log."""
     lines = log.read_text(errors="replace").splitlines()
@@ -199,22 +186,28 @@ def _latex_error(log: Path) -> str:
             )
     return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
+# %% ../../../nbs/core/16_batch.ipynb #ca0d7cb3
+def run_results(system: str, scale: str, data: str = "") -> Path:
+    """Execute a system's results notebook and stamp what it wrote; the executed copy stays."""
+    stamp = results_stamp(system, scale, data)
+    rows, files = read_rows(system, scale, data), stamp.with_name("results.files")
+    key = results_key(system, rows)
+    files.unlink(missing_ok=True)
+    values = {"scale": scale, "data": str(place(data)) if data else "", "out": str(files)}
+    execute(f"nbs/{system}/90_results.ipynb", stamp.with_name("90_results.ipynb"), values)
+    written = [root() / path for path in files.read_text().split("\n") if path]
+    content = {"key": key, "files": _contents(written)}
+    return write_atomic(stamp, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
 
 def run_pdf(system: str, scale: str) -> Path:
     """Make papers/<system>/main.pdf and stamp it; RuntimeError with LaTeX's first error."""
     stamp, paper = results_stamp(system, scale, name="pdf"), root() / "papers" / system
     key, log = pdf_key(system), stamp.with_name("latex.log")
-    command = {
-        "latexmk": [
-            "latexmk",
-            "-g",
-            "-pdf",
-            "-interaction=nonstopmode",
-            "-halt-on-error",
-            "main.tex",
-        ],
-        "tectonic": ["tectonic", "main.tex"],
-    }[latex()]
+    # -g, make it in any case: we know that it is not current
+    quiet = ("-interaction=nonstopmode", "-halt-on-error")
+    options = ("-g", "-pdf", *quiet) if latex() == "latexmk" else ()
+    command = [latex(), *options, "main.tex"]
     with log.open("wb") as out:
         done = subprocess.run(
             command,
@@ -334,7 +327,7 @@ def _lines(process: subprocess.Popen, log: Path, start: int) -> Iterator[str]:
                     yield ""
                     time.sleep(0.5)
 
-
+# %% ../../../nbs/core/16_batch.ipynb #fec90e91
 def snakemake(
     target: str,
     options: list[str],
@@ -440,7 +433,7 @@ def sweep() -> int:
             continue
     return found
 
-
+# %% ../../../nbs/core/16_batch.ipynb #521685f9
 def snakemake_reads(content: dict) -> object:
     """`content` as an entry of Snakemake's memory; ValueError when it would refuse it."""
     try:
@@ -582,7 +575,7 @@ def _closing(system: str, scale: str, data: str) -> str:
     parts = [f"{n} file{'s' * (n != 1)} in {folder}/" for folder, n in sorted(shown.items())]
     return f"{system}: " + ", ".join(parts + [f"papers/{system}/main.pdf"] * pdf)
 
-
+# %% ../../../nbs/core/16_batch.ipynb #257641fe
 def tables(
     system: str = "",
     scale: str = "demo",
@@ -670,7 +663,7 @@ def _options(argv: list[str] | None):
     parser.add_argument("--fresh", action="store_true", help="run every row again")
     return parser.parse_args(argv)
 
-
+# %% ../../../nbs/core/16_batch.ipynb #b040e9e1
 def main(argv: list[str] | None = None) -> int:
     """The command behind `make tables`; its exit status (1: something failed, 2: a bad option)."""
     given = _options(argv)

@@ -183,23 +183,10 @@ def _expand(
         key: parameter.default for key, parameter in parameters.items() if key not in RUNNER
     } | params
     values |= {"data": here} if here else {}
-    line = layers[-1]
-    return [
-        Row(
-            system,
-            table,
-            name,
-            str(line.get("label", name)),
-            seed,
-            scale,
-            here,
-            notebook,
-            0 if cores == "all" else cores,
-            values,
-            line.get("claim") or {},
-        )
-        for seed in seeds
-    ], wrong
+    line, cores = layers[-1], 0 if cores == "all" else cores
+    label, claim = str(line.get("label", name)), line.get("claim") or {}
+    one = (scale, here, notebook, cores, values, claim)
+    return [Row(system, table, name, label, seed, *one) for seed in seeds], wrong
 
 # %% ../../../nbs/core/10_rows.ipynb #5007cf11
 def read_matrix(system: str) -> dict:
@@ -384,7 +371,7 @@ def _amiss(row: Row, before: tuple | None, code: object, data: str) -> str:
     why = stale(row.record, row.params, code, data)
     return f"{row.notebook} wrote a record that is not this row's: {why}" if why else ""
 
-
+# %% ../../../nbs/core/10_rows.ipynb #b75f5901
 def note_of(row: Row) -> Path:
     """The file that holds the reason, in one line, of a row's last failure."""
     return Path(f"{row.folder}.error")
@@ -434,7 +421,7 @@ def _one(rows: list[Row], wanted: str) -> Row:
         raise RowsError(f"no row '{wanted}'; {nearest(wanted, found)}")
     return found[wanted]
 
-
+# %% ../../../nbs/core/10_rows.ipynb #f6999ac6
 def main(argv: list[str] | None = None) -> int:
     """The command line: check | list | run; returns the exit status."""
     import argparse

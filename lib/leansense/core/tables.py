@@ -65,7 +65,7 @@ def _flat(block: dict, prefix: str = "") -> dict:
         )
     return found
 
-
+# %% ../../../nbs/core/40_tables.ipynb #67ca6935
 def frame(rows: list[Row]) -> pd.DataFrame:
     """One line per row and seed in the matrix's order: identity, claim, every value of its record.
 
