@@ -662,7 +662,7 @@ def test_faster_than_published():
     from leansense.layers.pool_peers import OPERATOR, problem
 
     example = problem({"B": 1, "H": 8, "W": 22}, 0, torch.float32, "cpu")
-    steps = {name: step(OPERATOR.contenders[name].prepare(example), example, "train")
+    steps = {name: step(OPERATOR.contenders[name], example, "train")
              for name in ("lss", "bev_pool_v2", "torch", "rebuilt")}
     timings = throughput(steps, repeats=9, warmup=2)
     against = lambda a, b: ratio(timings[a], timings[b])["ratio"]

@@ -20,8 +20,8 @@ from leansense.core import check as doctor
 from leansense.core.loader import loader, sample_rng
 from leansense.core.paths import data_root
 from leansense.leaf import data as leaf
-from leansense.leaf.split import assign, from_folders, group, hashes, leaks, main as split_main, near_copies, split
-from leansense.leaf.standin import CLASSES, LOOKS, plan, standin
+from leansense.leaf.split import assign, copied, from_folders, group, hashes, leaks, main as split_main, near_copies, split
+from leansense.leaf.standin import CLASSES, LOOKS, plan, planted, standin
 
 SMALL = dict(n=6, size=64)  # the smallest stand-in that holds every kind of file
 
@@ -304,7 +304,7 @@ def test_both_layouts_give_equal_tensors(tmp_path):
         assert len(first) == len(second) > 0
         for x, y in zip(first.__getitems__(keys), second.__getitems__(keys)):
             assert torch.equal(x["image"], y["image"]) and x["label"] == y["label"]
-    assert "seed layout" in message(ValueError, leaf.kaggle_to_metadata, table.parent, tmp_path / "again")
+    assert "published layout" in message(ValueError, leaf.kaggle_to_metadata, table.parent, tmp_path / "again")
 
 
 def test_kaggle_split_depends_on_its_seed_only(tmp_path):
@@ -324,9 +324,9 @@ def test_kaggle_split_depends_on_its_seed_only(tmp_path):
 
 
 def test_published_augmentation_is_flip_rotate_jitter(folder):
-    ds = leaf.LeafDataset(leaf.load(folder), "train", 64, "seed", seed=5)
+    ds = leaf.LeafDataset(leaf.load(folder), "train", 64, "published", seed=5)
     for key in ((0, 0), (3, 1), (7, 2), (9, 4)):
-        choice = leaf.draw(leaf.AUGMENTS["seed"], sample_rng(5, *key))
+        choice = leaf.draw(leaf.AUGMENTS["published"], sample_rng(5, *key))
         image = Image.fromarray(np.array(ds.array[ds.rows[key[1]]]))
         image = functional.horizontal_flip(image) if choice["mirror"] else image
         image = functional.rotate(image, float(choice["angle"]))
@@ -340,7 +340,7 @@ def test_published_augmentation_is_flip_rotate_jitter(folder):
 
 
 def test_draws_stay_in_their_ranges():
-    drawn = [leaf.draw(leaf.AUGMENTS["seed"], np.random.default_rng(k)) for k in range(2000)]
+    drawn = [leaf.draw(leaf.AUGMENTS["published"], np.random.default_rng(k)) for k in range(2000)]
     angles = np.array([d["angle"] for d in drawn])
     colours = np.array([d["colour"] for d in drawn])
     assert 11 < angles.max() <= 12 and -12 <= angles.min() < -11
@@ -361,7 +361,7 @@ def test_hue_equals_torchvision(amount):
     assert torch.allclose(leaf.shift_hue(image, amount), functional.adjust_hue(image, amount), atol=2e-6)
 
 
-@pytest.mark.parametrize("augment", ["none", "seed", "strong"])
+@pytest.mark.parametrize("augment", ["none", "published", "strong"])
 def test_a_sample_is_the_same_with_any_number_of_workers(folder, augment):
     ds = leaf.LeafDataset(leaf.load(folder), "train", 32, augment)
     epochs = []
@@ -379,7 +379,7 @@ def test_a_sample_is_the_same_with_any_number_of_workers(folder, augment):
 
 
 def test_an_index_alone_is_epoch_0_and_the_end_is_an_end(folder):
-    ds = leaf.LeafDataset(leaf.load(folder), "train", 32, "seed")
+    ds = leaf.LeafDataset(leaf.load(folder), "train", 32, "published")
     assert torch.equal(ds[1]["image"], ds[0, 1]["image"]) and torch.equal(ds[-1]["image"], ds[len(ds) - 1]["image"])
     with pytest.raises(IndexError):
         ds[len(ds)]
@@ -388,7 +388,7 @@ def test_an_index_alone_is_epoch_0_and_the_end_is_an_end(folder):
 
 
 def test_pickling_takes_the_file_along_not_the_pixels(folder):
-    ds = leaf.LeafDataset(leaf.load(folder), "train", 96, "seed")
+    ds = leaf.LeafDataset(leaf.load(folder), "train", 96, "published")
     again = pickle.loads(pickle.dumps(ds))
     assert len(pickle.dumps(ds)) < 20_000 < ds.array.nbytes
     assert torch.equal(again[1, 0]["image"], ds[1, 0]["image"]) and isinstance(again.array, np.memmap)
@@ -430,7 +430,7 @@ def test_processes_may_build_at_the_same_time(folder):
     code = f"from leansense.leaf.data import load, pixels; rows, a = pixels(load({str(folder)!r}), 28); print(a.sum())"
     found = run_together(code)
     assert len(set(found)) == 1 and int(found[0]) > 0
-    assert not [p for p in (data_root() / "cache" / "leaf").iterdir() if p.name.startswith(".pixels")]
+    assert not [p for p in (data_root() / "cache" / "leaf").iterdir() if ".part" in p.name]
 
 
 # ---- splits and leaks
@@ -516,7 +516,7 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("layout", ["seed", "kaggle"])
+@pytest.mark.parametrize("layout", ["published", "kaggle"])
 @pytest.mark.parametrize("classes", [4, 10])
 def test_standin_is_the_same_bytes_twice(tmp_path, layout, classes):
     made = [standin(tmp_path / name, n=4, size=48, classes=classes, layout=layout) for name in "ab"]
@@ -561,6 +561,91 @@ def test_standin_written_by_several_at_once(tmp_path):
     found = run_together(f"from leansense.leaf.standin import standin; print(standin({str(tmp_path)!r}, n=4, size=40))")
     assert len(set(found)) == 1 and [str(p) for p in tmp_path.iterdir()] == found[:1]
     assert contents(found[0]) == contents(standin(tmp_path / "alone", n=4, size=40))
+
+
+@pytest.mark.parametrize("classes", [4, 10])
+def test_standin_has_three_parts_and_a_large_test(classes):
+    """Half, a fifth, three tenths of each class; the rows' default has over two hundred test pictures."""
+    pictures = plan(200, classes, 0, 192)
+    count = lambda part: sum(p.split == part for p in pictures)
+    assert [count(part) // classes for part in leaf.SPLITS] == [100, 40, 60] and count("test") >= 200
+
+
+def test_the_planted_copy_is_on_disk_and_not_in_the_rows_data(folder):
+    params = {"data": "standin", "standin": 8}
+    rows, disk = leaf.dataset(params), leaf.load(standin(n=8))
+    label, file = "brown_spot", planted(plan(8, 4, 0, 192), 4)[1].file
+    assert {s.id for s in disk.samples} - {s.id for s in rows.samples} == {f"images/{label}/{file}"}
+    assert len(leaks(disk)) == 1 and leaks(rows) == [] and sum(copied(disk, "valid")) == 1
+
+
+def test_a_damaged_standin_is_named_and_drawn_again(tmp_path, capsys):
+    made = standin(tmp_path, n=4, size=48)
+    whole = contents(made)
+    victim = sorted((made / "images").rglob("*.jpg"))[3]
+    flipped = bytearray(victim.read_bytes())
+    flipped[len(flipped) // 2] ^= 255
+    victim.write_bytes(bytes(flipped))
+    lines = (made / "metadata.csv").read_text().splitlines()
+    (made / "metadata.csv").write_text("\n".join(lines[:-3]) + "\n")
+    code = f"from leansense.leaf.standin import standin; standin({str(tmp_path)!r}, n=4, size=48)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and (victim.name in said or "metadata.csv" in said), said
+    assert contents(made) == whole
+
+
+# ---- what a row reads
+
+
+def test_a_set_without_test_part_gets_one(copy):
+    rewrite(copy, [r for r in rows_of(copy) if r["split"] != "test"])
+    given, data = leaf.load(copy), leaf.dataset({"data": str(copy)})
+    ids = lambda d, part: {s.id for s in d.part(part)}
+    assert ids(data, "test") == ids(given, "valid") and "given valid is the test" in data.name
+    assert ids(data, "train") | ids(data, "valid") == ids(given, "train") and data.part("valid") and data.part("train")
+    assert sum(copied(data, "valid")) == 0, "near-copies stay on one side of the part that chooses"
+
+
+@pytest.mark.parametrize("split_name", ["stratified", "grouped"])
+def test_a_split_made_anew_has_three_parts(copy, split_name):
+    data = leaf.dataset({"data": str(copy), "split": split_name})
+    assert all(data.part(part) for part in leaf.SPLITS)
+    assert split_name == "stratified" or not any(copied(data, "test") + copied(data, "valid"))
+
+
+def test_declared_parameters_are_those_that_decide_the_data(copy):
+    """Every row parameter that changes the data or its fingerprint is in PARAMETERS, and no other."""
+    from leansense.core.parameters import declared
+
+    base = {name: p.default for name, p in declared("nbs/leaf/80_row.ipynb").items()} | {"standin": 8}
+    seen = lambda params: (leaf.identify(params), [(s.id, s.split) for s in leaf.dataset(params).samples])
+    other = {"data": str(copy), "metadata": str(copy / "metadata.csv"), "label2id": None, "standin": 9, "classes": 10,
+             "split": "stratified", "train_limit": 4, "valid_limit": 4}
+    first = seen(base)
+    for name, value in other.items():
+        if value is not None:
+            assert seen(base | {name: value}) != first, name
+    for name in base.keys() - set(leaf.PARAMETERS):
+        assert seen(base | {name: "other"}) == first, name
+    assert set(other) == set(leaf.PARAMETERS)
+
+
+def test_identity_of_real_data_needs_no_split_and_nothing_heavy(copy):
+    code = (f"import sys; from leansense.leaf.data import identify; print(identify({{'data': {str(copy)!r}, 'split': 'grouped'}}));"
+            "print([m for m in ('torch', 'pandas', 'scipy', 'leansense.leaf.split') if m in sys.modules])")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split("\n")
+    assert said[0] == leaf.load(copy).fingerprint + "-grouped" and said[1] == "[]"
+
+
+def test_copied_marks_test_pictures_with_a_copy_in_training(tmp_path):
+    photographs(tmp_path, np.random.default_rng(2))
+    name = lambda s: Path(s.id).stem.split("_")[0]
+    for seed in range(3):
+        data = split(tmp_path, 0.2, 0.3, seed=seed)
+        trained = {name(s) for s in data.part("train")}
+        assert copied(data) == [name(s) in trained for s in data.part("test")] and any(copied(data))
+        assert not any(copied(split(tmp_path, 0.2, 0.3, "grouped", seed)))
 
 
 # ---- doctor

@@ -650,7 +650,7 @@ def test_c_is_worth_it():
     from leansense.layers.bench import step
 
     problem = OPERATOR.problem({"B": 2, "N": 196})
-    steps = {name: step(OPERATOR.contenders[name].prepare(problem), problem, "train") for name in ("lite", "cc")}
+    steps = {name: step(OPERATOR.contenders[name], problem, "train") for name in ("lite", "cc")}
     timings = throughput(steps, repeats=15, inner=2)
     assert ratio(timings["lite"], timings["cc"])["ratio"] > 1.8
 

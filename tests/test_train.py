@@ -1,14 +1,16 @@
 """Contracts of the training layer: exact resume, groups, schedules, checkpoints, early stopping, two processes."""
 
+import contextlib
 import copy
 import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import lightning as L
 import pytest
@@ -18,10 +20,28 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from leansense.core.checkpoint import MARK, load_weights, metric_state, read_checkpoint, set_metric_state
+from leansense.core.checkpoint import (
+    MARK,
+    load_file,
+    load_weights,
+    metric_state,
+    own_folder,
+    read_checkpoint,
+    set_metric_state,
+)
 from leansense.core.loader import EpochSampler, Indexed, loader, sample_rng
 from leansense.core.schedule import Group, Recipe, param_groups, rates, scheduler
-from leansense.core.train import NonFiniteLoss, Settings, Task, fit, seed_everything
+from leansense.core.train import (
+    Average,
+    NonFiniteLoss,
+    Settings,
+    Task,
+    averaged_weights,
+    clear_run,
+    fit,
+    scored_weights,
+    seed_everything,
+)
 
 EPOCHS, SAMPLES, VALID, BATCH = 4, 44, 17, 8  # six batches an epoch, the last of four samples
 
@@ -147,10 +167,13 @@ def test_resume_after_several_cuts_and_sparse_saves(tmp_path, uninterrupted):
 SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 import time, lightning as L, test_train as t
-class Slow(L.Callback):
-    def on_train_batch_end(self, *_): time.sleep(0.05)
+class Wait(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 9:
+            print("here", flush=True)
+            time.sleep(1000)
 if __name__ == "__main__":
-    t.run({folder!r}, t.ADAM, ema=0.8, save_every_steps=1, callbacks=(Slow(),), resume="auto")
+    t.run({folder!r}, t.ADAM, ema=0.8, save_every_steps=1, callbacks=(Wait(),), resume="auto")
 """
 
 
@@ -163,16 +186,12 @@ def script(tmp_path, text, **names):
 def test_resume_after_kill(tmp_path, uninterrupted):
     whole, expected = uninterrupted("adamw-ema")
     folder = tmp_path / "run"
-    process = subprocess.Popen(script(tmp_path, SCRIPT, folder=str(folder)), start_new_session=True)
-    until = time.monotonic() + 1800
-    while time.monotonic() < until and process.poll() is None:
-        last = folder / "last.ckpt"
-        if last.exists() and read_checkpoint(last)[MARK]["position"][0] >= 1:
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "the run was over before it could be killed"
+    process = subprocess.Popen(script(tmp_path, SCRIPT, folder=str(folder)), start_new_session=True,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout.readline() == "here\n"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert read_checkpoint(folder / "last.ckpt")[MARK]["position"] == [1, 2]
     task, result = run(folder, ADAM, ema=0.8, resume="auto", seed=8)
     assert result.history == expected.history and same(task, whole)
 
@@ -256,10 +275,13 @@ def test_a_best_of_another_time_line_is_refused(tmp_path):
             return {"f1": [0.5, 0.9, 0.6, 0.95][self.current_epoch]}
 
     run(tmp_path, task=Falling(), save_every=1)
+    shutil.copytree(tmp_path, tmp_path / "whole")
+    for folder, start in ((tmp_path / "whole", "epoch_0002"), (tmp_path, "epoch_0001")):
+        _, result = run(folder, task=Falling(), resume=folder / f"{start}.ckpt")  # epoch 1 is still there: its own best
+        assert result.best_epoch == 3
+    (tmp_path / "epoch_0001.ckpt").unlink()
     with pytest.raises(ValueError, match=r"best\.ckpt: not the best epoch \(1\) .*epoch_0002"):
         run(tmp_path, task=Falling(), resume=tmp_path / "epoch_0002.ckpt")
-    _, result = run(tmp_path, task=Falling(), resume=tmp_path / "epoch_0001.ckpt")  # is itself its best
-    assert result.best_epoch == 3
 
 
 @pytest.mark.parametrize("mode,scores,patience,ran,best", [
@@ -293,7 +315,7 @@ def test_max_steps(tmp_path):
     ("truncated", "truncated or not a checkpoint"), ("empty", "truncated"), ("text", "truncated"),
     ("objects", "objects other than numbers"), ("foreign", "not a checkpoint of this project"),
 ])  # fmt: skip
-def test_wrong_checkpoints_are_refused_by_name(tmp_path, kind, message):
+def test_wrong_checkpoints_are_refused_by_name(tmp_path, capsys, kind, message):
     file = tmp_path / f"{kind}.ckpt"
     if kind == "truncated":
         run(tmp_path / "run", epochs=1)
@@ -306,9 +328,12 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path, kind, message):
     with pytest.raises(ValueError, match=f"{kind}.ckpt.*{message}") as error:
         run(tmp_path / "new", resume=file)
     assert "\n" not in str(error.value)
-    file.replace(tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="last.ckpt"):  # auto does not train over a broken file in silence
-        run(tmp_path, resume="auto")
+    content = file.read_bytes()
+    file.replace(tmp_path / "last.ckpt")  # auto sets it aside, says so, and goes on
+    _, result = run(tmp_path, epochs=1, resume="auto")
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "last.ckpt" in line and message in line and "afresh" in line] == said[-1:]
+    assert (tmp_path / "last.ckpt.damaged").read_bytes() == content and result.epochs_run == 1
 
 
 def test_checkpoint_of_another_model_or_run(tmp_path):
@@ -341,6 +366,333 @@ def test_resume_needs_a_sampler_that_can(tmp_path):
     plain = DataLoader(TensorDataset(torch.zeros(4, 2)), 2, shuffle=True)
     with pytest.raises(ValueError, match="core.loader.loader"):
         fit(Toy(), plain, epochs=1, folder=tmp_path, seed=0, device="cpu")
+
+
+# --- whose checkpoint -------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_parameter_is_named_and_starts_afresh(tmp_path, capsys):
+    base = {"notebook": "nbs/x.ipynb", "params": {"label_smoothing": 0.0, "dropout": 0.1}, "code": {"a.b": "1"}}
+    run(tmp_path, epochs=1, config=base)
+    again, _ = run(tmp_path, epochs=1, config=base, resume="auto")
+    assert capsys.readouterr().out.splitlines() == ["resumed a finished run"]
+    changes = {
+        "label_smoothing": {"params": {"label_smoothing": 0.1, "dropout": 0.1}},
+        "a.b": {"code": {"a.b": "2"}},
+        "dropout": {"params": {"label_smoothing": 0.1}},
+    }
+    for name, change in changes.items():
+        run(tmp_path, epochs=1, config=base)
+        _, result = run(tmp_path, epochs=1, config=base | change, resume="auto")
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 1 and said[0].startswith("starting afresh: changed ") and name in said[0]
+        assert result.samples_per_second > 0
+        with pytest.raises(ValueError, match=f"other settings .*{name}"):
+            run(tmp_path, epochs=1, config=base, resume=result.last_path)
+
+
+def test_best_of_another_run_is_refused_after_training(tmp_path):
+    other = run(tmp_path / "other", epochs=2, seed=3, clip=0.5)[1].best_path
+
+    class Thief(L.Callback):  # stands for a second run in this folder
+        def __init__(self, source):
+            self.source = source
+
+        def on_train_end(self, *_):
+            shutil.copy(self.source, tmp_path / "run" / "best.ckpt")
+
+    with pytest.raises(ValueError, match=r"best\.ckpt: holds epoch \d of a run with other clip, .* of this run is epoch"):
+        run(tmp_path / "run", epochs=2, callbacks=(Thief(other),))
+
+    class Falling(Toy):
+        def valid_scores(self):
+            return {"f1": [0.9, 0.5][self.current_epoch]}
+
+    run(tmp_path / "kept", task=Falling(), epochs=2, save_every=1)
+    with pytest.raises(ValueError, match=r"best\.ckpt: holds epoch 1 of this run, but the best of this run is epoch 0"):
+        run(tmp_path / "run", task=Falling(), epochs=2, callbacks=(Thief(tmp_path / "kept" / "epoch_0001.ckpt"),))
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    text = f"""
+    from leansense.core.checkpoint import own_folder
+    own_folder({str(tmp_path)!r}, "nbs/other.ipynb")
+    print("held", flush=True)
+    input()
+    """
+    command = script(tmp_path.parent, textwrap.dedent(text).replace("{", "{{").replace("}", "}}"))
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(RuntimeError, match=rf"process {other.pid}, nbs/other.ipynb") as error:
+            run(tmp_path, epochs=1)
+        assert "\n" not in str(error.value) and not (tmp_path / "last.ckpt").exists()
+    finally:
+        other.kill()
+        other.wait()
+    with own_folder(tmp_path, "a notebook"):  # free after the holder's death; held by this process: fit may
+        run(tmp_path, epochs=1)
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()} a notebook\n"
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_forked_processes_do_not_keep_the_folder(tmp_path):
+    held = own_folder(tmp_path)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(write)
+        os.read(read, 1)  # lives on until the parent is done
+        os._exit(0)
+    held.close()
+    try:
+        with own_folder(tmp_path, "again") as again:
+            assert again.folder == tmp_path.resolve()
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)
+
+
+# --- what a finished or damaged folder still owes --------------------------------------------------------------------
+
+
+class Scribe(L.Callback):
+    """Files and a state of its own, as a system's callback has them."""
+
+    patterns = ("note_*.txt",)
+
+    def __init__(self):
+        self.scores = []
+
+    def state_dict(self):
+        return {"scores": list(self.scores)}
+
+    def load_state_dict(self, state):
+        self.scores = list(state["scores"])
+
+    def on_validation_end(self, trainer, task):
+        self.scores.append(trainer.global_step)
+
+    def finish(self, folder, task):
+        (folder / "note_final.txt").write_text(f"{self.scores} {len(task.history['epoch'])}")
+
+
+def test_a_finished_run_gives_everything_back(tmp_path):
+    first = Scribe()
+    whole, expected = run(tmp_path, callbacks=(first,), save_every=EPOCHS)
+    for name in ("history.csv", f"epoch_{EPOCHS - 1:04d}.ckpt"):
+        (tmp_path / name).rename(tmp_path / f"was_{name}")  # killed just after the last last.ckpt
+    again = Scribe()
+    task, result = run(tmp_path, callbacks=(again,), save_every=EPOCHS, resume="auto", seed=5)
+    assert again.scores == first.scores and len(first.scores) == EPOCHS
+    assert (tmp_path / "note_final.txt").read_text() == f"{first.scores} {EPOCHS}"
+    assert result.history == expected.history and same(task, whole)
+    for name in ("history.csv", f"epoch_{EPOCHS - 1:04d}.ckpt"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"was_{name}").read_bytes()
+
+
+def test_a_fresh_run_removes_what_callbacks_left(tmp_path):
+    for name in ("note_1.txt", "other.txt", ".last.ckpt.tmp", ".note_1.txt.tmp"):
+        (tmp_path / name).write_text("of another run")
+    run(tmp_path, epochs=1, callbacks=(Scribe(),))
+    assert not (tmp_path / "note_1.txt").exists() and (tmp_path / "other.txt").exists()
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "note_1.txt").write_text("of another run")
+    clear_run(tmp_path)
+    assert (tmp_path / "note_1.txt").exists()
+
+
+def flip(file):
+    """Turn one bit of one weight in a checkpoint over."""
+    weight = read_checkpoint(file)["state_dict"]["model.0.weight"].numpy().tobytes()
+    data = bytearray(file.read_bytes())
+    data[data.find(weight) + 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("hurt", ["cut", "flipped"])
+def test_a_damaged_last_checkpoint_is_set_aside(tmp_path, capsys, hurt):
+    whole, expected = run(tmp_path / "whole", save_every=1)
+
+    def damaged(keep):
+        folder = tmp_path / f"with {keep[0]}"
+        shutil.copytree(tmp_path / "whole", folder)
+        for file in folder.glob("*.ckpt"):
+            if file.name not in (*keep, "last.ckpt"):
+                file.unlink()
+        last = folder / "last.ckpt"
+        flip(last) if hurt == "flipped" else last.write_bytes(last.read_bytes()[:5000])
+        return folder
+
+    best = f"epoch_{expected.best_epoch:04d}.ckpt"
+    for keep, start in ((("epoch_0002.ckpt", best), "epoch_0002.ckpt"), (("best.ckpt",), "best.ckpt")):
+        folder = damaged(keep)
+        capsys.readouterr()
+        task, result = run(folder, save_every=1, resume="auto", seed=9)
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 1 and "last.ckpt.damaged" in said[0] and said[0].endswith(f"going on from {start}")
+        assert result.history == expected.history and same(task, whole)
+    # nothing sound of this very run: afresh
+    folder = damaged(("nothing",))
+    task, result = run(folder, resume="auto")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("starting afresh")
+    assert result.history == expected.history and (folder / "last.ckpt.damaged").exists()
+
+
+def test_a_damaged_best_checkpoint_is_no_dead_end(tmp_path, capsys):
+    class Falling(Toy):
+        def valid_scores(self):
+            return {"f1": [0.5, 0.9, 0.6, 0.7][self.current_epoch]}
+
+    whole, expected = run(tmp_path, task=Falling())
+    flip(tmp_path / "best.ckpt")
+    capsys.readouterr()
+    task, result = run(tmp_path, task=Falling(), resume="auto")
+    assert "best.ckpt: missing, damaged" in capsys.readouterr().out
+    assert result.history == expected.history and same(task, whole)
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """Within, no file can grow beyond `size` bytes: what a full disk does, on any machine."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("size,settings,name", [
+    (2000, {}, "last.ckpt"), (30000, dict(tensorboard=True), "tensorboard"), (100_000, {}, "history.csv"),
+])  # fmt: skip
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch, size, settings, name):
+    import leansense.core.train as module
+
+    class Talkative(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.logger and trainer.global_step == 1:
+                trainer.logger.experiment.add_text("much", "x" * 60_000)
+
+    if name == "history.csv":
+        monkeypatch.setattr(module, "history_csv", lambda history: "0" * 200_000)
+    if name == "tensorboard":
+        monkeypatch.setattr(module.Keeper, "_save", lambda *_: None)
+    with small_files(size), pytest.raises(OSError, match=name) as error:
+        run(tmp_path, epochs=2, callbacks=(Talkative(),), **settings)
+    assert "\n" not in str(error.value) and "make room" in str(error.value)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# --- files of weights -------------------------------------------------------------------------------------------------
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
+    weights = {"state_dict": {"w": torch.arange(64.0), "i": torch.arange(9)}, MARK: {"config": "{}", "list": [1, 2.5]}}
+    file = tmp_path / "a.ckpt"
+    torch.save(weights, file)
+    data, noticed, tensors = file.read_bytes(), 0, weights["state_dict"]["w"].numpy().tobytes()
+    start = data.find(tensors)
+    for place in {*range(0, len(data), 7), *range(start, start + len(tensors), 3)}:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            found = load_file(file)
+        except ValueError as error:
+            noticed += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+        else:
+            assert str(found) == str(weights) and not start <= place < start + len(tensors), place
+    assert noticed > len(tensors) // 3
+
+
+@pytest.mark.parametrize("kind,error,message", [
+    ("missing", FileNotFoundError, "no such file"), ("folder", ValueError, "not a file"),
+    ("pickle", ValueError, "truncated or not a checkpoint"), ("objects", ValueError, "objects other than numbers"),
+    ("nan", ValueError, r"weights of .*nan\.pt hold NaN \(state_dict\.b\)"),
+    ("inf", ValueError, r"weights of .*inf\.pt hold Inf"), ("text.safetensors", ValueError, "cannot be read"),
+])  # fmt: skip
+def test_files_of_weights_that_are_refused(tmp_path, kind, error, message):
+    file = tmp_path / (kind if "." in kind else f"{kind}.pt")
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pickle":
+        file.write_bytes(b"\x80\x04\x95 not all of it")
+    elif kind == "objects":
+        torch.save({"state_dict": nn.Linear(1, 1)}, file)
+    elif kind in ("nan", "inf"):
+        torch.save({"state_dict": {"a": torch.ones(3), "b": torch.tensor([1, float(kind)])}}, file)
+        assert load_file(file)["state_dict"]["a"].sum() == 3  # refused only where it is asked for
+    elif kind != "missing":
+        file.write_text("text")
+    with pytest.raises(error, match=message) as caught:
+        load_file(file, finite=True)
+    assert "\n" not in str(caught.value) and file.name in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_do_not_come_back(tmp_path):
+    task, result = run(tmp_path, epochs=1)
+    kept = read_checkpoint(result.best_path)
+    kept["state_dict"]["model.0.weight"][0] = float("nan")
+    torch.save(kept, result.best_path)
+    with pytest.raises(ValueError, match="best.ckpt hold NaN"):
+        load_weights(task, result.best_path)
+
+
+# --- the weight average -----------------------------------------------------------------------------------------------
+
+
+def test_the_average_warms_up(tmp_path):
+    average = Average(0.99)
+    assert [average.decay_at(n) for n in (1, 8, 90)] == [2 / 11, 9 / 18, 91 / 100] and average.decay_at(10**6) == 0.99
+    # a high decay on a run of two dozen steps: the average must follow the weights, not the first ones
+    _, plain = run(tmp_path / "plain", ADAM, epochs=4)
+    task, _ = run(tmp_path / "average", ADAM, epochs=4, ema=0.999)
+    seed_everything(0)
+    first = Toy(ADAM)
+    last = read_checkpoint(tmp_path / "average" / "last.ckpt")
+    weights = [name for name, _ in first.named_parameters()]
+
+    def distance(one, two):
+        return sum(float((one[name] - two[name]).pow(2).sum()) for name in weights) ** 0.5
+
+    raw = last["current_model_state"]
+    assert distance(last["state_dict"], raw) < 0.5 * distance(first.state_dict(), raw)
+
+
+def test_every_file_scores_what_it_says(tmp_path):
+    stated = {}
+
+    def score(weights):
+        task = Toy(ADAM)
+        task.load_state_dict(weights)
+        metric = MulticlassF1Score(3)
+        task.eval()
+        for batch in loaders()[1]:
+            metric.update(task(batch["x"]), batch["y"])
+        return metric.compute().item()
+
+    class Middle(L.Callback):  # a callback that validates and writes in mid-epoch, as SimBEV's does
+        def on_train_batch_end(self, trainer, task, *_):
+            if trainer.global_step % 6 == 4:
+                before = copy.deepcopy(task.state_dict())
+                with scored_weights(trainer, task):
+                    found = score(task.state_dict())
+                    inside = copy.deepcopy(task.state_dict())
+                assert all(torch.equal(v, before[k]) for k, v in task.state_dict().items())
+                assert all(torch.equal(v, inside[k]) for k, v in averaged_weights(trainer, task).items())
+                file = tmp_path / f"middle_{trainer.global_step}.ckpt"
+                torch.save({"state_dict": averaged_weights(trainer, task)}, file)
+                stated[file.name] = found
+
+    _, result = run(tmp_path, ADAM, ema=0.9, save_every=1, callbacks=(Middle(),))
+    for epoch, value in enumerate(result.history["valid_f1"]):
+        stated[f"epoch_{epoch:04d}.ckpt"] = value
+    stated |= {"best.ckpt": result.best_score, "last.ckpt": result.history["valid_f1"][-1]}
+    assert set(stated) == {file.name for file in tmp_path.glob("*.ckpt")} and len(set(stated.values())) > 1
+    for name, value in stated.items():
+        assert score(load_file(tmp_path / name)["state_dict"]) == pytest.approx(value, abs=1e-6), name
 
 
 # --- losses and metrics -------------------------------------------------------------------------------------------
@@ -397,6 +749,38 @@ def test_non_finite_loss_stops_and_names_everything(tmp_path, value):
     assert f"loss is {value} at step 8 of epoch 1, samples {ids}" in str(error.value)
     assert str(error.value).endswith(f"last good checkpoint: {tmp_path / 'last.ckpt'}")
     assert read_checkpoint(tmp_path / "last.ckpt")[MARK]["position"] == [1, 0]
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple", "object"])
+def test_non_finite_loss_names_the_samples_in_any_batch(tmp_path, form):
+    class Box:
+        def __init__(self, batch):
+            self.x, self.id = batch
+
+    class Breaking(Toy):
+        def step(self, batch):
+            x, names = (batch.x, batch.id) if form == "object" else (batch["x"], batch["ids"]) if form == "dict" else batch
+            bad = "field_3" in names and not self.training
+            return self.model(x).sum() * (float("nan") if bad else 1.0), {}
+
+        def count(self, batch):
+            return 4
+
+    class Named(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, key):
+            return torch.ones(2), f"field_{key[1]}"
+
+    def collate(items):
+        x, names = torch.stack([x for x, _ in items]), [name for _, name in items]
+        return {"dict": dict(x=x, ids=names), "tuple": (x, names), "object": Box((x, names))}[form]
+
+    made = [loader(Named(), 4, seed=0, shuffle=False, train=train, collate=collate) for train in (True, False)]
+    with pytest.raises(NonFiniteLoss, match=r"validation loss is nan .* samples \['field_0', .*'field_3'\]"):
+        fit(Breaking(), *made, epochs=1, folder=tmp_path, seed=0, monitor="train_loss", mode="min", device="cpu",
+            progress=False, tensorboard=False)  # fmt: skip
 
 
 def test_non_finite_validation_is_an_error(tmp_path):

@@ -114,7 +114,8 @@ def _holds(stamp: Path, key: str) -> bool:
 def results_key(system: str, rows: list[Row]) -> str:
     """A digest of all that tables are made of: records, failures, notebook, rows.yaml, claims."""
     sources = [row.record for row in rows] + [note_of(row) for row in rows]
-    sources += (root() / "papers" / system).glob("*.yaml")
+    paper = root() / "papers" / system
+    sources += [*paper.glob("*.yaml"), paper / "vouched.json"]
     return _key(digest(f"nbs/{system}/90_results.ipynb"), _contents(sources))
 
 

@@ -106,8 +106,9 @@ def naming_file(path: str | Path):
     """An OSError raised inside names `path`, unless it names a file already."""
     try:
         yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
+    except (OSError, RuntimeError) as error:  # PyTorch's zip writer hides the one behind the other
+        error = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(error, OSError) or error.filename is not None or error.errno is None:
             raise
         advice = "make room or choose another folder, then start again"
         raise OSError(error.errno, f"{os.strerror(error.errno)} ({advice})", str(path)) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .paths import root, write_atomic
-from .record import read
+from .record import read, vouched
 from .rows import Row, note_of, paper_folder, read_rows, set_name, without_places
 
 # %% ../../../nbs/core/40_tables.ipynb #a0c7fa2c
@@ -83,9 +83,11 @@ def frame(rows: list[Row]) -> pd.DataFrame:
         }
         line |= _flat(row.claim, "claim.")
         try:
-            line |= _flat(
-                {key: value for key, value in read(row.record).items() if isinstance(value, dict)}
-            )
+            blocks = {
+                key: value for key, value in read(row.record).items() if isinstance(value, dict)
+            }
+            line |= _flat({key: value for key, value in blocks.items() if key != "code"})
+            line["vouched"] = vouched(row.record)
         except FileNotFoundError:
             line["missing"] = "not run"
         except (ValueError, OSError):
@@ -289,11 +291,13 @@ class Paper:
 # %% ../../../nbs/core/40_tables.ipynb #88535002
 def _distinct(runs: pd.DataFrame, column: str) -> list[str]:
     """The different values of a column among the lines that have a record."""
-    return sorted({str(value) for value in runs[column].dropna()}) if column in runs else []
+    whole = lambda value: isinstance(value, float) and value.is_integer()  # noqa: E731: beside rows without a record
+    values = runs[column].dropna() if column in runs else ()
+    return sorted({str(int(value) if whole(value) else value) for value in values})
 
 
 def caption_facts(runs: pd.DataFrame, scale: str) -> str:
-    """One sentence for the caption: scale, data with its sizes, seeds, hardware, as the records say (not escaped)."""
+    """A sentence for the caption: scale, data, seeds, hardware, as the records say (not escaped)."""
     done = runs[runs["missing"] == ""]
     if not len(done):
         return f"Scale {scale}; nothing has been run."
@@ -305,6 +309,7 @@ def caption_facts(runs: pd.DataFrame, scale: str) -> str:
     ]
     where = " or ".join(_distinct(done, "env.device")) or "unknown device"
     threads = _distinct(done, "env.threads")
+    kept = sum(value is True for value in done.get("vouched", ()))
     seeds = sorted(set(done["seed"]))
     data = (
         f"data: {', '.join(names)}" + (f" ({', '.join(sizes)} images)" if sizes else "")
@@ -313,14 +318,15 @@ def caption_facts(runs: pd.DataFrame, scale: str) -> str:
     )
     return (
         f"Scale {scale}; {data}; {len(seeds)} seed{'s' * (len(seeds) != 1)}; measured on {where}"
-        + (f", {'/'.join(threads)} thread{'s' * (threads != ['1'])}." if threads else ".")
+        + (f", {'/'.join(threads)} thread{'s' * (threads != ['1'])}" if threads else "")
+        + (f"; {kept} record{'s' * (kept != 1)} vouched for." if kept else ".")
     )
 
 # %% ../../../nbs/core/40_tables.ipynb #731f71d3
 def verdict(
     claimed: float, measured: float | None, tolerance: float, why: str = "", at_least: bool = False
 ) -> str:
-    """'reproduced', 'not reproduced', or 'cannot be judged here' with the reason; `tolerance` is absolute."""
+    """'reproduced', 'not reproduced', or 'cannot be judged here' and why; `tolerance` is absolute."""
     if measured is None or math.isnan(measured):
         return "cannot be judged here" + (f": {why}" if why else "")
     short = claimed - measured if at_least else abs(measured - claimed)

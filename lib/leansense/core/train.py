@@ -415,6 +415,12 @@ def settle_files(kept: dict, path: Path, run: Settings) -> None:
         write_history(folder, kept[MARK]["history"])
 
 # %% ../../../nbs/core/20_train.ipynb #66406b38
+def _thread_error(args: threading.ExceptHookArgs) -> None:
+    """What a thread died of, unless it is TensorBoard's writer: its error is raised again where the loop meets it."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
+
+
 @contextlib.contextmanager
 def _quietly(threads: int):
     """Lightning silent up to errors, and the process's global settings as they were afterwards."""
@@ -427,6 +433,7 @@ def _quietly(threads: int):
     address = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     for log in loggers:
         log.setLevel(logging.ERROR)
+    hook, threading.excepthook = threading.excepthook, _thread_error
     if threads:
         torch.set_num_threads(threads)
     nvml = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
@@ -446,6 +453,7 @@ def _quietly(threads: int):
     finally:
         for log, level in zip(loggers, levels):
             log.setLevel(level)
+        threading.excepthook = hook
         for name, value in address.items():  # each run of several processes meets at a port of its own
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = nvml
@@ -478,7 +486,7 @@ class Board(TensorBoardLogger):
         with naming_file(self.log_dir):
             super().finalize(status)
 
-# %% ../../../nbs/core/20_train.ipynb #2f2fb2de
+# %% ../../../nbs/core/20_train.ipynb #77b6838a
 def _end_with(parent: int) -> None:
     """Have the system kill this process when `parent` dies (Linux only)."""
     if sys.platform == "linux":
@@ -495,6 +503,14 @@ class Processes(_MultiProcessingLauncher):
     def __init__(self, strategy: DDPStrategy, start_method: str, run: Settings):
         super().__init__(strategy, start_method)
         self.run, self.parent, self.outcome = run, os.getpid(), Path(run.folder) / ".outcome.ckpt"
+
+    def launch(self, function, *args, trainer=None, **kwargs):
+        shared = torch.multiprocessing.get_sharing_strategy()
+        torch.multiprocessing.set_sharing_strategy("file_system")  # a spawn cannot pass one file descriptor twice
+        try:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        finally:
+            torch.multiprocessing.set_sharing_strategy(shared)
 
     def _wrapping_function(self, process_idx: int, *args) -> None:
         _end_with(self.parent)

@@ -39,8 +39,8 @@ def _feature(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 # %% ../../../nbs/layers/10_linear_attention.ipynb #2ae0b518
 def _factorised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """Linear attention of q, k with the feature map already applied, in four ordinary operations."""
-    numerator = (v @ k.mT) @ q  # (d, N): brackets are the whole idea
-    denominator = k.sum(-1, keepdim=True).mT @ q  # (1, N)
+    numerator = (v @ k.transpose(-1, -2)) @ q  # (d, N): brackets are the whole idea
+    denominator = k.sum(-1, keepdim=True).transpose(-1, -2) @ q  # (1, N)
     return numerator / (denominator + eps)
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #f660c637
@@ -66,9 +66,9 @@ def _torch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_ma
     """The result, (B, heads, d, N), and what the backward pass needs beside the inputs."""
     phi = FEATURE_MAPS[feature_map]
     q3, k3, v3 = (x.flatten(0, 1) for x in (phi(q), phi(k), v))  # (B heads) d N
-    kv = torch.bmm(v3, k3.mT)
+    kv = torch.bmm(v3, k3.transpose(-1, -2))
     z = k3.sum(-1, keepdim=True)
-    r = torch.bmm(z.mT, q3).add_(eps).reciprocal_()
+    r = torch.bmm(z.transpose(-1, -2), q3).add_(eps).reciprocal_()
     return torch.bmm(kv, q3).mul_(r).view(q.shape), (kv, z, r)
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #632e3270
@@ -80,16 +80,16 @@ def _torch_backward(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v:
     q3, k3, v3, g = (x.flatten(0, 1) for x in (q, k, v, gradient))
     g, features = g * r, _features(q3, feature_map, dv)
     if dq is not None or dk is not None:
-        u = torch.bmm(kv.mT, g, out=dq)
+        u = torch.bmm(kv.transpose(-1, -2), g, out=dq)
         s = torch.mul(features, u, out=dk).sum(1, keepdim=True).mul_(r).neg_()
     if dq is not None:
         _times_slope(torch.baddbmm(dq, z, s, out=dq), q3, feature_map)
     if dk is None and dv is None:
         return
-    dkv = torch.bmm(g, features.mT)
+    dkv = torch.bmm(g, features.transpose(-1, -2))
     if dk is not None:
-        dk.copy_(torch.bmm(features, s.mT).expand_as(dk))
-        _times_slope(torch.baddbmm(dk, dkv.mT, v3, out=dk), k3, feature_map)
+        dk.copy_(torch.bmm(features, s.transpose(-1, -2)).expand_as(dk))
+        _times_slope(torch.baddbmm(dk, dkv.transpose(-1, -2), v3, out=dk), k3, feature_map)
     if dv is not None:
         torch.bmm(dkv, _features(k3, feature_map, g), out=dv)  # the features of q in dv have done their duty
 
@@ -282,15 +282,15 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
     if not (q.shape == k.shape == v.shape and q.ndim == 4):
         raise ValueError(f"q, k, v must share one shape (B, heads, d, N): {[tuple(x.shape) for x in (q, k, v)]}")
     if not matrix:
-        tokens_first = (x.mT.contiguous() for x in (q, k, v))  # a view would leave the fast kernel
-        return F.scaled_dot_product_attention(*tokens_first, attn_mask=bias).mT
+        tokens_first = (x.transpose(-1, -2).contiguous() for x in (q, k, v))  # a view would be slow
+        return F.scaled_dot_product_attention(*tokens_first, attn_mask=bias).transpose(-1, -2)
 
     def core(q, k, v):
-        logits = (q * q.shape[-2] ** -0.5).mT @ k
+        logits = (q * q.shape[-2] ** -0.5).transpose(-1, -2) @ k
         if bias is not None:
             logits = logits + bias
         logits = logits.softmax(-1)  # rebinding frees a whole matrix
-        return (logits @ v.mT).mT
+        return (logits @ v.transpose(-1, -2)).transpose(-1, -2)
 
     return _full_precision(core, q, k, v)
 
@@ -336,7 +336,7 @@ class RelativePosition(nn.Module):
             raise ValueError(f"relative positions were built for a {self.size} map and cannot serve {tuple(size)}")
         tokens = torch.arange(size[0] * size[1], device=q.device)
         y, x = tokens // size[1], tokens % size[1]
-        q = (q * q.shape[-2] ** -0.5).mT  # (B, heads, N, d), scaled like the logits
+        q = (q * q.shape[-2] ** -0.5).transpose(-1, -2)  # (B, heads, N, d), scaled like the logits
         offset_y, offset_x = y - y[:, None] + size[0] - 1, x - x[:, None] + size[1] - 1
         shape = (*q.shape[:2], -1, -1)
         return ((q @ self.rel_h.T).gather(-1, offset_y.expand(shape)) +

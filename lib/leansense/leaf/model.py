@@ -77,9 +77,9 @@ class CoordinateGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
-        means = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).mT], 2)  # b c h+w 1
+        means = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(-1, -2)], 2)  # b c h+w 1
         rows, columns = self.shared(means).split([h, w], 2)
-        return self.rows(rows).sigmoid() * self.columns(columns.mT).sigmoid()  # b c h 1 * b c 1 w
+        return self.rows(rows).sigmoid() * self.columns(columns.transpose(-1, -2)).sigmoid()  # b c h 1 * b c 1 w
 
 # %% ../../../nbs/leaf/10_model.ipynb #d9f2a134
 class ChannelGate(nn.Module):
@@ -249,11 +249,31 @@ def load_weights(model: LeafNet, path: str | Path) -> LeafNet:
 HUB = "timm/mobilenetv3_small_100.lamb_in1k"  # ImageNet-1k weights of the backbone
 
 
-def hub_weights(seconds: float = 5.0) -> str:
-    """The local path of timm's pretrained weights, fetched when absent; ConnectionError soon when that cannot be."""
+def _answers(endpoint: str, seconds: float) -> bool:
+    """Whether a server answers at all within `seconds`; a name that is never resolved counts as no."""
+    import threading
     import urllib.error
     import urllib.request
 
+    said = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
+            said.append(True)
+        except urllib.error.HTTPError:
+            said.append(True)
+        except (OSError, ValueError):
+            said.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)  # the system's resolver knows no timeout of ours
+    thread.start()
+    thread.join(seconds)
+    return bool(said and said[0])
+
+
+def hub_weights(seconds: float = 5.0) -> str:
+    """The local path of timm's pretrained weights, fetched when absent; ConnectionError soon when that cannot be."""
     import huggingface_hub
 
     name = "model.safetensors"
@@ -261,16 +281,14 @@ def hub_weights(seconds: float = 5.0) -> str:
     if isinstance(cached, str):
         return cached
     advice = f"pretrained=True needs {HUB} from the hub, which cannot be reached: pass weights=PATH of its {name}"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise ConnectionError(f"{advice} (offline by HF_HUB_OFFLINE)")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:  # the hub's own client would retry for a long time
-        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            raise OSError("offline by HF_HUB_OFFLINE")
-        try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
-        except urllib.error.HTTPError:
-            pass  # it answered
+    if not _answers(endpoint, seconds):  # the hub's own client would retry for a long time
+        raise ConnectionError(f"{advice} (no answer from {endpoint})")
+    try:
         return huggingface_hub.hf_hub_download(HUB, name, etag_timeout=seconds)
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # of the hub's client and of the network libraries below it
         raise ConnectionError(f"{advice} ({type(error).__name__})") from None
 
 # %% ../../../nbs/leaf/10_model.ipynb #153f2909
