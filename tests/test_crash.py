@@ -191,10 +191,12 @@ def broken(clone: Path) -> list[str]:
     return found
 
 
-def drill(tmp_path: Path, moments: list) -> None:
-    """kill -9 of the whole family at each moment of one batch, then to the end: equal to an undisturbed run."""
-    matrix = "tables: {main: {rows: {one: {params: {sleep: 3.0}}, two: {params: {value: 2}}}}}\n"
-    clone, calm = (toy.make(tmp_path / name, matrix) for name in ("clone", "calm"))
+SLOW = "{params: {sleep: 3.0}}"
+ROWS = {1: f"one: {SLOW}", 2: f"one: {SLOW}, two: {{params: {{value: 2}}}}"}
+
+
+def drill(clone: Path, moments: list) -> None:
+    """kill -9 of the whole family at each moment of one batch, then to the end; nothing is lost or left lying about."""
     records = clone / "papers/toy/records"
     for moment in moments:
         main = toy.start(clone)
@@ -216,19 +218,28 @@ def drill(tmp_path: Path, moments: list) -> None:
     end = toy.tables(clone)
     assert end.returncode == 0, end.stdout + end.stderr
     assert not list(clone.rglob(".*.tmp"))
-    assert toy.tables(calm).returncode == 0
-    assert toy.kept(clone) == toy.kept(calm) and len(toy.kept(calm)) == 2
-    assert toy.table(clone) == toy.table(calm)
+    again = toy.tables(clone)
+    assert again.returncode == 0 and "nothing to train" in again.stdout
 
 
 def test_crash_drill(tmp_path):
-    drill(tmp_path, ["snakemake", "row", "step", "record"])
+    """In the middle of a row, from which it goes on, and just after its record was written, which then counts."""
+    clone = toy.make(tmp_path / "clone", f"tables: {{main: {{rows: {{{ROWS[1]}}}}}}}\n")
+    drill(clone, ["step", "record"])
+    (record,) = toy.kept(clone).values()
+    assert record["metrics"] == {"score": 10, "files": []} and "10.0" in toy.table(clone)
+    assert toy.started(clone) == ["one.s0.json start"] * 2, "killed once, ended once, and never again"
 
 
 @pytest.mark.slow
 def test_crash_drill_of_eighteen(tmp_path, request):
+    """Chosen and random moments of one batch; the records equal those of an undisturbed one."""
     if "slow" not in request.config.option.markexpr:
         pytest.skip("minutes: pytest -m slow tests/test_crash.py")
+    clone, calm = (toy.make(tmp_path / name, f"tables: {{main: {{rows: {{{ROWS[2]}}}}}}}\n") for name in ("clone", "calm"))
     chance = random.Random(7)
     chosen = ["snakemake", "row", "step", "record"]
-    drill(tmp_path, [*chosen, *(chance.uniform(0, 25) for _ in range(12)), "row", "record"])
+    drill(clone, [*chosen, *(chance.uniform(0, 25) for _ in range(12)), "row", "record"])
+    assert toy.tables(calm).returncode == 0
+    assert toy.kept(clone) == toy.kept(calm) and len(toy.kept(calm)) == 2
+    assert toy.table(clone) == toy.table(calm)
