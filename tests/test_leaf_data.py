@@ -20,7 +20,17 @@ from leansense.core import check as doctor
 from leansense.core.loader import loader, sample_rng
 from leansense.core.paths import data_root
 from leansense.leaf import data as leaf
-from leansense.leaf.split import assign, copied, from_folders, group, hashes, leaks, main as split_main, near_copies, split
+from leansense.leaf.split import (
+    assign,
+    copied,
+    from_folders,
+    group,
+    hashes,
+    leaks,
+    main as split_main,
+    near_copies,
+    split,
+)
 from leansense.leaf.standin import CLASSES, LOOKS, plan, planted, standin
 
 SMALL = dict(n=6, size=64)  # the smallest stand-in that holds every kind of file
@@ -73,7 +83,9 @@ def test_missing_files(tmp_path, copy):
 
 
 def test_missing_columns_are_named(copy):
-    rewrite(copy, [{"path": r["path"], "kind": r["label"]} for r in rows_of(copy)], ("path", "kind"))
+    rewrite(
+        copy, [{"path": r["path"], "kind": r["label"]} for r in rows_of(copy)], ("path", "kind")
+    )
     text = message(ValueError, leaf.load, copy)
     assert "label, split" in text and "kind" in text and "metadata.csv" in text
 
@@ -83,15 +95,26 @@ def test_unknown_labels_are_all_listed(copy):
     rows[0]["label"], rows[9]["label"], rows[10]["label"] = "helthy", "weevil", "weevil"
     rewrite(copy, rows)
     text = message(ValueError, leaf.load, copy)
-    assert "'helthy' is not in label2id.json; did you mean 'healthy'?" in text and "1 more problem" in text
+    assert (
+        "'helthy' is not in label2id.json; did you mean 'healthy'?" in text
+        and "1 more problem" in text
+    )
     report = str(leaf.check(copy))
-    assert "'helthy'" in report and "'weevil' is not in label2id.json (2 rows)" in report and "line 2" in report
+    assert (
+        "'helthy'" in report
+        and "'weevil' is not in label2id.json (2 rows)" in report
+        and "line 2" in report
+    )
 
 
 def test_unknown_split_word(copy):
     rewrite(copy, [r | {"split": r["split"].replace("valid", "val")} for r in rows_of(copy)])
     text = message(ValueError, leaf.load, copy)
-    assert "'val' is not one of train, valid, test" in text and "did you mean 'valid'?" in text and "line" in text
+    assert (
+        "'val' is not one of train, valid, test" in text
+        and "did you mean 'valid'?" in text
+        and "line" in text
+    )
 
 
 @pytest.mark.parametrize("gone", ["train", "valid"])
@@ -102,7 +125,9 @@ def test_empty_split(copy, gone):
 
 def test_no_test_split_is_a_warning(copy):
     rewrite(copy, [r for r in rows_of(copy) if r["split"] != "test"])
-    assert leaf.load(copy).part("test") == [] and any("'test'" in p.what for p in leaf.check(copy).warnings)
+    assert leaf.load(copy).part("test") == [] and any(
+        "'test'" in p.what for p in leaf.check(copy).warnings
+    )
 
 
 def test_no_rows(copy):
@@ -141,8 +166,15 @@ def test_truncated_image_stops_the_cache_and_leaves_nothing(copy):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [('{"a": 0, "b": 2}', "[0, 2]"), ('{"a": 0, "b": 0}', "[0, 0]"), ('{"a": "0"}', "['0']"), ('{"a": true}', "[True]"),
-     ("{}", "no class"), ("[1]", "no class"), ("{", "not JSON")],
+    [
+        ('{"a": 0, "b": 2}', "[0, 2]"),
+        ('{"a": 0, "b": 0}', "[0, 0]"),
+        ('{"a": "0"}', "['0']"),
+        ('{"a": true}', "[True]"),
+        ("{}", "no class"),
+        ("[1]", "no class"),
+        ("{", "not JSON"),
+    ],
 )
 def test_bad_label2id(copy, content, said):
     (copy / "label2id.json").write_text(content)
@@ -152,7 +184,11 @@ def test_bad_label2id(copy, content, said):
 
 def test_spreadsheet_habits_are_no_fault(copy, folder):
     rows = rows_of(copy)
-    lines = ["path; label ;split;remark"] + [f" {r['path']} ;{r['label']}; {r['split']};x" for r in rows] + [";;;", ""]
+    lines = (
+        ["path; label ;split;remark"]
+        + [f" {r['path']} ;{r['label']}; {r['split']};x" for r in rows]
+        + [";;;", ""]
+    )
     (copy / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     (copy / "label2id.json").write_bytes(b"\xef\xbb\xbf" + (folder / "label2id.json").read_bytes())
     assert leaf.load(copy).fingerprint == leaf.load(folder).fingerprint
@@ -179,7 +215,9 @@ def test_an_empty_cell_names_its_line(copy):
 def test_unknown_words(folder):
     data = leaf.load(folder)
     assert "did you mean 'valid'?" in message(ValueError, data.part, "val")
-    assert "did you mean 'strong'?" in message(ValueError, leaf.LeafDataset, data, "train", 32, "stron")
+    assert "did you mean 'strong'?" in message(
+        ValueError, leaf.LeafDataset, data, "train", 32, "stron"
+    )
     assert "image size 0" in message(ValueError, leaf.LeafDataset, data, "train", 0)
     assert "grouped" in message(ValueError, leaf.load, folder, mode="group")
     assert "-1" in message(ValueError, leaf.limit, data, -1)
@@ -188,15 +226,22 @@ def test_unknown_words(folder):
 def test_light_import():
     heavy = "('torch', 'pandas', 'sklearn', 'torchvision', 'scipy', 'matplotlib', 'leansense.leaf.split')"
     code = f"import sys, leansense.leaf.data; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 def test_limit_keeps_the_proportions(folder):
     data = leaf.load(folder)
     cut = leaf.limit(data, train_limit=8, valid_limit=4)
-    assert list(cut.counts()["train"].values()) == [2, 2, 2, 2] and list(cut.counts()["valid"].values()) == [1, 1, 1, 1]
+    assert list(cut.counts()["train"].values()) == [2, 2, 2, 2] and list(
+        cut.counts()["valid"].values()
+    ) == [1, 1, 1, 1]
     assert cut == leaf.limit(data, 8, 4) and cut.part("test") == data.part("test")
-    assert cut.fingerprint == data.fingerprint and len(leaf.limit(data, 10**6).samples) == len(data.samples)
+    assert cut.fingerprint == data.fingerprint and len(leaf.limit(data, 10**6).samples) == len(
+        data.samples
+    )
 
 
 # ---- fingerprint
@@ -220,7 +265,9 @@ def test_digests_are_remembered_and_noticed_when_stale(tmp_path, monkeypatch):
     path, clock = tmp_path / "a.bin", doctor.time.time_ns
     path.write_bytes(b"one")
     with monkeypatch.context() as later:
-        later.setattr(doctor.time, "time_ns", lambda: clock() + 10**10)  # seen ten seconds after it was written
+        later.setattr(
+            doctor.time, "time_ns", lambda: clock() + 10**10
+        )  # seen ten seconds after it was written
         first = doctor.fingerprint(tmp_path, ["a.bin"])
     read = []
     digest = doctor.content_digest
@@ -258,7 +305,9 @@ def test_pad_comes_before_resize_and_resize_is_bilinear(tmp_path):
     path = saved(tmp_path / "a.png", image)
     padded = np.zeros((50, 50, 3), np.uint8)
     padded[10:40] = image
-    wanted = functional.resize(Image.fromarray(padded), [32, 32], functional.InterpolationMode.BILINEAR)
+    wanted = functional.resize(
+        Image.fromarray(padded), [32, 32], functional.InterpolationMode.BILINEAR
+    )
     assert (leaf.prepare(path, 32) == np.asarray(wanted)).all()
 
 
@@ -278,13 +327,19 @@ def test_every_kind_of_file_becomes_rgb(tmp_path):
     rgb = np.stack([grey, grey, grey], 2)
     alpha = np.dstack([rgb, np.full((8, 8), 9, np.uint8)])
     Image.fromarray(rgb).quantize(64).save(tmp_path / "palette.png")
-    kinds = [saved(tmp_path / "grey.png", grey), saved(tmp_path / "deep.png", grey.astype(np.uint16) * 257),
-             saved(tmp_path / "alpha.png", alpha), tmp_path / "palette.png"]
+    kinds = [
+        saved(tmp_path / "grey.png", grey),
+        saved(tmp_path / "deep.png", grey.astype(np.uint16) * 257),
+        saved(tmp_path / "alpha.png", alpha),
+        tmp_path / "palette.png",
+    ]
     for path in kinds:
         assert np.abs(leaf.prepare(path, 8).astype(int) - rgb).max() <= 3, path
     exif = Image.Exif()
     exif[274] = 8  # turn counter-clockwise
-    Image.fromarray(rgb).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "exif.png", exif=exif)
+    Image.fromarray(rgb).transpose(Image.Transpose.ROTATE_270).save(
+        tmp_path / "exif.png", exif=exif
+    )
     assert (leaf.prepare(tmp_path / "exif.png", 8) == rgb).all()
 
 
@@ -304,7 +359,9 @@ def test_both_layouts_give_equal_tensors(tmp_path):
         assert len(first) == len(second) > 0
         for x, y in zip(first.__getitems__(keys), second.__getitems__(keys)):
             assert torch.equal(x["image"], y["image"]) and x["label"] == y["label"]
-    assert "published layout" in message(ValueError, leaf.kaggle_to_metadata, table.parent, tmp_path / "again")
+    assert "published layout" in message(
+        ValueError, leaf.kaggle_to_metadata, table.parent, tmp_path / "again"
+    )
 
 
 def test_kaggle_split_depends_on_its_seed_only(tmp_path):
@@ -345,12 +402,23 @@ def test_draws_stay_in_their_ranges():
     colours = np.array([d["colour"] for d in drawn])
     assert 11 < angles.max() <= 12 and -12 <= angles.min() < -11
     assert abs(np.mean([d["mirror"] for d in drawn]) - 0.5) < 0.05
-    assert (np.abs(colours[:, :3] - 1) <= 0.15).all() and 0.025 < np.abs(colours[:, 3]).max() <= 0.03
-    assert all(d["box"] is None and d["patch"] is None and not d["flip"] and d["quarters"] == 0 for d in drawn)
+    assert (np.abs(colours[:, :3] - 1) <= 0.15).all() and 0.025 < np.abs(
+        colours[:, 3]
+    ).max() <= 0.03
+    assert all(
+        d["box"] is None and d["patch"] is None and not d["flip"] and d["quarters"] == 0
+        for d in drawn
+    )
     assert len({tuple(d["order"]) for d in drawn}) == 24
     for k in range(500):
         x, y, w, h = leaf.draw(leaf.AUGMENTS["strong"], np.random.default_rng(k))["box"]
-        assert 0.59 < w * h <= 1 + 1e-9 and x >= 0 and y >= 0 and x + w <= 1 + 1e-9 and y + h <= 1 + 1e-9
+        assert (
+            0.59 < w * h <= 1 + 1e-9
+            and x >= 0
+            and y >= 0
+            and x + w <= 1 + 1e-9
+            and y + h <= 1 + 1e-9
+        )
 
 
 @pytest.mark.parametrize("amount", [0.0, 0.03, -0.03, 0.4, -0.5])
@@ -358,7 +426,9 @@ def test_hue_equals_torchvision(amount):
     image = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))
     image[:, :5] = image[:1, :5]  # grey pixels have no hue
     image[0, 5:8], image[1, 8:11] = image[1, 5:8], image[2, 8:11]  # ties
-    assert torch.allclose(leaf.shift_hue(image, amount), functional.adjust_hue(image, amount), atol=2e-6)
+    assert torch.allclose(
+        leaf.shift_hue(image, amount), functional.adjust_hue(image, amount), atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("augment", ["none", "published", "strong"])
@@ -367,7 +437,9 @@ def test_a_sample_is_the_same_with_any_number_of_workers(folder, augment):
     epochs = []
     for workers in (0, 2):
         batches = list(loader(ds, 4, seed=1, shuffle=True, workers=workers, collate=leaf.collate))
-        epochs.append((torch.cat([b["image"] for b in batches]), [name for b in batches for name in b["id"]]))
+        epochs.append(
+            (torch.cat([b["image"] for b in batches]), [name for b in batches for name in b["id"]])
+        )
     assert epochs[0][1] == epochs[1][1] and torch.equal(epochs[0][0], epochs[1][0])
     keys = [(2, k) for k in range(len(ds))]
     together = ds.__getitems__(keys)
@@ -380,18 +452,26 @@ def test_a_sample_is_the_same_with_any_number_of_workers(folder, augment):
 
 def test_an_index_alone_is_epoch_0_and_the_end_is_an_end(folder):
     ds = leaf.LeafDataset(leaf.load(folder), "train", 32, "published")
-    assert torch.equal(ds[1]["image"], ds[0, 1]["image"]) and torch.equal(ds[-1]["image"], ds[len(ds) - 1]["image"])
+    assert torch.equal(ds[1]["image"], ds[0, 1]["image"]) and torch.equal(
+        ds[-1]["image"], ds[len(ds) - 1]["image"]
+    )
     with pytest.raises(IndexError):
         ds[len(ds)]
     batch = leaf.collate(ds.__getitems__([0, 1]))
-    assert batch["image"].shape == (2, 3, 32, 32) and batch["label"].dtype == torch.int64 and len(batch["id"]) == 2
+    assert (
+        batch["image"].shape == (2, 3, 32, 32)
+        and batch["label"].dtype == torch.int64
+        and len(batch["id"]) == 2
+    )
 
 
 def test_pickling_takes_the_file_along_not_the_pixels(folder):
     ds = leaf.LeafDataset(leaf.load(folder), "train", 96, "published")
     again = pickle.loads(pickle.dumps(ds))
     assert len(pickle.dumps(ds)) < 20_000 < ds.array.nbytes
-    assert torch.equal(again[1, 0]["image"], ds[1, 0]["image"]) and isinstance(again.array, np.memmap)
+    assert torch.equal(again[1, 0]["image"], ds[1, 0]["image"]) and isinstance(
+        again.array, np.memmap
+    )
 
 
 # ---- cache
@@ -420,7 +500,10 @@ def test_the_cache_follows_content(copy, folder):
 
 def run_together(code):
     """What three processes print that run `code` at the same time."""
-    workers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     found = [worker.communicate(timeout=1800)[0].strip() for worker in workers]
     assert all(worker.returncode == 0 for worker in workers)
     return found
@@ -441,7 +524,9 @@ def test_stratified_shares_and_independence_of_order():
     labels = [name[0] for name in ids]
     result = dict(zip(ids, assign(ids, labels, valid=0.1, test=0.2)))
     count = lambda label, part: sum(result[k] == part for k in ids if k[0] == label)
-    assert [count("a", p) for p in leaf.SPLITS] == [70, 10, 20] and [count("b", p) for p in leaf.SPLITS] == [26, 4, 7]
+    assert [count("a", p) for p in leaf.SPLITS] == [70, 10, 20] and [
+        count("b", p) for p in leaf.SPLITS
+    ] == [26, 4, 7]
     assert [count("c", p) for p in leaf.SPLITS] == [1, 1, 1]
     assert assign(ids[::-1], labels[::-1], valid=0.1, test=0.2)[::-1] == [result[k] for k in ids]
     assert "valid=0.6" in message(ValueError, assign, ids, labels, None, 0.6, 0.6)
@@ -456,7 +541,9 @@ def photographs(folder, rng, count=12):
         place.mkdir(parents=True, exist_ok=True)
         image.save(place / f"{k}.jpg")
         image.transpose(Image.Transpose.ROTATE_90).save(place / f"{k}_turned.jpg", quality=70)
-        image.transpose(Image.Transpose.TRANSVERSE).resize((120, 120)).save(place / f"{k}_mirrored.png")
+        image.transpose(Image.Transpose.TRANSVERSE).resize((120, 120)).save(
+            place / f"{k}_mirrored.png"
+        )
         image.point(lambda v: int(0.8 * v)).save(place / f"{k}_dim.jpg")
 
 
@@ -466,7 +553,10 @@ def test_copies_are_found_whatever_the_pose(tmp_path):
     name = lambda s: Path(s.id).stem.split("_")[0]
     pairs = near_copies(hashes(data))
     assert {(i, j) for i, j, _ in pairs} == {
-        (i, j) for i, a in enumerate(data.samples) for j, b in enumerate(data.samples) if i < j and name(a) == name(b)
+        (i, j)
+        for i, a in enumerate(data.samples)
+        for j, b in enumerate(data.samples)
+        if i < j and name(a) == name(b)
     }
     assert near_copies(hashes(data), block=5) == pairs
     assert sorted(np.bincount(group(len(data.samples), pairs))) == [4] * 12
@@ -487,33 +577,61 @@ def test_hamming_distance_is_exact():
     wanted = []
     for i in range(40):
         for j in range(i + 1, 40):
-            best = min(min(bits(hashed[i, 0], hashed[j, g]), bits(hashed[i, g], hashed[j, 0])) for g in range(8))
+            best = min(
+                min(bits(hashed[i, 0], hashed[j, g]), bits(hashed[i, g], hashed[j, 0]))
+                for g in range(8)
+            )
             wanted += [(i, j, best)] if best <= 105 else []
     assert near_copies(hashed, 105, block=7) == wanted and wanted
 
 
 def test_planted_leak_is_found(folder):
     found = leaks(leaf.load(folder))
-    assert len(found) == 1 and {found[0].split, found[0].other_split} == {"train", "valid"} and found[0].same_label
+    assert (
+        len(found) == 1
+        and {found[0].split, found[0].other_split} == {"train", "valid"}
+        and found[0].same_label
+    )
     assert "brown_spot" in str(found[0]) and "of 256 bits apart" in str(found[0])
 
 
 def test_split_commands(folder, tmp_path, capsys):
     out = str(tmp_path / "metadata.csv")
     assert split_main(["leaks", str(folder)]) == 1 and "1 near-copy pair" in capsys.readouterr().out
-    options = ["--output", out, "--mode", "grouped", "--valid-ratio", "0.2", "--test-ratio", "0.2", "--seed", "3"]
+    options = [
+        "--output",
+        out,
+        "--mode",
+        "grouped",
+        "--valid-ratio",
+        "0.2",
+        "--test-ratio",
+        "0.2",
+        "--seed",
+        "3",
+    ]
     assert split_main(["split", str(folder / "images"), *options]) == 0
     data = leaf.load(metadata=out)
     assert data.classes == CLASSES[4] and len(data.samples) == 24 and leaks(data) == []
-    assert split_main(["split", str(folder / "images"), *options]) == 2 and "exists already" in capsys.readouterr().err
-    assert split_main(["leaks", str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
+    assert (
+        split_main(["split", str(folder / "images"), *options]) == 2
+        and "exists already" in capsys.readouterr().err
+    )
+    assert (
+        split_main(["leaks", str(tmp_path / "none")]) == 2
+        and "no such folder" in capsys.readouterr().err
+    )
 
 
 # ---- stand-in
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("layout", ["published", "kaggle"])
@@ -522,7 +640,9 @@ def test_standin_is_the_same_bytes_twice(tmp_path, layout, classes):
     made = [standin(tmp_path / name, n=4, size=48, classes=classes, layout=layout) for name in "ab"]
     first, second = map(contents, made)
     assert first == second and len(first) > 4 * classes
-    assert first != contents(standin(tmp_path / "c", n=4, size=48, classes=classes, layout=layout, seed=1))
+    assert first != contents(
+        standin(tmp_path / "c", n=4, size=48, classes=classes, layout=layout, seed=1)
+    )
     data = leaf.load(made[0], valid=0.25, test=0.25)
     assert data.classes == CLASSES[classes] and len(data.samples) == 4 * classes
     assert all(min(counts.values()) > 0 for counts in data.counts().values())
@@ -538,10 +658,16 @@ def test_standin_is_cached_and_holds_every_kind(folder):
             modes.add(image.mode)
             sizes.add(image.size)
             tagged += 274 in image.getexif()
-    assert {"RGB", "L", "RGBA", "P"} <= modes and any(m.startswith("I") for m in modes) and tagged == 1
+    assert (
+        {"RGB", "L", "RGBA", "P"} <= modes and any(m.startswith("I") for m in modes) and tagged == 1
+    )
     assert {(480, 640), (640, 480), (64, 64)} <= sizes
     assert any(p.suffix == ".JPG" for p in files) and any(" (" in p.name for p in files)
-    assert {p.name for p in (folder / "awkward").iterdir()} == {"zero.jpg", "truncated.jpg", "text.jpg"}
+    assert {p.name for p in (folder / "awkward").iterdir()} == {
+        "zero.jpg",
+        "truncated.jpg",
+        "text.jpg",
+    }
     assert not any("awkward" in str(p) for p in files)
 
 
@@ -558,7 +684,9 @@ def test_standin_refuses_what_it_cannot_draw():
 
 
 def test_standin_written_by_several_at_once(tmp_path):
-    found = run_together(f"from leansense.leaf.standin import standin; print(standin({str(tmp_path)!r}, n=4, size=40))")
+    found = run_together(
+        f"from leansense.leaf.standin import standin; print(standin({str(tmp_path)!r}, n=4, size=40))"
+    )
     assert len(set(found)) == 1 and [str(p) for p in tmp_path.iterdir()] == found[:1]
     assert contents(found[0]) == contents(standin(tmp_path / "alone", n=4, size=40))
 
@@ -568,7 +696,9 @@ def test_standin_has_three_parts_and_a_large_test(classes):
     """Half, a fifth, three tenths of each class; the rows' default has over two hundred test pictures."""
     pictures = plan(200, classes, 0, 192)
     count = lambda part: sum(p.split == part for p in pictures)
-    assert [count(part) // classes for part in leaf.SPLITS] == [100, 40, 60] and count("test") >= 200
+    assert [count(part) // classes for part in leaf.SPLITS] == [100, 40, 60] and count(
+        "test"
+    ) >= 200
 
 
 def test_the_planted_copy_is_on_disk_and_not_in_the_rows_data(folder):
@@ -603,7 +733,11 @@ def test_a_set_without_test_part_gets_one(copy):
     given, data = leaf.load(copy), leaf.dataset({"data": str(copy)})
     ids = lambda d, part: {s.id for s in d.part(part)}
     assert ids(data, "test") == ids(given, "valid") and "given valid is the test" in data.name
-    assert ids(data, "train") | ids(data, "valid") == ids(given, "train") and data.part("valid") and data.part("train")
+    assert (
+        ids(data, "train") | ids(data, "valid") == ids(given, "train")
+        and data.part("valid")
+        and data.part("train")
+    )
     assert sum(copied(data, "valid")) == 0, "near-copies stay on one side of the part that chooses"
 
 
@@ -618,10 +752,23 @@ def test_declared_parameters_are_those_that_decide_the_data(copy):
     """Every row parameter that changes the data or its fingerprint is in PARAMETERS, and no other."""
     from leansense.core.parameters import declared
 
-    base = {name: p.default for name, p in declared("nbs/leaf/80_row.ipynb").items()} | {"standin": 8}
-    seen = lambda params: (leaf.identify(params), [(s.id, s.split) for s in leaf.dataset(params).samples])
-    other = {"data": str(copy), "metadata": str(copy / "metadata.csv"), "label2id": None, "standin": 9, "classes": 10,
-             "split": "stratified", "train_limit": 4, "valid_limit": 4}
+    base = {name: p.default for name, p in declared("nbs/leaf/80_row.ipynb").items()} | {
+        "standin": 8
+    }
+    seen = lambda params: (
+        leaf.identify(params),
+        [(s.id, s.split) for s in leaf.dataset(params).samples],
+    )
+    other = {
+        "data": str(copy),
+        "metadata": str(copy / "metadata.csv"),
+        "label2id": None,
+        "standin": 9,
+        "classes": 10,
+        "split": "stratified",
+        "train_limit": 4,
+        "valid_limit": 4,
+    }
     first = seen(base)
     for name, value in other.items():
         if value is not None:
@@ -632,9 +779,13 @@ def test_declared_parameters_are_those_that_decide_the_data(copy):
 
 
 def test_identity_of_real_data_needs_no_split_and_nothing_heavy(copy):
-    code = (f"import sys; from leansense.leaf.data import identify; print(identify({{'data': {str(copy)!r}, 'split': 'grouped'}}));"
-            "print([m for m in ('torch', 'pandas', 'scipy', 'leansense.leaf.split') if m in sys.modules])")
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split("\n")
+    code = (
+        f"import sys; from leansense.leaf.data import identify; print(identify({{'data': {str(copy)!r}, 'split': 'grouped'}}));"
+        "print([m for m in ('torch', 'pandas', 'scipy', 'leansense.leaf.split') if m in sys.modules])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    ).stdout.split("\n")
     assert said[0] == leaf.load(copy).fingerprint + "-grouped" and said[1] == "[]"
 
 
@@ -660,17 +811,27 @@ def test_doctor_names_every_bad_file_and_the_loader_says_the_first(copy):
     text.write_text("not a picture")
     report = leaf.check(copy)
     said = str(report)
-    assert not report.ok and len(report.errors) == 4 and all(str(p) in said for p in (missing, empty, cut, text))
+    assert (
+        not report.ok
+        and len(report.errors) == 4
+        and all(str(p) in said for p in (missing, empty, cut, text))
+    )
     assert all("\n" not in str(p) and "; " in str(p) for p in report.errors)
     first = message(FileNotFoundError, leaf.load, copy)
     assert str(missing) in first and "1 more problem;" in first
-    assert f"python -m leansense.core.check leaf '{copy}'" in first  # the folder's name holds a blank
+    assert (
+        f"python -m leansense.core.check leaf '{copy}'" in first
+    )  # the folder's name holds a blank
 
 
 def test_doctor_is_content_with_the_standins(folder):
     for place in (folder, standin(**SMALL, layout="kaggle")):
         report = leaf.check(place)
-        assert report.ok and "near-copies: 1 pair(s)" in str(report) and "24 image files decoded" in str(report)
+        assert (
+            report.ok
+            and "near-copies: 1 pair(s)" in str(report)
+            and "24 image files decoded" in str(report)
+        )
     assert any("near-copy" in p.what for p in leaf.check(folder).warnings)
 
 
@@ -678,16 +839,35 @@ def test_doctor_warns_of_a_copy_under_another_label(copy):
     rows = rows_of(copy)
     source = next(r for r in rows if r["path"].endswith("healthy_004.jpg"))
     shutil.copy(copy / source["path"], copy / "images" / "twin.jpg")
-    other = next(name for name in json.loads((copy / "label2id.json").read_text()) if name != source["label"])
+    other = next(
+        name for name in json.loads((copy / "label2id.json").read_text()) if name != source["label"]
+    )
     rewrite(copy, rows + [{"path": "images/twin.jpg", "label": other, "split": source["split"]}])
-    assert any("under another label" in p.what and "twin.jpg" in str(p) for p in leaf.check(copy).warnings)
+    assert any(
+        "under another label" in p.what and "twin.jpg" in str(p) for p in leaf.check(copy).warnings
+    )
 
 
 def test_doctor_command(folder, tmp_path):
     run = lambda *words: subprocess.run(
-        [sys.executable, "-m", "leansense.core.check", *words], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "leansense.core.check", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
-    good, bad, unknown = run("leaf", str(folder)), run("leaf", str(tmp_path)), run("leav", str(folder))
+    good, bad, unknown = (
+        run("leaf", str(folder)),
+        run("leaf", str(tmp_path)),
+        run("leav", str(folder)),
+    )
     assert good.returncode == 0 and "ok, 0 error(s)" in good.stdout, good.stderr
-    assert bad.returncode == 1 and "metadata file not found" in bad.stdout and "Traceback" not in bad.stderr
-    assert unknown.returncode == 2 and "did you mean leaf?" in unknown.stderr and "Traceback" not in unknown.stderr
+    assert (
+        bad.returncode == 1
+        and "metadata file not found" in bad.stdout
+        and "Traceback" not in bad.stderr
+    )
+    assert (
+        unknown.returncode == 2
+        and "did you mean leaf?" in unknown.stderr
+        and "Traceback" not in unknown.stderr
+    )

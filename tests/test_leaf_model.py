@@ -1,4 +1,5 @@
 """The leaf models: published counts, live parameters, settings, weights, swaps, export."""
+
 import copy
 import pickle
 import subprocess
@@ -74,7 +75,9 @@ def test_every_parameter_receives_a_gradient(variant, keep):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_unused_head_changes_no_bit(variant):
     """The same seed draws the same weights with and without it, and the outputs are identical."""
-    with_head, without = (seeded(variant, 4, keep_unused_head=keep).eval() for keep in (True, False))
+    with_head, without = (
+        seeded(variant, 4, keep_unused_head=keep).eval() for keep in (True, False)
+    )
     assert torch.equal(with_head(image()), without(image()))
     other = seeded(variant, 4, seed=1).eval()
     state = {k: v for k, v in with_head.state_dict().items() if "conv_head" not in k}
@@ -82,23 +85,39 @@ def test_unused_head_changes_no_bit(variant):
     assert torch.equal(other(image()), without(image()))
 
 
-@pytest.mark.parametrize("keep, backbone", [(True, (1_501_832, 16_024)), (False, (912_008, 15_000))])
+@pytest.mark.parametrize(
+    "keep, backbone", [(True, (1_501_832, 16_024)), (False, (912_008, 15_000))]
+)
 def test_optimiser_groups(keep, backbone):
     """Decayed are weights of two dimensions and more outside of norms; groups are disjoint and complete."""
     from leansense.core.schedule import Group, param_groups
 
     model = build("bot_linear", 4, keep_unused_head=keep)
     parts = {"backbone": backbone_modules(model), "new": new_modules(model)}
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for p in m.parameters()}
+    norms = {
+        id(p)
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase)
+        for p in m.parameters()
+    }
     found = {}
     for name, modules in parts.items():
         own = [p for m in modules for p in m.parameters()]
         decayed = [p for p in own if p.ndim >= 2 and id(p) not in norms]
-        found[name] = sum(p.numel() for p in decayed), sum(p.numel() for p in own) - sum(p.numel() for p in decayed)
+        found[name] = (
+            sum(p.numel() for p in decayed),
+            sum(p.numel() for p in own) - sum(p.numel() for p in decayed),
+        )
     assert found == {"backbone": backbone, "new": (230_400, 724)}
-    groups = param_groups(model, [Group(name, modules) for name, modules in parts.items()], weight_decay=1e-2)
+    groups = param_groups(
+        model, [Group(name, modules) for name, modules in parts.items()], weight_decay=1e-2
+    )
     assert {g["name"]: sum(p.numel() for p in g["params"]) for g in groups} == {
-        "backbone": backbone[0], "backbone_no_decay": backbone[1], "new": 230_400, "new_no_decay": 724}
+        "backbone": backbone[0],
+        "backbone_no_decay": backbone[1],
+        "new": 230_400,
+        "new_no_decay": 724,
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -109,8 +128,10 @@ def test_every_group_is_covered(variant):
     assert len(ids) == len(set(ids)) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("size, softmax, linear", [(224, 133.5, 133.2), (320, 274.5, 270.8), (384, 398.5, 389.6),
-                                                  (512, 724.3, 691.9)])
+@pytest.mark.parametrize(
+    "size, softmax, linear",
+    [(224, 133.5, 133.2), (320, 274.5, 270.8), (384, 398.5, 389.6), (512, 724.3, 691.9)],
+)
 def test_mflops(size, softmax, linear):
     """2 per multiply-add; squeeze-and-excite convolutions count, pooling, norms and activations do not."""
     x = image(1, size)
@@ -133,7 +154,9 @@ def test_memory_is_the_same_with_either_attention_at_224():
         kept[variant] = saved_bytes(model, x)
     for found in (peaks, kept):
         assert found["bot_linear"] == pytest.approx(found["bot"], rel=0.03)
-        assert found["bot"] / 4 / 2**20 > 8, "a backbone's activations at 224, whatever kernels make them"
+        assert found["bot"] / 4 / 2**20 > 8, (
+            "a backbone's activations at 224, whatever kernels make them"
+        )
     model.eval()
 
     def timm_path():
@@ -166,11 +189,15 @@ def test_attention_stride(variant, stride, channels):
     """The block stands behind the last stage of its stride; its inside stays as it is."""
     model = seeded(variant, 4, attn_stride=stride)
     seen = []
-    model.block.register_forward_hook(lambda _, x, y: seen.append((tuple(x[0].shape), tuple(y.shape))))
+    model.block.register_forward_hook(
+        lambda _, x, y: seen.append((tuple(x[0].shape), tuple(y.shape)))
+    )
     model(image(2, 128)).square().sum().backward()
     side = 128 // stride
     assert seen == [((2, channels, side, side),) * 2]
-    assert count(model.block.attention) == 62_208 and all(p.grad is not None for p in model.parameters())
+    assert count(model.block.attention) == 62_208 and all(
+        p.grad is not None for p in model.parameters()
+    )
     assert isinstance(model.block.last, nn.ReLU if stride == 32 else nn.Identity)
 
 
@@ -181,28 +208,34 @@ def test_stride_makes_the_choice_matter():
     assert shares[0] < 1.01 and shares[1] > 1.1 and shares[2] > 2
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(variant="bot_linaer"), "did you mean 'bot_linear'"),
-    (dict(heads=5), r"heads=5 does not divide the 144 channels: choose from \[1, 2, 3, 4, 6, 8, 9, 12, 16"),
-    (dict(heads=0), "heads=0"),
-    (dict(num_classes=1), "num_classes=1"),
-    (dict(dropout=1.0), "dropout=1.0"),
-    (dict(feature_map="gelu"), "feature_map='gelu' is unknown"),
-    (dict(pos="rope"), "pos='rope' is unknown"),
-    (dict(pos="relative"), "linear attention never computes"),
-    (dict(attn_stride=4), "attn_stride=4 is unknown: choose from 32, 16, 8"),
-    (dict(image_size=225), "use 224 or 256"),
-    (dict(image_size=0), "use 32 or 64"),
-    (dict(reduction=16), "no effect on 'bot_linear', only on ca, hybrid"),
-    (dict(variant="ca", reduction=0), "reduction=0"),
-    (dict(variant="ca", heads=8), "no effect on 'ca'"),
-    (dict(variant="bot", feature_map="elu1"), "no effect on 'bot'"),
-    (dict(variant="hybrid", attn_stride=16), "no effect on 'hybrid'"),
-    (dict(matrix=True), "no effect on 'bot_linear'"),
-    (dict(faithful=True, pos="none"), "contradicts faithful=True, where it is 'sincos_q'"),
-    (dict(faithful=True, attn_stride=16), "contradicts faithful=True, where it is 32"),
-    (dict(variant="bot", faithful=True, pos="relative"), "contradicts faithful=True"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(variant="bot_linaer"), "did you mean 'bot_linear'"),
+        (
+            dict(heads=5),
+            r"heads=5 does not divide the 144 channels: choose from \[1, 2, 3, 4, 6, 8, 9, 12, 16",
+        ),
+        (dict(heads=0), "heads=0"),
+        (dict(num_classes=1), "num_classes=1"),
+        (dict(dropout=1.0), "dropout=1.0"),
+        (dict(feature_map="gelu"), "feature_map='gelu' is unknown"),
+        (dict(pos="rope"), "pos='rope' is unknown"),
+        (dict(pos="relative"), "linear attention never computes"),
+        (dict(attn_stride=4), "attn_stride=4 is unknown: choose from 32, 16, 8"),
+        (dict(image_size=225), "use 224 or 256"),
+        (dict(image_size=0), "use 32 or 64"),
+        (dict(reduction=16), "no effect on 'bot_linear', only on ca, hybrid"),
+        (dict(variant="ca", reduction=0), "reduction=0"),
+        (dict(variant="ca", heads=8), "no effect on 'ca'"),
+        (dict(variant="bot", feature_map="elu1"), "no effect on 'bot'"),
+        (dict(variant="hybrid", attn_stride=16), "no effect on 'hybrid'"),
+        (dict(matrix=True), "no effect on 'bot_linear'"),
+        (dict(faithful=True, pos="none"), "contradicts faithful=True, where it is 'sincos_q'"),
+        (dict(faithful=True, attn_stride=16), "contradicts faithful=True, where it is 32"),
+        (dict(variant="bot", faithful=True, pos="relative"), "contradicts faithful=True"),
+    ],
+)
 def test_errors_are_one_line(settings, message):
     with pytest.raises(ValueError, match=message) as caught:
         build(**{"variant": "bot_linear", "num_classes": 4} | settings)
@@ -212,10 +245,19 @@ def test_errors_are_one_line(settings, message):
 def test_faithful():
     linear, bot = build("bot_linear", 4, faithful=True), build("bot", 10, faithful=True)
     attention = linear.block.attention
-    assert (attention.feature_map, attention.pos) == ("elu1", "sincos_q") and count(linear) == 1_748_980
-    assert bot.block.attention.matrix and bot.block.attention.pos == "sincos_qk" and count(bot) == 1_752_442
+    assert (attention.feature_map, attention.pos) == ("elu1", "sincos_q") and count(
+        linear
+    ) == 1_748_980
+    assert (
+        bot.block.attention.matrix
+        and bot.block.attention.pos == "sincos_qk"
+        and count(bot) == 1_752_442
+    )
     assert count(build("vanilla", 4, faithful=True)) == 1_520_164
-    assert build("bot_linear", 4, faithful=True, feature_map="elu1", pos="sincos_q").config == linear.config
+    assert (
+        build("bot_linear", 4, faithful=True, feature_map="elu1", pos="sincos_q").config
+        == linear.config
+    )
     assert build("hybrid", 4).dropout.p == 0.2 and build("hybrid", 4, dropout=0.0).dropout.p == 0
     assert all(build(v, 4).dropout.p == 0.1 for v in VARIANTS if v != "hybrid")
 
@@ -230,7 +272,7 @@ def test_deterministic():
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
     a.eval()
     assert torch.equal(a(image()), a(image()))
-    single = torch.cat([a(image()[n:n + 1]) for n in range(2)])
+    single = torch.cat([a(image()[n : n + 1]) for n in range(2)])
     torch.testing.assert_close(single, a(image()), rtol=1e-4, atol=1e-6)
 
 
@@ -256,7 +298,9 @@ def test_swap():
 def test_copies_are_independent():
     model = seeded("bot_linear", 4)
     clone = copy.deepcopy(model)
-    assert clone.block is not model.block and pickle.loads(pickle.dumps(model)).config == model.config
+    assert (
+        clone.block is not model.block and pickle.loads(pickle.dumps(model)).config == model.config
+    )
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +317,9 @@ def test_timm_weights(tmp_path, donor, name, keep):
     from safetensors.torch import save_file
 
     path = tmp_path / name
-    save_file(donor.state_dict(), path) if name.endswith("safetensors") else torch.save(donor.state_dict(), path)
+    save_file(donor.state_dict(), path) if name.endswith("safetensors") else torch.save(
+        donor.state_dict(), path
+    )
     model = build("bot", 4, weights=str(path), keep_unused_head=keep).eval()
     donor.eval()
     assert torch.equal(model.backbone.forward_features(image()), donor.forward_features(image()))
@@ -281,27 +327,50 @@ def test_timm_weights(tmp_path, donor, name, keep):
         assert torch.equal(model.backbone.conv_head.weight, donor.conv_head.weight)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda s: s,
-    lambda s: {"model": s, "meta": {"epoch": 3}},
-    lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()} | {"confusion.matrix": torch.zeros(2)}},
-], ids=["plain", "model and meta", "lightning"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s, "meta": {"epoch": 3}},
+        lambda s: {
+            "state_dict": {f"model.{k}": v for k, v in s.items()}
+            | {"confusion.matrix": torch.zeros(2)}
+        },
+    ],
+    ids=["plain", "model and meta", "lightning"],
+)
 def test_own_checkpoints(tmp_path, wrap):
     source = seeded("bot_linear", 4, keep_unused_head=True).eval()
     path = tmp_path / "best.pt"
     torch.save(wrap(source.state_dict()), path)
-    loaded = build("bot_linear", 4, weights=str(path), pretrained=True).eval()  # the file goes first
+    loaded = build(
+        "bot_linear", 4, weights=str(path), pretrained=True
+    ).eval()  # the file goes first
     assert torch.equal(loaded(image()), source(image()))
-    assert torch.equal(load_weights(build("bot", 4), path).eval()(image()), swap_attention(source)(image()))
+    assert torch.equal(
+        load_weights(build("bot", 4), path).eval()(image()), swap_attention(source)(image())
+    )
 
 
 def test_weights_of_another_net(tmp_path, donor):
     path = tmp_path / "other.pt"
     cases = [
-        (build("bot", 10).state_dict(), r"classifier.weight has shape \(4, 576\) .* shape \(10, 576\) in the file"),
-        (build("vanilla", 4).state_dict(), "block.reduce.weight has shape .* in the model, none in the file"),
-        ({"stem.weight": torch.zeros(3)}, "conv_stem.weight has shape .* in the model, none in the file"),
-        (donor.state_dict() | {"extra": torch.zeros(1)}, r"extra has none in the model, shape \(1,\) in the file"),
+        (
+            build("bot", 10).state_dict(),
+            r"classifier.weight has shape \(4, 576\) .* shape \(10, 576\) in the file",
+        ),
+        (
+            build("vanilla", 4).state_dict(),
+            "block.reduce.weight has shape .* in the model, none in the file",
+        ),
+        (
+            {"stem.weight": torch.zeros(3)},
+            "conv_stem.weight has shape .* in the model, none in the file",
+        ),
+        (
+            donor.state_dict() | {"extra": torch.zeros(1)},
+            r"extra has none in the model, shape \(1,\) in the file",
+        ),
         ({"model": 3}, "holds no weights by name"),
         ([1, 2], "holds no weights by name"),
     ]
@@ -344,7 +413,9 @@ def empty_cache(monkeypatch):
     return huggingface_hub
 
 
-@pytest.mark.parametrize("environment", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}])
+@pytest.mark.parametrize(
+    "environment", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}]
+)
 def test_pretrained_without_the_hub_fails_at_once(monkeypatch, empty_cache, environment):
     """One line that says what to pass; the hub's own client, which retries, is never asked."""
     asked = []
@@ -370,7 +441,9 @@ def test_pretrained_from_the_hub_and_from_its_cache(monkeypatch, empty_cache, tm
     monkeypatch.setattr(empty_cache, "hf_hub_download", lambda repo, name, **k: str(path))
     fetched = build("vanilla", 4, pretrained=True)
     assert torch.equal(fetched.backbone.conv_stem.weight, donor.conv_stem.weight)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("the cache was not used"))
+    monkeypatch.setattr(
+        urllib.request, "urlopen", lambda *a, **k: pytest.fail("the cache was not used")
+    )
     monkeypatch.setattr(empty_cache, "try_to_load_from_cache", lambda *a, **k: str(path))
     assert build("vanilla", 4, pretrained=True) is not None
 
@@ -389,12 +462,21 @@ def test_onnx(tmp_path, variant):
     runtime = pytest.importorskip("onnxruntime")
     model = seeded(variant, 4, image_size=64).eval()
     path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (image(2),), path, dynamo=True, input_names=["image"], verbose=False,
-                      dynamic_shapes={"image": {0: torch.export.Dim("batch")}})
+    torch.onnx.export(
+        model,
+        (image(2),),
+        path,
+        dynamo=True,
+        input_names=["image"],
+        verbose=False,
+        dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+    )
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in (1, 5):
-        found, = session.run(None, {"image": image(batch, seed=batch).numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), model(image(batch, seed=batch)).detach(), rtol=0, atol=1e-4)
+        (found,) = session.run(None, {"image": image(batch, seed=batch).numpy()})
+        torch.testing.assert_close(
+            torch.from_numpy(found), model(image(batch, seed=batch)).detach(), rtol=0, atol=1e-4
+        )
 
 
 @pytest.mark.cuda

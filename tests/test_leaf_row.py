@@ -1,4 +1,5 @@
 """The leaf row end to end: bad input, determinism, resume after kill -9, the guide's eight commands, use of the result."""
+
 import json
 import os
 import re
@@ -30,16 +31,34 @@ from leansense.leaf.standin import standin
 from leansense.leaf.task import LeafTask, apart, compare, confusion, logits_of, recipe, scores
 from leansense.leaf.use import export_onnx, pictures, predict
 
-SMALL = {"standin": 12, "epochs": 3, "batch_size": 8, "fps_repeats": 2, "save_every_steps": 1, "save_history": True,
-         "plot": True, "progress": False}
+SMALL = {
+    "standin": 12,
+    "epochs": 3,
+    "batch_size": 8,
+    "fps_repeats": 2,
+    "save_every_steps": 1,
+    "save_history": True,
+    "plot": True,
+    "progress": False,
+}
 PAPERMILL = str(Path(sys.executable).with_name("papermill"))
 
 
 def command(out: Path, **values) -> list[str]:
     """papermill as a user would type it, writing below `out`."""
-    given = SMALL | {"folder": out / "folder", "out": out / "papers/leaf/records/demo/t/r.s42.json"} | values
+    given = (
+        SMALL
+        | {"folder": out / "folder", "out": out / "papers/leaf/records/demo/t/r.s42.json"}
+        | values
+    )
     options = [word for name, value in given.items() for word in ("-p", name, str(value))]
-    return [PAPERMILL, "nbs/leaf/80_row.ipynb", str(out / "row.ipynb"), "--no-progress-bar", *options]
+    return [
+        PAPERMILL,
+        "nbs/leaf/80_row.ipynb",
+        str(out / "row.ipynb"),
+        "--no-progress-bar",
+        *options,
+    ]
 
 
 def row(out: Path, **values) -> subprocess.CompletedProcess:
@@ -64,6 +83,7 @@ def leaves() -> Path:
 @pytest.fixture(scope="session")
 def trained(shared) -> Path:
     """One row, trained without disturbance; the tests only read it."""
+
     def make(out: Path) -> None:
         done = row(out)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -75,8 +95,20 @@ def test_outputs_are_those_of_the_guide(trained):
     name = "MobileNetV3_Small_BoT_Linear"
     results = trained / "folder/results"
     metrics = json.loads((results / f"{name}_metrics.json").read_text())
-    assert list(metrics) == ["model_name", "size_mb", "valid_acc", "valid_f1", "fps", "num_params", "ckpt_path"]
-    assert metrics["model_name"] == name and isinstance(metrics["num_params"], int) and metrics["fps"] > 0
+    assert list(metrics) == [
+        "model_name",
+        "size_mb",
+        "valid_acc",
+        "valid_f1",
+        "fps",
+        "num_params",
+        "ckpt_path",
+    ]
+    assert (
+        metrics["model_name"] == name
+        and isinstance(metrics["num_params"], int)
+        and metrics["fps"] > 0
+    )
     history = json.loads((results / f"{name}_history.json").read_text())
     names = ("train_loss", "valid_loss", "train_acc", "valid_acc", "learning_rates")
     assert set(names) <= set(history) and {len(history[key]) for key in names} == {3}
@@ -90,14 +122,29 @@ def test_outputs_are_those_of_the_guide(trained):
 def test_record_says_everything(trained):
     kept = record(trained)
     assert kept["params"].keys() == declared("nbs/leaf/80_row.ipynb").keys() - OWNED - {"seed"}
-    assert kept["data"]["fingerprint"] and kept["data"]["train"] > 0 and kept["code"] and kept["env"]["device"]
+    assert (
+        kept["data"]["fingerprint"]
+        and kept["data"]["train"] > 0
+        and kept["code"]
+        and kept["env"]["device"]
+    )
     assert str(ROOT) not in json.dumps(kept) and "/" not in kept["params"]["data"]
     metrics = kept["metrics"]
     for part in ("valid", "test"):  # the test is quoted, so it is there, image by image
-        assert len(metrics[f"{part}_predicted"]) == len(metrics[f"{part}_labels"]) == kept["data"][part] > 0
+        assert (
+            len(metrics[f"{part}_predicted"])
+            == len(metrics[f"{part}_labels"])
+            == kept["data"][part]
+            > 0
+        )
     assert metrics["test_copied"] == [0] * kept["data"]["test"], "the planted copy is not scored"
     assert metrics["test_apart"] == {
-        "uncopied": {"images": kept["data"]["test"], "acc": metrics["test_acc"], "f1": metrics["test_f1"]}}
+        "uncopied": {
+            "images": kept["data"]["test"],
+            "acc": metrics["test_acc"],
+            "f1": metrics["test_f1"],
+        }
+    }
 
 
 def test_same_row_twice_is_the_same_record_with_any_number_of_workers(trained, tmp_path):
@@ -107,11 +154,19 @@ def test_same_row_twice_is_the_same_record_with_any_number_of_workers(trained, t
 
 def test_killed_and_run_again_is_an_undisturbed_run(trained, tmp_path):
     environment = os.environ | {"LEANSENSE_ROOT": str(ROOT), "PYTHONPATH": str(ROOT / "lib")}
-    process = subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(tmp_path),
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not (tmp_path / "folder/last.ckpt").exists() and process.poll() is None:
         time.sleep(0.02)
-    kernels = psutil.Process(process.pid).children(recursive=True)  # the kernel has a session of its own
+    kernels = psutil.Process(process.pid).children(
+        recursive=True
+    )  # the kernel has a session of its own
     for victim in (process.pid, *(kernel.pid for kernel in kernels)):
         os.kill(victim, signal.SIGKILL)
     process.wait()
@@ -138,17 +193,31 @@ def test_a_checkpoint_is_rebuilt_from_itself_alone(tmp_path, variant, faithful, 
     """The parameters beside the weights do not say how the network was built; the file does."""
     seed_everything(1)
     model = build(variant, 3, faithful=faithful, keep_unused_head=keep).eval()
-    meta = {"label2id": {"a": 0, "b": 1, "c": 2}, "image_size": 64, "temperature": 1.0, "unsure_below": 0.5}
-    again, kept = load_checkpoint(save_checkpoint(tmp_path / "m.pt", model, meta | {"params": {"variant": variant}}))
+    meta = {
+        "label2id": {"a": 0, "b": 1, "c": 2},
+        "image_size": 64,
+        "temperature": 1.0,
+        "unsure_below": 0.5,
+    }
+    again, kept = load_checkpoint(
+        save_checkpoint(tmp_path / "m.pt", model, meta | {"params": {"variant": variant}})
+    )
     image = torch.randn(2, 3, 64, 64)
-    assert torch.equal(again(image), model(image)) and again.config == model.config == kept["network"]
+    assert (
+        torch.equal(again(image), model(image)) and again.config == model.config == kept["network"]
+    )
     assert not again.training
 
 
-@pytest.mark.parametrize("settings", [
-    {"heads": 6, "pos": "sincos_q", "feature_map": "elu1", "attn_stride": 16, "dropout": 0.3},
-    {"variant": "bot", "pos": "relative", "image_size": 64}, {"variant": "ca", "reduction": 32},
-    {"variant": "bot", "matrix": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"heads": 6, "pos": "sincos_q", "feature_map": "elu1", "attn_stride": 16, "dropout": 0.3},
+        {"variant": "bot", "pos": "relative", "image_size": 64},
+        {"variant": "ca", "reduction": 32},
+        {"variant": "bot", "matrix": True},
+    ],
+)
 def test_every_setting_of_the_network_is_in_its_file(tmp_path, settings):
     model = build(**{"variant": "bot_linear", "num_classes": 2} | settings).eval()
     meta = {"label2id": {"a": 0, "b": 1}, "image_size": 64, "temperature": 1.0, "unsure_below": 0.5}
@@ -161,8 +230,14 @@ def test_every_file_that_training_writes_does_what_its_score_says(trained, leave
     """Each of the row's files, rebuilt: the best ones give the record's predictions, all of them some logits."""
     kept = record(trained)["metrics"]
     batch = pictures_of(dataset({"data": "standin", "standin": 12}))
-    files = sorted(path for path in (trained / "folder").iterdir() if path.suffix in (".pt", ".ckpt"))
-    assert {path.name for path in files} >= {"best.ckpt", "last.ckpt", "MobileNetV3_Small_BoT_Linear_best.pt"}
+    files = sorted(
+        path for path in (trained / "folder").iterdir() if path.suffix in (".pt", ".ckpt")
+    )
+    assert {path.name for path in files} >= {
+        "best.ckpt",
+        "last.ckpt",
+        "MobileNetV3_Small_BoT_Linear_best.pt",
+    }
     logits = {}
     with torch.no_grad():
         for path in files:
@@ -170,7 +245,10 @@ def test_every_file_that_training_writes_does_what_its_score_says(trained, leave
             logits[path.name] = model(batch["image"])
     best = logits["MobileNetV3_Small_BoT_Linear_best.pt"]
     assert torch.equal(best, logits["best.ckpt"])
-    assert best.argmax(1).tolist() == kept["test_predicted"] and batch["label"].tolist() == kept["test_labels"]
+    assert (
+        best.argmax(1).tolist() == kept["test_predicted"]
+        and batch["label"].tolist() == kept["test_labels"]
+    )
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -181,8 +259,20 @@ def test_faithful_training_leaves_faithful_files(tmp_path, ema):
     task = LeafTask(build("bot_linear", 4, faithful=True, image_size=32), 4, recipe(1), 1e-3, 1e-3)
     source = loader(train, 8, seed=0, shuffle=True, drop_last=True, collate=collate)
     check = loader(valid, 8, seed=0, shuffle=False, collate=collate)
-    fit(task, source, check, epochs=1, folder=tmp_path, seed=0, patience=0, ema=ema, save_every=1, device="cpu",
-        progress=False, tensorboard=False)
+    fit(
+        task,
+        source,
+        check,
+        epochs=1,
+        folder=tmp_path,
+        seed=0,
+        patience=0,
+        ema=ema,
+        save_every=1,
+        device="cpu",
+        progress=False,
+        tensorboard=False,
+    )
     want, _, _ = logits_of(task.model, check)
     names = sorted(path.name for path in tmp_path.glob("*.ckpt"))
     assert names == ["best.ckpt", "epoch_0000.ckpt", "last.ckpt"]
@@ -233,17 +323,41 @@ def spoilt(how: str, content: dict) -> None:
         meta["mark"] = "leansense leaf checkpoint 1"
 
 
-@pytest.mark.parametrize("how, needle", [
-    ("nan", "NaN"), ("inf", "Inf"), ("prefixed", "backbone.conv_stem.weight"), ("missing", "classifier.weight"),
-    ("more classes", "5 classes"), ("fewer classes", "3 classes"), ("sparse", "7"), ("words", "'3'"),
-    ("variant", "bot9"), ("network", "bot9"), ("other network", "block"), ("unknown setting", "depth"),
-    ("label2id", "label2id"), ("network gone", "not a checkpoint"), ("image_size", "image_size"),
-    ("temperature", "temperature"), ("unsure_below", "unsure_below"), ("cold", "temperature"), ("size", "64 or 96"),
-    ("no meta", "not a checkpoint"), ("older", "train again")])
+@pytest.mark.parametrize(
+    "how, needle",
+    [
+        ("nan", "NaN"),
+        ("inf", "Inf"),
+        ("prefixed", "backbone.conv_stem.weight"),
+        ("missing", "classifier.weight"),
+        ("more classes", "5 classes"),
+        ("fewer classes", "3 classes"),
+        ("sparse", "7"),
+        ("words", "'3'"),
+        ("variant", "bot9"),
+        ("network", "bot9"),
+        ("other network", "block"),
+        ("unknown setting", "depth"),
+        ("label2id", "label2id"),
+        ("network gone", "not a checkpoint"),
+        ("image_size", "image_size"),
+        ("temperature", "temperature"),
+        ("unsure_below", "unsure_below"),
+        ("cold", "temperature"),
+        ("size", "64 or 96"),
+        ("no meta", "not a checkpoint"),
+        ("older", "train again"),
+    ],
+)
 def test_a_spoilt_checkpoint_is_one_line(tmp_path, capsys, leaves, how, needle):
     path = tmp_path / "m.pt"
-    meta = {"label2id": {"a": 0, "b": 1, "c": 2, "d": 3}, "image_size": 64, "temperature": 1.0, "unsure_below": 0.5,
-            "params": {"variant": "vanilla"}}
+    meta = {
+        "label2id": {"a": 0, "b": 1, "c": 2, "d": 3},
+        "image_size": 64,
+        "temperature": 1.0,
+        "unsure_below": 0.5,
+        "params": {"variant": "vanilla"},
+    }
     content = load_file(save_checkpoint(path, build("vanilla", 4), meta))
     spoilt(how, content)
     torch.save(content, path)
@@ -297,7 +411,9 @@ def spoil(folder: Path, what: str) -> None:
         csv.write_text("\n".join([lines[0].replace("label", "lable"), *lines[1:]]))
     elif what == "foreign label":
         labels = json.loads((folder / "label2id.json").read_text())
-        csv.write_text("\n".join(lines).replace("leaf_blast", "leaf_blust") if "leaf_blast" in labels else "")
+        csv.write_text(
+            "\n".join(lines).replace("leaf_blast", "leaf_blust") if "leaf_blast" in labels else ""
+        )
     elif what == "empty split":
         csv.write_text("\n".join(line for line in lines if not line.endswith(",valid")))
     elif what == "zero bytes":
@@ -306,10 +422,17 @@ def spoil(folder: Path, what: str) -> None:
         first.write_bytes(first.read_bytes()[:200])
 
 
-@pytest.mark.parametrize("what, needles", [
-    ("no csv", ["metadata file not found", "metadata.csv"]), ("no column", ["metadata.csv", "label"]),
-    ("foreign label", ["leaf_blust"]), ("empty split", ["valid"]),
-    ("zero bytes", ["empty"]), ("truncated", [""])])
+@pytest.mark.parametrize(
+    "what, needles",
+    [
+        ("no csv", ["metadata file not found", "metadata.csv"]),
+        ("no column", ["metadata.csv", "label"]),
+        ("foreign label", ["leaf_blust"]),
+        ("empty split", ["valid"]),
+        ("zero bytes", ["empty"]),
+        ("truncated", [""]),
+    ],
+)
 def test_bad_data_is_one_line_and_leaves_nothing(tmp_path, leaves, what, needles):
     folder = broken(tmp_path, leaves)
     spoil(folder, what)
@@ -322,13 +445,23 @@ def test_bad_data_is_one_line_and_leaves_nothing(tmp_path, leaves, what, needles
         assert needle in line
 
 
-@pytest.mark.parametrize("values, needle", [
-    ({"heads": 5}, r"heads=5.*144"), ({"image_size": 100}, r"image_size.*100.*multiple of 32"),
-    ({"epoch": 3}, r"unknown parameter 'epoch'; nearest is 'epochs'"), ({"epochs": "two"}, r"'epochs' must be int, got str 'two'"),
-    ({"data": "nowhere/at/all"}, r"nowhere/at/all"), ({"weights": "nowhere.pt", "pretrained": True}, r"nowhere\.pt"),
-    ({"variant": "bot_liner"}, r"bot_liner.*bot_linear"), ({"reduction": 8}, r"reduction"),
-    ({"scheduler_tmax": 1}, r"scheduler_tmax=1 is shorter than epochs=3"), ({"device": "cuda"}, r"cuda"),
-    ({"batch_size": 4096}, r"4096"), ({"amp": "fp16"}, r"fp16")])
+@pytest.mark.parametrize(
+    "values, needle",
+    [
+        ({"heads": 5}, r"heads=5.*144"),
+        ({"image_size": 100}, r"image_size.*100.*multiple of 32"),
+        ({"epoch": 3}, r"unknown parameter 'epoch'; nearest is 'epochs'"),
+        ({"epochs": "two"}, r"'epochs' must be int, got str 'two'"),
+        ({"data": "nowhere/at/all"}, r"nowhere/at/all"),
+        ({"weights": "nowhere.pt", "pretrained": True}, r"nowhere\.pt"),
+        ({"variant": "bot_liner"}, r"bot_liner.*bot_linear"),
+        ({"reduction": 8}, r"reduction"),
+        ({"scheduler_tmax": 1}, r"scheduler_tmax=1 is shorter than epochs=3"),
+        ({"device": "cuda"}, r"cuda"),
+        ({"batch_size": 4096}, r"4096"),
+        ({"amp": "fp16"}, r"fp16"),
+    ],
+)
 def test_bad_parameters_are_one_line(tmp_path, values, needle):
     if "device" in values and torch.cuda.is_available():
         pytest.skip("there is a GPU, so asking for it is no mistake")
@@ -338,7 +471,9 @@ def test_bad_parameters_are_one_line(tmp_path, values, needle):
     assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*_best.pt"))
 
 
-@pytest.mark.parametrize("env", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}])
+@pytest.mark.parametrize(
+    "env", [{"HF_HUB_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}]
+)
 def test_pretrained_without_a_hub_is_one_line_before_any_work(tmp_path, env):
     env |= {"HF_HOME": str(tmp_path / "hub"), "LEANSENSE_DATA": str(tmp_path / "data")}
     done = run(ROOT, *command(tmp_path, pretrained=True), **env)
@@ -356,10 +491,21 @@ def commands() -> list[str]:
 def printed(which: int, out: Path, **more) -> subprocess.CompletedProcess:
     """A printed command as it is; only its length, its pixels, its output and its bar are others."""
     words = shlex.split(commands()[which])
-    words = words[words.index("papermill"):]
+    words = words[words.index("papermill") :]
     words[0], words[2] = PAPERMILL, str(out / "row.ipynb")
-    extra = {"epochs": 1, "image_size": 32, "fps_repeats": 2, "folder": out / "folder", "progress": False} | more
-    return run(ROOT, *words, "--no-progress-bar", *(w for name, v in extra.items() for w in ("-p", name, str(v))))
+    extra = {
+        "epochs": 1,
+        "image_size": 32,
+        "fps_repeats": 2,
+        "folder": out / "folder",
+        "progress": False,
+    } | more
+    return run(
+        ROOT,
+        *words,
+        "--no-progress-bar",
+        *(w for name, v in extra.items() for w in ("-p", name, str(v))),
+    )
 
 
 def test_eight_commands_are_there_and_spell_what_they_need():
@@ -368,7 +514,16 @@ def test_eight_commands_are_there_and_spell_what_they_need():
     for line in commands():
         words = shlex.split(line)
         given = {words[i + 1] for i, word in enumerate(words) if word == "-p"}
-        assert given >= {"epochs", "batch_size", "image_size", "base_lr", "head_lr", "weight_decay", "schedule", "ema"}
+        assert given >= {
+            "epochs",
+            "batch_size",
+            "image_size",
+            "base_lr",
+            "head_lr",
+            "weight_decay",
+            "schedule",
+            "ema",
+        }
         assert given <= declared("nbs/leaf/80_row.ipynb").keys() and "pretrained" not in given
 
 
@@ -386,8 +541,19 @@ def test_the_guides_commands_run_as_printed(which, tmp_path):
 
 def test_run_all_ends_in_a_model_that_has_learned(tmp_path):
     """The defaults, nothing given but where to write: test accuracy, a curve, predictions on pictures."""
-    done = run(ROOT, PAPERMILL, "nbs/leaf/80_row.ipynb", str(tmp_path / "row.ipynb"), "--no-progress-bar",
-               "-p", "folder", str(tmp_path / "folder"), "-p", "progress", "False")
+    done = run(
+        ROOT,
+        PAPERMILL,
+        "nbs/leaf/80_row.ipynb",
+        str(tmp_path / "row.ipynb"),
+        "--no-progress-bar",
+        "-p",
+        "folder",
+        str(tmp_path / "folder"),
+        "-p",
+        "progress",
+        "False",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     cells = json.loads((tmp_path / "row.ipynb").read_text())["cells"]
     last = cells[-1]["outputs"]
@@ -399,7 +565,9 @@ def test_run_all_ends_in_a_model_that_has_learned(tmp_path):
 
 def test_kaggle_layout_and_ten_classes(tmp_path):
     folder = standin(n=12, classes=10, size=64, layout="kaggle")
-    done = row(tmp_path, data=str(folder), epochs=1, variant="vanilla", save_every_steps=0, plot=False)
+    done = row(
+        tmp_path, data=str(folder), epochs=1, variant="vanilla", save_every_steps=0, plot=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(record(tmp_path)["metrics"]["classes"]) == 10
 
@@ -407,7 +575,11 @@ def test_kaggle_layout_and_ten_classes(tmp_path):
 def test_scores_by_hand():
     first = scores(confusion([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3))
     assert first["acc"] == pytest.approx(0.6) and first["f1"] == pytest.approx(0.4333333, abs=1e-6)
-    assert confusion([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3).tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
+    assert confusion([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3).tolist() == [
+        [1, 1, 0],
+        [0, 2, 0],
+        [1, 0, 0],
+    ]
     assert scores(confusion([0, 0, 1], [0, 1, 1], 3))["f1"] == pytest.approx(4 / 9)
 
 
@@ -416,21 +588,27 @@ def test_scores_against_sklearn():
 
     rng = np.random.default_rng(0)
     truth, guess = rng.integers(0, 5, 400), rng.integers(0, 5, 400)
-    assert scores(confusion(truth, guess, 5))["f1"] == pytest.approx(f1_score(truth, guess, average="macro"))
+    assert scores(confusion(truth, guess, 5))["f1"] == pytest.approx(
+        f1_score(truth, guess, average="macro")
+    )
 
 
 def test_copied_and_uncopied_are_scored_apart():
     found = apart([0, 1, 0, 1, 1], [0, 1, 1, 1, 0], [True, True, False, False, False], 2)
     assert found["copied"] == {"images": 2, "acc": 1.0, "f1": 1.0}
     assert found["uncopied"]["images"] == 3 and found["uncopied"]["acc"] == pytest.approx(1 / 3)
-    assert set(apart([0], [0], [0], 2)) == {"uncopied"} and set(apart([0], [0], [1], 2)) == {"copied"}
+    assert set(apart([0], [0], [0], 2)) == {"uncopied"} and set(apart([0], [0], [1], 2)) == {
+        "copied"
+    }
     with pytest.raises(ValueError):
         apart([0, 1], [0, 1], [True], 2)
 
 
 def test_mcnemar_by_hand():
     found = compare([0] * 10, [0] * 8 + [1] * 2, [1] * 3 + [0] * 7)
-    assert (found["differ"], found["only_first"], found["only_second"]) == (5, 3, 2) and found["p"] == pytest.approx(1.0)
+    assert (found["differ"], found["only_first"], found["only_second"]) == (5, 3, 2) and found[
+        "p"
+    ] == pytest.approx(1.0)
 
 
 def test_predict_and_onnx(trained, leaves, tmp_path):
@@ -438,7 +616,9 @@ def test_predict_and_onnx(trained, leaves, tmp_path):
     paths = pictures(leaves / "images")[:5]
     answers = predict(model, meta, paths)
     for one, other in zip(answers, predict(model, meta, paths, batch_size=2)):
-        assert one["best"] == other["best"] and one["confidence"] == pytest.approx(other["confidence"], abs=1e-5)
+        assert one["best"] == other["best"] and one["confidence"] == pytest.approx(
+            other["confidence"], abs=1e-5
+        )
     assert all(abs(sum(answer["confidences"].values()) - 1) < 1e-5 for answer in answers)
     assert export_onnx(model, meta, tmp_path / "m.onnx") < 1e-4
     with pytest.raises(ValueError, match="differ from PyTorch"):
@@ -454,10 +634,19 @@ def test_the_older_onnx_exporter_gives_a_file_that_runs(tmp_path, variant):
     model = build(variant, 4, image_size=64).eval()
     path = str(tmp_path / "old.onnx")
     with torch.no_grad():
-        torch.onnx.export(model, (torch.randn(2, 3, 64, 64),), path, dynamo=False, input_names=["image"],
-                          dynamic_axes={"image": {0: "batch"}}, verbose=False)
+        torch.onnx.export(
+            model,
+            (torch.randn(2, 3, 64, 64),),
+            path,
+            dynamo=False,
+            input_names=["image"],
+            dynamic_axes={"image": {0: "batch"}},
+            verbose=False,
+        )
     session, image = onnxruntime.InferenceSession(path), torch.randn(3, 3, 64, 64)
-    error = np.abs(session.run(None, {"image": image.numpy()})[0] - model(image).detach().numpy()).max()
+    error = np.abs(
+        session.run(None, {"image": image.numpy()})[0] - model(image).detach().numpy()
+    ).max()
     assert error < 1e-4
 
 
@@ -490,8 +679,20 @@ def test_training_through_fit_is_as_fast_as_a_bare_loop(tmp_path):
         seed_everything(0)
         task = LeafTask(build("bot_linear", 4), 4, recipe(2))
         source, start = batches(), time.process_time()
-        result = fit(task, source, None, epochs=2, folder=tmp_path / str(turn), seed=0, monitor="train_loss", mode="min", patience=0,
-                     device="cpu", progress=False, tensorboard=False)
+        result = fit(
+            task,
+            source,
+            None,
+            epochs=2,
+            folder=tmp_path / str(turn),
+            seed=0,
+            monitor="train_loss",
+            mode="min",
+            patience=0,
+            device="cpu",
+            progress=False,
+            tensorboard=False,
+        )
         return result.samples_per_second, 2 * len(source) * 16 / (time.process_time() - start)
 
     bare(), ours(0)
@@ -500,7 +701,9 @@ def test_training_through_fit_is_as_fast_as_a_bare_loop(tmp_path):
         plain = bare()
         ratios.append(ours(turn)[1] / plain)
     print("samples/s through fit, everything counted, against a bare loop:", np.round(ratios, 3))
-    assert np.median(ratios) > 0.7, "the whole call, start-up and checkpoints included; the steps alone are measured in the records"
+    assert np.median(ratios) > 0.7, (
+        "the whole call, start-up and checkpoints included; the steps alone are measured in the records"
+    )
 
 
 # ---- the rows, and what the paper says of them
@@ -513,7 +716,11 @@ def test_rows_quote_the_test_and_have_enough_of_it():
     for line in read_rows("leaf", "demo"):
         seeds.setdefault(line.table, set()).add(line.seed)
         if line.table in ("comparison", "ablation"):
-            assert line.params["standin"] == declared("nbs/leaf/80_row.ipynb")["standin"].default == 200
+            assert (
+                line.params["standin"]
+                == declared("nbs/leaf/80_row.ipynb")["standin"].default
+                == 200
+            )
     assert len(seeds["comparison"]) >= 5 and len(seeds["ablation"]) >= 3
     real = read_rows("leaf", "demo", "tests")  # any folder: the rows are not run
     found = {}
@@ -528,17 +735,26 @@ def cell_with(notebook: str, text: str) -> str:
     return next("".join(cell["source"]) for cell in cells if text in "".join(cell["source"]))
 
 
-@pytest.mark.parametrize("claim, number, block, wanted", [
-    ({"claimed": 2, "tolerance": 0.3}, 2.1, None, "reproduced"),
-    ({"claimed": 2, "tolerance": 0.3}, 2.8, None, "not reproduced: more"),
-    ({"claimed": 2, "tolerance": 0.3}, 1.2, None, "not reproduced"),
-    ({"claimed": [20, 30], "tolerance": 2}, 25.0, None, "reproduced"),
-    ({"claimed": [20, 30], "tolerance": 2}, 41.0, None, "not reproduced: more"),
-    ({"claimed": 25, "tolerance": 2}, 2.2, 25.4, "true of the block only (25.4)"),
-    ({"claimed": 25, "tolerance": 2}, 2.2, 41.0, "true of the block only (41.0)"),
-    ({"claimed": 25, "tolerance": 2}, 2.2, 11.0, "not reproduced"),
-    ({"claimed": 25, "tolerance": 2}, float("nan"), 25.0, "cannot be judged here: no record"),
-    ({"claimed": 25, "tolerance": 2, "cannot": "other data"}, 25.0, None, "cannot be judged here: other data")])
+@pytest.mark.parametrize(
+    "claim, number, block, wanted",
+    [
+        ({"claimed": 2, "tolerance": 0.3}, 2.1, None, "reproduced"),
+        ({"claimed": 2, "tolerance": 0.3}, 2.8, None, "not reproduced: more"),
+        ({"claimed": 2, "tolerance": 0.3}, 1.2, None, "not reproduced"),
+        ({"claimed": [20, 30], "tolerance": 2}, 25.0, None, "reproduced"),
+        ({"claimed": [20, 30], "tolerance": 2}, 41.0, None, "not reproduced: more"),
+        ({"claimed": 25, "tolerance": 2}, 2.2, 25.4, "true of the block only (25.4)"),
+        ({"claimed": 25, "tolerance": 2}, 2.2, 41.0, "true of the block only (41.0)"),
+        ({"claimed": 25, "tolerance": 2}, 2.2, 11.0, "not reproduced"),
+        ({"claimed": 25, "tolerance": 2}, float("nan"), 25.0, "cannot be judged here: no record"),
+        (
+            {"claimed": 25, "tolerance": 2, "cannot": "other data"},
+            25.0,
+            None,
+            "cannot be judged here: other data",
+        ),
+    ],
+)
 def test_verdicts_have_two_sides(claim, number, block, wanted):
     """The results notebook's own cell, on numbers made up."""
     from leansense.core.tables import verdict
@@ -557,7 +773,16 @@ def test_every_claim_is_judged_by_a_measurement_or_says_why_not():
         assert claim.get("at") is None, "verdicts are two-sided"
         assert "rates_per_epoch" != claim.get("measure"), "that would test our own logger"
     said = " ".join(claim["statement"] for claim in claims)
-    for words in ("O(N²)", "memory is O(Nd + d²)", "320", "384", "φ is ReLU", "relative position", "T4", "images lie in"):
+    for words in (
+        "O(N²)",
+        "memory is O(Nd + d²)",
+        "320",
+        "384",
+        "φ is ReLU",
+        "relative position",
+        "T4",
+        "images lie in",
+    ):
         assert words in said
 
 
@@ -565,10 +790,12 @@ def test_orders_of_growth_are_fitted_over_all_sizes():
     import pandas as pd
 
     sizes = np.array([49, 100, 144, 256])
-    done = pd.DataFrame({"metrics.tokens": sizes, "ms": 0.01 * sizes**2.0, "params.attn_stride": 32})
+    done = pd.DataFrame(
+        {"metrics.tokens": sizes, "ms": 0.01 * sizes**2.0, "params.attn_stride": 32}
+    )
     source = cell_with("nbs/leaf/90_results.ipynb", "def order(")
     space = {"np": np, "pd": pd, "done": done}
-    exec(source[source.index("def order("):source.index("done = scaling")], space)
+    exec(source[source.index("def order(") : source.index("done = scaling")], space)
     assert space["order"]("ms") == pytest.approx(2) and np.isnan(space["order"]("ms", 16))
     done.loc[0, "ms"] *= 4  # every size counts, not the last two
     assert space["order"]("ms") < 1.5 and np.isnan(space["order"]("none"))
@@ -576,7 +803,10 @@ def test_orders_of_growth_are_fitted_over_all_sizes():
 
 def test_the_photographs_have_a_name():
     paper = (ROOT / "papers/leaf/main.tex").read_text()
-    assert "NukhuGama" in (ROOT / "papers/leaf/refs.bib").read_text() and paper.count(r"\citet{nukhugama}") >= 3
+    assert (
+        "NukhuGama" in (ROOT / "papers/leaf/refs.bib").read_text()
+        and paper.count(r"\citet{nukhugama}") >= 3
+    )
     flat = " ".join(paper.split())
     for words in ("no licence file", r"data/rice\_leaf", "label2id.json", "metadata.csv"):
         assert words in flat, words
@@ -584,6 +814,9 @@ def test_the_photographs_have_a_name():
 
 def test_prose_quotes_no_validation_score():
     """What main.tex quotes comes from numbers.tex, and there from test scores."""
-    source = "".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/leaf/90_results.ipynb").read_text())["cells"])
+    source = "".join(
+        "".join(cell["source"])
+        for cell in json.loads((ROOT / "nbs/leaf/90_results.ipynb").read_text())["cells"]
+    )
     numbers = [line for line in source.splitlines() if "paper.number(" in line]
     assert numbers and not [line for line in numbers if "valid_f1" in line or "valid_acc" in line]
