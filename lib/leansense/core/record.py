@@ -56,20 +56,9 @@ def _short(path: Path) -> str:
 
 # %% ../../../nbs/core/14_record.ipynb #3912816e
 SCHEMA = 2
-PLACES = (
-    "data",
-    "metadata",
-    "label2id",
-    "weights",
-)  # parameters that hold paths: the last name counts
+PLACES = ("data", "metadata", "label2id", "weights")  # they hold paths: the last name counts
 CONTENT = ("weights",)  # and of these, what is in the file
-RUNNER = (
-    "seed",
-    "out",
-    "folder",
-    "logdir",
-    "progress",
-)  # what the runner sets, and a matrix must not
+RUNNER = ("seed", "out", "folder", "logdir", "progress")  # set by the runner, never by a matrix
 
 
 @lru_cache(maxsize=None)
