@@ -226,7 +226,7 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         copy_checkpoint(source, target)
 
-# %% ../../../nbs/simbev/20_task.ipynb #e8f165a4
+# %% ../../../nbs/simbev/20_task.ipynb #1b78d9e3
 class SimBEVKeeper(Callback):
     """The published script's validations, files and TensorBoard lines, for fit(..., callbacks=(keeper,)).
 
@@ -331,8 +331,12 @@ class SimBEVKeeper(Callback):
         self.settle(last)
         if last.exists():
             link(last, self.folder / "model_final.pt")
-        if not best.exists() and (self.folder / "best.ckpt").exists():
-            link(self.folder / "best.ckpt", best)
+        if not best.exists() and self.validations:  # of that step, if a file is; else the best end of an epoch
+            place = 1 + MONITORS.index(self.monitor)
+            step = max(self.validations, key=lambda v: -v[place] if self.monitor == "loss" else v[place])[0]
+            files = [self.folder / f"model_{step:06d}.pt", *sorted(self.folder.glob("best_at_*.pt"), reverse=True)]
+            same = (file for file in files if file.exists() and read_checkpoint(file).get("counter") == step)
+            link(next(same, self.folder / "best.ckpt"), best)
 
     # --- what happens when
 
