@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pytest
@@ -662,8 +663,26 @@ def test_faster_than_published():
     from leansense.layers.pool_peers import OPERATOR, problem
 
     example = problem({"B": 1, "H": 8, "W": 22}, 0, torch.float32, "cpu")
-    steps = {name: step(OPERATOR.contenders[name].prepare(example), example, "train")
+    steps = {name: step(OPERATOR.contenders[name], example, "train")
              for name in ("lss", "bev_pool_v2", "torch", "rebuilt")}
     timings = throughput(steps, repeats=9, warmup=2)
     against = lambda a, b: ratio(timings[a], timings[b])["ratio"]
     assert against("lss", "torch") > 18 and against("lss", "rebuilt") > 12 and against("bev_pool_v2", "torch") > 2.5
+
+
+def test_traced_by_the_older_exporter():
+    """torch.jit.trace computes the same for other inputs, with a plan made inside and with one that is given."""
+    grid = Grid((-20, 20, 1), (-20, 20, 1), (-10, 10, 20), (4, 20, 1))
+    draw = lambda seed: torch.rand(1, 2, 16, 4, 6, 3, generator=torch.Generator().manual_seed(seed)) * 60 - 30
+    torch.manual_seed(0)
+    maps = lambda: (torch.rand(1, 2, 16, 4, 6), torch.randn(1, 2, 8, 4, 6))
+    plan = PoolPlan.build(draw(0), grid)
+    cases = [(lambda p, d, f: bev_pool(d, f, PoolPlan.build(p, grid)), lambda n: (draw(n), *maps()))]
+    cases += [(lambda d, f, b=b: bev_pool(d, f, plan, b), lambda n: maps()) for b in ("auto", "torch", "index_add")]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for function, make in cases:
+            first, second = make(1), make(2)
+            found, wanted = torch.jit.trace(function, first, check_trace=False)(*second), function(*second)
+            assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+            assert not torch.equal(wanted, function(*first))

@@ -650,7 +650,7 @@ def test_c_is_worth_it():
     from leansense.layers.bench import step
 
     problem = OPERATOR.problem({"B": 2, "N": 196})
-    steps = {name: step(OPERATOR.contenders[name].prepare(problem), problem, "train") for name in ("lite", "cc")}
+    steps = {name: step(OPERATOR.contenders[name], problem, "train") for name in ("lite", "cc")}
     timings = throughput(steps, repeats=15, inner=2)
     assert ratio(timings["lite"], timings["cc"])["ratio"] > 1.8
 
@@ -672,3 +672,11 @@ def test_triton_on_a_gpu(shape, feature_map):
             assert (a.double() - b).abs().max() <= tolerance * max(1.0, float(b.detach().abs().max()))
         assert all(torch.equal(a, b) for a, b in zip(ours, torch.autograd.grad(
             linear_attention(*x, feature_map, 1e-2, backend="triton"), x, gradient.cuda().to(dtype))))
+
+
+def test_digest_sees_the_kernels():
+    """Modules that are imported by name when they are first needed belong to the code of a row all the same."""
+    from leansense.core import digest
+
+    names = {f"leansense.layers.linear_attention_{kind}" for kind in ("native", "triton")}
+    assert names <= set(digest.closure({"leansense.layers.linear_attention"}))

@@ -1,6 +1,8 @@
 """Back ends and compiled C: what is chosen, what is cached, and what is never loaded."""
 import ctypes
 import os
+import platform
+import re
 import stat
 import subprocess
 import sys
@@ -11,9 +13,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from leansense.layers import native
-from leansense.layers.backend import allowed, pick
-from leansense.layers.native import NativeError, isa, library, parallel, pointer, why_not
+from leansense.layers import backend, native
+from leansense.layers.backend import allowed, isa, pick, usable_isas, use_isa
+from leansense.layers.native import NativeError, library, parallel, pointer, why_not
 
 SOURCE = "typedef float vec __attribute__((vector_size(4 * W)));\nint lanes(void) { return sizeof(vec) / 4; }\n"
 has_compiler = pytest.mark.skipif(bool(why_not("probe", "int f(void) { return 1; }")), reason="no C compiler")
@@ -25,6 +27,8 @@ def scratch(tmp_path, monkeypatch):
     """A cache of the test's own, and nothing remembered from another."""
     for name in ("LEANSENSE_BACKENDS", "LEANSENSE_ISA", "LEANSENSE_CC"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("op", "logged_once"):
+        monkeypatch.setitem(backend.MEASURED, name, dict.fromkeys(backend.INSTRUCTIONS, 2.0))
     monkeypatch.setenv("LEANSENSE_CACHE", str(tmp_path / "cache"))
     native._load.cache_clear()
     yield
@@ -68,7 +72,7 @@ def test_passing_over_is_logged_once(caplog):
 @pytest.mark.parametrize("kind", ["v4", "v3", "generic"])
 def test_each_instruction_set(monkeypatch, tmp_path, kind):
     monkeypatch.setenv("LEANSENSE_ISA", kind)
-    if kind != "generic" and not native.ISAS[kind][1] <= native._features():
+    if kind not in usable_isas():
         with pytest.raises(NativeError, match="cannot run it"):
             isa()
         return
@@ -195,7 +199,7 @@ def test_cache_that_is_a_file(monkeypatch, tmp_path):
 def test_many_at_once(tmp_path):
     """Eight threads and no lock: each gets a whole library, one stays."""
     results = []
-    load = lambda: results.append(native._load.__wrapped__("lanes", SOURCE, ()).lanes())
+    load = lambda: results.append(native._load.__wrapped__("lanes", SOURCE, (), isa(), ()).lanes())
     threads = [threading.Thread(target=load) for _ in range(8)]
     [t.start() for t in threads]
     [t.join() for t in threads]
@@ -271,3 +275,74 @@ def test_second_start_where_groups_may_write(tmp_path):
     path, = cached(tmp_path)
     modes = [stat.S_IMODE(p.stat().st_mode) for p in (path.parent, path, path.with_suffix(".hash"))]
     assert modes == [0o700, 0o700, 0o600]
+
+
+# ---- which back end "auto" takes, and what is noted of it
+
+
+@pytest.mark.parametrize("kind", ["v4", "v3", "generic"])
+def test_auto_takes_c_only_where_it_was_measured_to_win(monkeypatch, kind):
+    monkeypatch.setattr(backend, "usable_isas", lambda: ("v4", "v3", "generic"))
+    monkeypatch.setenv("LEANSENSE_ISA", kind)
+    monkeypatch.setitem(backend.MEASURED, "measured", {"v4": 1.2, "v3": 0.9})
+    order = {"cc": YES, "torch": YES}
+    assert pick("measured", "auto", order) == ("cc" if kind == "v4" else "torch")
+    assert pick("measured", "cc", order) == "cc", "a name is a name"
+    assert pick("never measured", "auto", order) == "torch"
+    assert pick("never measured", "auto", {"triton": YES, **order}) == "triton", "no instruction set decides that"
+
+
+def test_measured_operators_exist():
+    """A name that no operator has would switch C off without a word."""
+    asked, lib = set(), ROOT / "lib/leansense/layers"
+    for path in lib.glob("*.py"):
+        asked |= set(re.findall(r'pick\(\s*f?"([^"]+)"', path.read_text()))
+    acts = __import__("leansense.layers.norm_act", fromlist=["x"]).ACTIVATIONS
+    asked |= {f"norm_act/{act}" for act in acts}
+    assert set(backend.MEASURED) - {"op", "logged_once"} == asked - {"norm_act/{act}"}
+    for entry in backend.MEASURED.values():
+        assert set(entry) <= set(backend.INSTRUCTIONS)
+
+
+def test_back_ends_are_noted_with_their_build(monkeypatch):
+    from leansense.core import record
+
+    monkeypatch.setattr(record, "_BACKENDS", {})
+    pick("op", "auto", {"cc": NO, "torch": YES})
+    with use_isa("generic"):
+        pick("op", "cc", {"cc": YES, "torch": YES})
+    assert record._BACKENDS == {"op": {"torch", "cc-generic"}}
+
+
+@has_compiler
+def test_two_builds_in_one_process(tmp_path):
+    """Side by side, whatever the environment says; flags make a library of their own."""
+    found = {}
+    for kind in usable_isas():
+        with use_isa(kind):
+            found[kind] = library("lanes", SOURCE).lanes()
+    assert found == {kind: {"v4": 16, "v3": 8, "generic": 4}[kind] for kind in usable_isas()}
+    library("lanes", SOURCE, ("-fno-trapping-math",))
+    assert len(cached(tmp_path)) == len(usable_isas()) + 1
+    with pytest.raises(NativeError, match="choose from"), use_isa("v9"):
+        pass
+    assert isa() == usable_isas()[0]
+
+
+@has_compiler
+@pytest.mark.parametrize("kind", ["v4", "v3"])
+def test_loops_over_elements_are_vectorised(tmp_path, kind):
+    """The fused norm's inner loops, for both instruction sets: one that is not takes ten times as long."""
+    from leansense.layers import norm_act
+
+    command = native.compiler()
+    if "Free Software Foundation" not in native._version(tuple(command)) or platform.machine() != "x86_64":
+        pytest.skip("reports of vectorised loops are GCC's")
+    code = tmp_path / "code.c"
+    code.write_text(norm_act.SOURCE)
+    flags = (*native.FLAGS, *norm_act.FLAGS, *native.ISAS[kind][0], "-fopt-info-vec-optimized")
+    done = subprocess.run([*command, *flags, code, "-o", tmp_path / "made.so", "-lm"], capture_output=True, text=True)
+    told = {int(line.split(":")[1]) for line in done.stderr.splitlines() if "loop vectorized" in line}
+    loops = [n for n, line in enumerate(norm_act.SOURCE.split("\n"), 1) if "for (long i = 0; i < m" in line]
+    assert done.returncode == 0 and len(loops) == 1 + 3 * len(norm_act.ACTIVATIONS)
+    assert set(loops) <= told, [norm_act.SOURCE.split("\n")[n - 1] for n in set(loops) - told]

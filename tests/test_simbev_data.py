@@ -17,7 +17,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from leansense.core.loader import loader
+from leansense.core.parameters import declared
 from leansense.core.paths import data_root
+from leansense.core.rows import read_rows
 from leansense.simbev import data as simbev
 from leansense.simbev.augment import AUGMENTS, Augment, Choice, apply, draw, evaluation, matrix, placed
 from leansense.simbev.cache import pixels
@@ -216,6 +218,19 @@ def turned(sensor, name, value):
     return lambda c: c["metadata"][sensor].update({f"sensor2ego_{name}": value})
 
 
+def scene_of(content, name="scene_0001"):
+    return content["data"][name]
+
+
+def first_frame(**values):
+    return lambda c: scene_of(c)["scene_data"][0].update(values)
+
+
+def by_name(*less, **more):
+    named = {f"CAM_{name.upper()}": [[300, 0, 120], [0, 300, 60], [0, 0, 1]] for name in CAMERAS}
+    return {name: k for name, k in named.items() if name not in less} | more
+
+
 NATIVE = {
     "metadata": (lambda c: c.pop("metadata"), "missing metadata with camera_intrinsics"),
     "camera": (lambda c: c["metadata"].pop("CAM_BACK"), "metadata of CAM_BACK"),
@@ -224,6 +239,30 @@ NATIVE = {
     "K": (lambda c: c["metadata"].update(camera_intrinsics=[[1, 2], [3, 4]]), "intrinsics is of shape (6, 2, 2)"),
     "image": (lambda c: c["data"]["scene_0001"]["scene_data"][1].pop("RGB-CAM_BACK"), "missing RGB-CAM_BACK"),
     "data": (lambda c: c.update(data={}), "missing data of scenes"),
+    "frame null": (first_frame(frame=None), "scene_0001 position 0: frame is null"),
+    "frame text": (first_frame(frame="0012a"), 'scene_0001 position 0: frame is "0012a"'),
+    "frame NaN": (first_frame(frame=math.nan), "scene_0001 position 0: frame is NaN"),
+    "frame real": (first_frame(frame=1.5), "scene_0001 position 0: frame is 1.5"),
+    "frame yes": (first_frame(frame=True), "scene_0001 position 0: frame is true"),
+    "frame negative": (first_frame(frame=-20), "scene_0001 position 0: frame is -20"),
+    "frame list": (first_frame(frame=[3]), "scene_0001 position 0: frame is [3]"),
+    "frame gone": (lambda c: scene_of(c)["scene_data"][1].pop("frame"), "scene_0001 position 1: frame is missing"),
+    "frame twice": (lambda c: scene_of(c)["scene_data"].append(scene_of(c)["scene_data"][0]),
+                    "scene_0001 position 2: frame 0 occurs twice"),
+    "no frame": (lambda c: scene_of(c)["scene_data"].__setitem__(1, 7), "scene_0001 position 1: the frame is 7"),
+    "scene_data": (lambda c: scene_of(c).update(scene_data=1.5), "scene_0001: scene_data is 1.5"),
+    "scene": (lambda c: c["data"].update(scene_0001=[]), "scene_0001: no object"),
+    "half the lenses": (lambda c: c["metadata"].update(camera_intrinsics_by_name=by_name("CAM_BACK")),
+                        "none of CAM_BACK"),
+    "lens text": (lambda c: c["metadata"].update(camera_intrinsics_by_name=by_name(CAM_BACK="x")), "no array of numbers"),
+    "two lenses": (lambda c: c["metadata"].update(camera_intrinsics_by_name=by_name())
+                   or [c["metadata"][name].update(camera_intrinsics=np.eye(3).tolist()) for name in by_name()],
+                   "two different intrinsics"),
+    "other name": (lambda c: c["metadata"].update(cam_intrinsics={"CAM_BACK": 1}), "metadata: cam_intrinsics"),
+    "distortion": (lambda c: c["metadata"]["CAM_BACK"].update(distortion=[0.1]), "CAM_BACK: distortion is geometry"),
+    "own lens": (first_frame(intrinsics=[[1]]), "scene_0001 position 0: intrinsics is geometry that is not read"),
+    "config": (lambda c: scene_of(c)["scene_info"].update(config={"bev_res": "fine"}), "bev_res is 'fine'"),
+    "config cells": (lambda c: scene_of(c)["scene_info"].update(config={"bev_dim": 0}), "bev_dim is 0"),
 }
 
 
@@ -234,6 +273,101 @@ def test_faults_of_infos(copies, name):
     change(folder / "infos" / "simbev_infos_train.json", edit)
     text = message(ValueError, simbev.load, folder)
     assert said in text and "simbev_infos_train.json" in text
+
+
+@pytest.mark.parametrize("place", ["together", "each"])
+def test_every_camera_has_its_own_lens(copies, place):
+    folder = copies("native")
+
+    def other_back(content):
+        metadata = content["metadata"]
+        named = {f"CAM_{name.upper()}": metadata["camera_intrinsics"] for name in CAMERAS}
+        wide = (np.array(metadata["camera_intrinsics"]) * [[0.64], [0.64], [1]])
+        wide[:2, 2] = np.array(metadata["camera_intrinsics"])[:2, 2]
+        named["CAM_BACK"] = wide.tolist()
+        if place == "together":
+            metadata["camera_intrinsics_by_name"] = named
+        else:
+            for name, k in named.items():
+                metadata[name]["camera_intrinsics"] = k
+
+    for infos in (folder / "infos").iterdir():
+        change(infos, other_back)
+    k = simbev.load(folder).frames[0].intrinsics
+    assert k[CAMERAS.index("back"), 0, 0] == pytest.approx(0.64 * k[1, 0, 0]) and (k[0] == k[1]).all()
+
+
+def regrid(folder, res, dim):
+    """The native labels of a copy at another resolution, as SimBEV would have drawn them; the config says so."""
+    at = (np.arange(dim) + 0.5 - dim / 2) * res
+    index = np.floor((at + 72) / 0.4).astype(int).clip(0, 359)
+    for path in folder.rglob("*GT_SEG.npz"):
+        np.savez(path, data=np.load(path)["data"][:, index][:, :, index])
+    for path in (folder / "configs").iterdir():
+        path.write_text(f"map: Town01\nbev_dim: {dim}  # cells\nbev_res: {res}\n")
+
+
+def test_labels_have_the_cells_that_the_config_says(copies, folders):
+    folder = copies("native")
+    regrid(folder, 0.2, 560)
+    wanted, found = (simbev.SimBEVDataset(simbev.load(place), "train", augment="none", **FAST)
+                     for place in (folders["native"], folder))
+    assert all(torch.equal(wanted[k]["target"], found[k]["target"]) for k in range(len(wanted)))
+    assert simbev.check(folder).ok and simbev.load(folder).notes == ()
+    said = message(ValueError, simbev.load, folder, resolution=0.4)
+    assert "bev_res is 0.2" in said and "data_resolution=0.4" in said and "configs" in said
+    (folder / "configs" / "SimBEV-scene-0001.yaml").write_text("bev_dim: 500\nbev_res: 0.2\n")
+    label = [f for f in simbev.load(folder).frames if f.scene == "scene_0001"][0]
+    assert "has 560 cells a side, not 500" in message(ValueError, read_label, label)
+
+
+def test_an_assumed_cell_is_said(copies, folders):
+    folder = copies("native")
+    regrid(folder, 0.2, 560)
+    shutil.rmtree(folder / "configs")
+    assert any("taken as 0.4 m" in note and "data_resolution" in note for note in simbev.load(folder).notes)
+    assert any("taken as 0.4 m" in str(problem) for problem in simbev.check(folder).warnings)
+    told = simbev.dataset({"data": str(folder), "data_resolution": 0.2})
+    assert told.notes == () and told.frames[0].resolution == 0.2
+    assert told.fingerprint != simbev.load(folder).fingerprint
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_data_set_has_a_test_part(copies, layout):
+    """Whole scenes, held back from validation where the files name none."""
+    folder = copies(layout)
+    parts = {part: {f.scene for f in simbev.load(folder).part(part)} for part in ("train", "valid", "test")}
+    assert [len(scenes) for scenes in parts.values()] == [2, 1, 1] and len(set().union(*parts.values())) == 4
+    if layout == "published":
+        (folder / "test" / "scene_0003").rename(folder / "val" / "scene_0003")
+        (folder / "test").rmdir()
+        assert [f.scene for f in simbev.load(folder).part("test")] == ["scene_0003"] * 2
+        shutil.rmtree(folder / "val" / "scene_0003")
+        assert any("no test part" in note for note in simbev.load(folder).notes)
+
+
+def test_a_damaged_standin_is_drawn_again(tmp_path):
+    make = lambda: standin(tmp_path, n=3, per_scene=1, size="96x54")
+    folder = make()
+    picture = next(folder.rglob("*.jpg"))
+    before, status = picture.read_bytes(), picture.stat()
+    picture.write_bytes(before[:-9] + bytes(9))
+    os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))  # as long and as old as before
+    assert make() == folder and picture.read_bytes() == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_read_any_layout(folders, layout):
+    """Tables that want depth pictures of the stand-in take a real folder as it is, and go without them."""
+    for scale in ("smoke", "demo", "paper"):
+        rows = [row for row in read_rows("simbev", scale, str(folders[layout])) if row.notebook.endswith("80_row.ipynb")]
+        assert rows and {simbev.dataset(row.params | {"data": str(folders[layout])}).layout for row in rows} == {layout}
+        assert all(row.params["splat"] for row in rows)
+
+
+def test_parameters_of_the_data_are_the_rows_own():
+    names = declared("nbs/simbev/80_row.ipynb").keys()
+    assert set(simbev.PARAMETERS) <= names and {"data", "layout", "standin", "data_resolution"} <= set(simbev.PARAMETERS)
 
 
 def test_folders_that_are_none(tmp_path, copies):

@@ -1,5 +1,6 @@
 """The SimBEV row end to end: determinism, layouts, kill and resume, the seed's files, bad input, use of the result."""
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,25 +15,30 @@ from torch import nn
 
 from leansense.core.checkpoint import MARK, read_checkpoint
 from leansense.core.loader import loader
-from leansense.core.parameters import declared
+from leansense.core.parameters import OWNED, declared
 from leansense.core.train import fit
 from leansense.simbev.data import INPUTS, dataset
 from leansense.simbev.task import (
     SimBEVKeeper,
     SimBEVTask,
+    average_precision,
     bev_loss,
     evaluate,
     iou,
     overlap,
+    ranked,
     recipe,
     rings,
     stage_resume,
 )
 from leansense.simbev.use import load_checkpoint, main
 
-SMALL = {"standin": 20, "nepochs": 1, "bsz": 4, "nworkers": 0, "trunk": "mobilenetv3_small_050", "camC": 8,
-         "up_width": 16, "bev_width": 8, "final_h": 64, "final_w": 160, "xbound": [-32.0, 32.0, 2.0],
-         "ybound": [-32.0, 32.0, 2.0], "augment": "matched", "val_step": 0, "save_step": 0, "progress": False}
+SMALL = {"standin": 20, "standin_size": "240x112", "nepochs": 1, "bsz": 4, "nworkers": 0,
+         "trunk": "mobilenetv3_small_050", "camC": 8, "up_width": 16, "bev_width": 8,
+         "H": 64, "W": 144, "final_h": 32, "final_w": 96,
+         "xbound": [-32.0, 32.0, 4.0], "ybound": [-32.0, 32.0, 4.0], "augment": "matched", "val_step": 0,
+         "save_step": 0, "progress": False}
+LONGER = {"nepochs": 3, "val_step": 3, "save_step": 2, "panels": 2}
 PAPERMILL = str(Path(sys.executable).with_name("papermill"))
 
 
@@ -54,13 +60,14 @@ def same(out: Path, *less: str) -> str:
     return json.dumps({k: v for k, v in record.items() if k not in ("cost", "env", *less)}, sort_keys=True)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+@pytest.fixture(scope="session")
+def trained(shared) -> Path:
     """One row, three epochs of four steps, validated and saved within them, without disturbance."""
-    out = tmp_path_factory.mktemp("trained")
-    done = row(out, nepochs=3, val_step=3, save_step=2, panels=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
+    def make(out: Path) -> None:
+        done = row(out, **LONGER)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return shared("simbev_row", make)
 
 
 def test_files_and_record(trained):
@@ -70,17 +77,18 @@ def test_files_and_record(trained):
     assert {"model_state_dict", "optimizer_state_dict", "counter", "epoch", "val_iou"} <= set(kept)
     assert kept["counter"] == 6
     record = json.loads(same(trained))
-    assert record["params"].keys() == declared("nbs/simbev/80_row.ipynb").keys() - {"seed", "out", "folder", "progress"}
+    assert record["params"].keys() == declared("nbs/simbev/80_row.ipynb").keys() - OWNED
     assert [step for step, *_ in record["metrics"]["validations"]] == [3, 4, 6, 8, 9, 12]
-    assert len(record["metrics"]["panels"]) == 2 and record["data"]["valid"] == 4
+    assert [record["data"][part] for part in ("train", "valid", "test")] == [16, 2, 2]
+    assert len(record["metrics"]["panels"]) == 2 and record["metrics"]["steps"] == 12
+    assert 0 < record["metrics"]["test_share"] <= record["metrics"]["prior_ap"] < 1 and record["metrics"]["test_ap"] > 0
     assert str(ROOT) not in json.dumps(record)
 
 
 @pytest.mark.parametrize("step", [6, 8])
 def test_resume_from_a_numbered_file_is_an_undisturbed_run(trained, tmp_path, step):
     """Into an empty folder: the same metrics, byte for byte, whether the file is from within an epoch or its end."""
-    done = row(tmp_path, nepochs=3, val_step=3, save_step=2, panels=2,
-               resume=str(trained / f"folder/model_{step:06d}.pt"))
+    done = row(tmp_path, **LONGER, resume=str(trained / f"folder/model_{step:06d}.pt"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(same(tmp_path))["metrics"] == json.loads(same(trained))["metrics"]
     ours, theirs = (read_checkpoint(where / "folder/model_final.pt") for where in (tmp_path, trained))
@@ -88,7 +96,7 @@ def test_resume_from_a_numbered_file_is_an_undisturbed_run(trained, tmp_path, st
 
 
 def test_killed_and_run_again_is_an_undisturbed_run(trained, tmp_path):
-    process = subprocess.Popen(command(tmp_path, nepochs=3, val_step=3, save_step=2, panels=2), cwd=ROOT,
+    process = subprocess.Popen(command(tmp_path, **LONGER), cwd=ROOT,
                                env=os.environ | {"LEANSENSE_ROOT": str(ROOT)}, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(2400):
@@ -99,8 +107,8 @@ def test_killed_and_run_again_is_an_undisturbed_run(trained, tmp_path):
     process.wait()
     subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)  # the kernel has a session of its own
     time.sleep(0.5)
-    assert (tmp_path / "folder/last.ckpt").exists() and not (tmp_path / "papers").exists(), "killed in the middle"
-    assert row(tmp_path, nepochs=3, val_step=3, save_step=2, panels=2).returncode == 0
+    assert (tmp_path / "folder/last.ckpt").exists() and not list(tmp_path.rglob("r.s3.json")), "killed in the middle"
+    assert row(tmp_path, **LONGER).returncode == 0
     assert same(tmp_path) == same(trained)
 
 
@@ -116,18 +124,18 @@ def test_three_layouts_in_the_same_notebook(tmp_path):
     On cells of half a metre: only there a label of 0.4 m and one of 0.5 m say the same.
     """
     found, cells = {}, {"xbound": [-32.0, 32.0, 0.5], "ybound": [-32.0, 32.0, 0.5]}
-    for layout in ("seed", "converted", "native"):
-        folder = dataset({"data": "standin", "standin": 20, "layout": layout}).folder
+    for layout in ("published", "converted", "native"):
+        folder = dataset(SMALL | {"data": "standin", "layout": layout}).folder
         done = row(tmp_path / layout, data=str(folder), layout="auto", max_grad_norm=1.0, **cells)
         assert done.returncode == 0, done.stderr[-2000:]
         found[layout] = json.loads(same(tmp_path / layout))["metrics"]
-    assert found["seed"]["history"] == found["converted"]["history"]
-    for name, values in found["seed"]["history"].items():  # native matrices come through quaternions: 1e-16 apart
+    assert found["published"]["history"] == found["converted"]["history"]
+    for name, values in found["published"]["history"].items():  # native matrices come through quaternions: 1e-16 apart
         assert found["native"]["history"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"resume": "runs/nothing_here.pt"}, "runs/nothing_here.pt: no such checkpoint"),
+    ({"resume": "runs/nothing_here.pt"}, "runs/nothing_here.pt: no such file"),
     ({"data": "nothing/here"}, "nothing/here"),
     ({"cams": ["front", "fornt_left"], "trunk": "resnet999"}, "fornt_left"),
 ])
@@ -135,7 +143,7 @@ def test_bad_input_is_one_line(tmp_path, values, message):
     done = row(tmp_path, **values)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode != 0 and message in last, last
-    assert not (tmp_path / "papers").exists()
+    assert not list(tmp_path.rglob("r.s3.json"))
 
 
 def test_resume_of_another_model(trained, tmp_path):
@@ -149,7 +157,7 @@ def test_resume_of_another_model(trained, tmp_path):
 
 
 def test_predict_on_a_folder(trained, tmp_path, capsys):
-    checkpoint, folder = trained / "folder/model_best.pt", dataset({"data": "standin", "standin": 20}).folder
+    checkpoint, folder = trained / "folder/model_best.pt", dataset(SMALL | {"data": "standin"}).folder
     assert main([str(checkpoint), str(folder), "--out", str(tmp_path), "--limit", "2"]) == 0
     answers = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
     assert len(answers) == 2 and all(path.with_suffix(".png").exists() for path in tmp_path.glob("*.json"))
@@ -229,6 +237,60 @@ def test_resume_from_every_file(tmp_path, more):
         assert again.history == whole.history and other.validations == kept.validations, file.name
         assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values()))
         assert read_checkpoint(tmp_path / file.stem / "model_final.pt")[MARK]["position"] == [4, 0]
+
+
+@pytest.mark.parametrize("more", [{}, {"ema": 0.8}, {"accumulate": 2, "ema": 0.8}])
+def test_what_a_file_says_of_its_score_its_weights_do(tmp_path, more):
+    """Every file that training writes, at an epoch's end and within one, with and without a weight average."""
+    toy(tmp_path, 2, 1, **more)
+    valid, scored = loader(Frames(), 2, seed=0, shuffle=False), 0
+    for file in sorted([*tmp_path.glob("*.pt"), *tmp_path.glob("*.ckpt")]):
+        kept, model = read_checkpoint(file), Mean()
+        model.load_state_dict(kept["model_state_dict"])
+        found = evaluate(model, valid, (-2, 2, 1), (-2, 2, 1))
+        if "val_iou" in kept:
+            assert found["iou"] == kept["val_iou"], file.name
+            scored += 1
+        assert ("val_iou" in kept) == (kept["counter"] % 2 == 0 or kept[MARK]["position"][1] == 0), file.name
+    assert scored >= 6 and "val_iou" in read_checkpoint(tmp_path / "model_best.pt")
+
+
+def test_files_of_another_run_do_not_stay(tmp_path):
+    toy(tmp_path, 2, 1)
+    toy(tmp_path, 2, 4, "auto", recipe={"weight_decay": 0.1})
+    found = [read_checkpoint(file) for file in tmp_path.glob("*.pt")]
+    assert len(found) < 20 and len({kept[MARK]["config"] for kept in found}) == 1
+
+
+def test_a_finished_run_gives_everything_back(tmp_path):
+    """last.ckpt is final, and what came after it was lost: all of it comes back, without training."""
+    _, kept = toy(tmp_path, 2, 2)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".csv")}
+    for name in ("model_best.pt", "model_final.pt", "history.csv"):
+        (tmp_path / name).unlink()
+    _, again = toy(tmp_path, 2, 2, "auto")
+    assert again.validations == kept.validations and again.best == kept.best
+    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".csv")}
+
+
+def test_average_precision_is_that_of_torchmetrics():
+    from torchmetrics.functional.classification import binary_average_precision
+
+    draw = torch.Generator().manual_seed(1)
+    target = (torch.rand(3, 1, 20, 30, generator=draw) < 0.1).float()
+    logits = ((torch.randn(target.shape, generator=draw) + 2 * target) * 8).round() / 8  # many ties
+    logits[0, 0, 0, 0] = 40.0
+    mask = torch.ones_like(target)
+    mask[..., 10:] = 0
+    for part in (mask, None):
+        keep = slice(None) if part is None else part > 0
+        wanted = binary_average_precision(logits[keep].flatten().sigmoid().double(), target[keep].flatten().int())
+        assert float(average_precision(ranked(logits, target, part))) == pytest.approx(float(wanted), abs=1e-6)
+    parts = ranked(logits[:1], target[:1]) + ranked(logits[1:], target[1:])
+    assert torch.equal(parts, ranked(logits, target)), "the same from any number of processes"
+    assert float(average_precision(ranked(logits, 0 * target))) == 0
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        ranked(logits * math.nan, target)
 
 
 def test_evaluate_keeps_the_mode_and_counts_false_alarms():

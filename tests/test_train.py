@@ -1,14 +1,16 @@
-"""Contracts of the training layer: exact resume, groups, schedules, checkpoints, early stopping, two processes."""
+"""Contracts of the training layer: exact resume, groups, schedules, checkpoints, two processes."""
 
+import contextlib
 import copy
 import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import lightning as L
 import pytest
@@ -18,10 +20,28 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from leansense.core.checkpoint import MARK, load_weights, metric_state, read_checkpoint, set_metric_state
+from leansense.core.checkpoint import (
+    MARK,
+    load_file,
+    load_weights,
+    metric_state,
+    own_folder,
+    read_checkpoint,
+    set_metric_state,
+)
 from leansense.core.loader import EpochSampler, Indexed, loader, sample_rng
 from leansense.core.schedule import Group, Recipe, param_groups, rates, scheduler
-from leansense.core.train import NonFiniteLoss, Settings, Task, fit, seed_everything
+from leansense.core.train import (
+    Average,
+    NonFiniteLoss,
+    Settings,
+    Task,
+    averaged_weights,
+    clear_run,
+    fit,
+    scored_weights,
+    seed_everything,
+)
 
 EPOCHS, SAMPLES, VALID, BATCH = 4, 44, 17, 8  # six batches an epoch, the last of four samples
 
@@ -46,7 +66,9 @@ class Points(Dataset):
 class Toy(Task):
     def __init__(self, recipe=Recipe(lr=0.02), dropout=0.3):
         norm = nn.BatchNorm1d(16)
-        net = nn.Sequential(nn.Linear(2, 16), norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
+        net = nn.Sequential(
+            nn.Linear(2, 16), norm, nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
+        )
         super().__init__(net, recipe)
         scores = {"f1": MulticlassF1Score(3), "top": MulticlassAccuracy(3, average="micro")}
         self.valid_metrics["scores"] = MetricCollection(scores)
@@ -77,14 +99,25 @@ def loaders(workers=0, batch=BATCH):
 
 
 def run(folder, recipe=Recipe(lr=0.02), workers=0, task=None, seed=0, **settings):
-    given = dict(epochs=EPOCHS, seed=1, monitor="valid_f1", device="cpu", progress=False, tensorboard=False, patience=0)
+    given = dict(
+        epochs=EPOCHS,
+        seed=1,
+        monitor="valid_f1",
+        device="cpu",
+        progress=False,
+        tensorboard=False,
+        patience=0,
+    )
     seed_everything(seed)
     task = task or Toy(recipe)
     return task, fit(task, *loaders(workers), folder=folder, **(given | settings))
 
 
 def same(one, two):
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    )
 
 
 ADAM = Recipe(lr=0.02, weight_decay=0.01, schedule="cosine", per="step")
@@ -113,8 +146,15 @@ def uninterrupted(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name,cut", [*itertools.product(list(CASES)[:3], (2, 4, 7, 8, 12, 13)),
-                                      ("onecycle-bf16", 9), ("workers", 4), ("workers", 7)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,cut",
+    [
+        *itertools.product(list(CASES)[:3], (2, 4, 7, 8, 12, 13)),
+        ("onecycle-bf16", 9),
+        ("workers", 4),
+        ("workers", 7),
+    ],
+)
 def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, name, cut):
     recipe, settings, workers, steps = CASES[name]
     cut = min(cut, EPOCHS * steps - 1)
@@ -122,7 +162,9 @@ def test_resumed_equals_uninterrupted(tmp_path, uninterrupted, name, cut):
     with pytest.raises(InterruptedError):
         run(tmp_path, recipe, workers, save_every_steps=1, callbacks=(Cut(cut),), **settings)
     # other first weights and another state of the generators: all must come from the checkpoint
-    task, result = run(tmp_path, recipe, workers, seed=77, save_every_steps=1, resume="auto", **settings)
+    task, result = run(
+        tmp_path, recipe, workers, seed=77, save_every_steps=1, resume="auto", **settings
+    )
     assert result.history == expected.history
     assert (result.best_epoch, result.best_score) == (expected.best_epoch, expected.best_score)
     assert result.stopped_early == expected.stopped_early
@@ -137,20 +179,35 @@ def test_resume_after_several_cuts_and_sparse_saves(tmp_path, uninterrupted):
     whole, expected = uninterrupted("adamw-ema")
     for cut in (5, 10, 17, 20):
         with pytest.raises(InterruptedError):
-            run(tmp_path, ADAM, ema=0.8, save_every_steps=4, callbacks=(Cut(cut),), resume="auto", seed=cut - 5)
+            run(
+                tmp_path,
+                ADAM,
+                ema=0.8,
+                save_every_steps=4,
+                callbacks=(Cut(cut),),
+                resume="auto",
+                seed=cut - 5,
+            )
     task, result = run(tmp_path, ADAM, ema=0.8, save_every_steps=4, resume="auto", seed=9)
     assert result.history == expected.history and same(task, whole)
     again, repeated = run(tmp_path, ADAM, ema=0.8, resume="auto", seed=3)  # nothing left to do
-    assert repeated.history == expected.history and same(again, whole) and repeated.samples_per_second == 0
+    assert (
+        repeated.history == expected.history
+        and same(again, whole)
+        and repeated.samples_per_second == 0
+    )
 
 
 SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 import time, lightning as L, test_train as t
-class Slow(L.Callback):
-    def on_train_batch_end(self, *_): time.sleep(0.05)
+class Wait(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 9:
+            print("here", flush=True)
+            time.sleep(1000)
 if __name__ == "__main__":
-    t.run({folder!r}, t.ADAM, ema=0.8, save_every_steps=1, callbacks=(Slow(),), resume="auto")
+    t.run({folder!r}, t.ADAM, ema=0.8, save_every_steps=1, callbacks=(Wait(),), resume="auto")
 """
 
 
@@ -163,21 +220,19 @@ def script(tmp_path, text, **names):
 def test_resume_after_kill(tmp_path, uninterrupted):
     whole, expected = uninterrupted("adamw-ema")
     folder = tmp_path / "run"
-    process = subprocess.Popen(script(tmp_path, SCRIPT, folder=str(folder)), start_new_session=True)
-    until = time.monotonic() + 1800
-    while time.monotonic() < until and process.poll() is None:
-        last = folder / "last.ckpt"
-        if last.exists() and read_checkpoint(last)[MARK]["position"][0] >= 1:
-            break
-        time.sleep(0.02)
-    assert process.poll() is None, "the run was over before it could be killed"
+    process = subprocess.Popen(script(tmp_path, SCRIPT, folder=str(folder)), start_new_session=True,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout.readline() == "here\n"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert read_checkpoint(folder / "last.ckpt")[MARK]["position"] == [1, 2]
     task, result = run(folder, ADAM, ema=0.8, resume="auto", seed=8)
     assert result.history == expected.history and same(task, whole)
 
 
-@pytest.mark.parametrize("sent,raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    "sent,raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
 def test_signals(tmp_path, uninterrupted, sent, raised):
     class Send(L.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -203,12 +258,29 @@ def test_same_seed_same_weights_other_seed_others(tmp_path):
 def test_result_and_files(tmp_path):
     task, result = run(tmp_path, save_every=2, ema=0.5, tensorboard=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "best.ckpt", "epoch_0001.ckpt", "epoch_0003.ckpt", "history.csv", "last.ckpt", "tensorboard"]  # fmt: skip
+        "best.ckpt",
+        "epoch_0001.ckpt",
+        "epoch_0003.ckpt",
+        "history.csv",
+        "last.ckpt",
+        "tensorboard",
+    ]
     assert list((tmp_path / "tensorboard").glob("events*"))
     lines = (tmp_path / "history.csv").read_text().splitlines()
     assert lines[0].split(",") == list(result.history) and len(lines) == EPOCHS + 1
-    assert [float(v) for v in lines[2].split(",")] == [values[1] for values in result.history.values()]
-    columns = ("epoch", "step", "lr_all", "train_loss", "train_f1", "valid_loss", "valid_f1", "valid_margin")
+    assert [float(v) for v in lines[2].split(",")] == [
+        values[1] for values in result.history.values()
+    ]
+    columns = (
+        "epoch",
+        "step",
+        "lr_all",
+        "train_loss",
+        "train_f1",
+        "valid_loss",
+        "valid_f1",
+        "valid_margin",
+    )
     assert set(columns) <= set(result.history)
     assert result.best_score == max(result.history["valid_f1"]) and result.epochs_run == EPOCHS
     assert result.samples_per_second > 0 and not result.stopped_early
@@ -229,7 +301,10 @@ def test_a_fresh_start_leaves_nothing_stale(tmp_path):
     assert read_checkpoint(second.best_path)[MARK]["history"] == second.history
     # auto, but another configuration: afresh as well
     _, third = run(tmp_path, epochs=1, clip=0.1, resume="auto")
-    assert third.epochs_run == 1 and json.loads(read_checkpoint(third.last_path)[MARK]["config"])["clip"] == 0.1
+    assert (
+        third.epochs_run == 1
+        and json.loads(read_checkpoint(third.last_path)[MARK]["config"])["clip"] == 0.1
+    )
 
 
 def test_more_epochs_continue_where_the_schedule_allows(tmp_path):
@@ -247,7 +322,11 @@ def test_resume_in_another_folder_brings_the_best_along(tmp_path):
     start = tmp_path / "a" / f"epoch_{EPOCHS - 2:04d}.ckpt"
     task, result = run(tmp_path / "b", resume=start, seed=3, mode="min")
     assert result.history == expected.history and same(task, whole)
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["best.ckpt", "history.csv", "last.ckpt"]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "best.ckpt",
+        "history.csv",
+        "last.ckpt",
+    ]
 
 
 def test_a_best_of_another_time_line_is_refused(tmp_path):
@@ -256,18 +335,26 @@ def test_a_best_of_another_time_line_is_refused(tmp_path):
             return {"f1": [0.5, 0.9, 0.6, 0.95][self.current_epoch]}
 
     run(tmp_path, task=Falling(), save_every=1)
+    shutil.copytree(tmp_path, tmp_path / "whole")
+    for folder, start in ((tmp_path / "whole", "epoch_0002"), (tmp_path, "epoch_0001")):
+        _, result = run(
+            folder, task=Falling(), resume=folder / f"{start}.ckpt"
+        )  # epoch 1 is still there: its own best
+        assert result.best_epoch == 3
+    (tmp_path / "epoch_0001.ckpt").unlink()
     with pytest.raises(ValueError, match=r"best\.ckpt: not the best epoch \(1\) .*epoch_0002"):
         run(tmp_path, task=Falling(), resume=tmp_path / "epoch_0002.ckpt")
-    _, result = run(tmp_path, task=Falling(), resume=tmp_path / "epoch_0001.ckpt")  # is itself its best
-    assert result.best_epoch == 3
 
 
-@pytest.mark.parametrize("mode,scores,patience,ran,best", [
-    ("max", [0.5, 0.5, 0.5, 0.5, 0.9], 2, 3, 0),  # equal is no improvement
-    ("max", [0.1, 0.3, 0.2, 0.25, 0.9], 2, 4, 1),
-    ("min", [0.9, 0.3, 0.4, 0.2, 0.1], 2, 5, 4),
-    ("max", [0.5, 0.4, 0.3, 0.2, 0.1], 0, 5, 0),  # off, and the best still kept
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode,scores,patience,ran,best",
+    [
+        ("max", [0.5, 0.5, 0.5, 0.5, 0.9], 2, 3, 0),  # equal is no improvement
+        ("max", [0.1, 0.3, 0.2, 0.25, 0.9], 2, 4, 1),
+        ("min", [0.9, 0.3, 0.4, 0.2, 0.1], 2, 5, 4),
+        ("max", [0.5, 0.4, 0.3, 0.2, 0.1], 0, 5, 0),  # off, and the best still kept
+    ],
+)
 def test_early_stopping(tmp_path, mode, scores, patience, ran, best):
     class Scripted(Toy):
         def valid_scores(self):
@@ -289,11 +376,17 @@ def test_max_steps(tmp_path):
     assert again.history == result.history
 
 
-@pytest.mark.parametrize("kind,message", [
-    ("truncated", "truncated or not a checkpoint"), ("empty", "truncated"), ("text", "truncated"),
-    ("objects", "objects other than numbers"), ("foreign", "not a checkpoint of this project"),
-])  # fmt: skip
-def test_wrong_checkpoints_are_refused_by_name(tmp_path, kind, message):
+@pytest.mark.parametrize(
+    "kind,message",
+    [
+        ("truncated", "truncated or not a checkpoint"),
+        ("empty", "truncated"),
+        ("text", "truncated"),
+        ("objects", "objects other than numbers"),
+        ("foreign", "not a checkpoint of this project"),
+    ],
+)
+def test_wrong_checkpoints_are_refused_by_name(tmp_path, capsys, kind, message):
     file = tmp_path / f"{kind}.ckpt"
     if kind == "truncated":
         run(tmp_path / "run", epochs=1)
@@ -306,16 +399,23 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path, kind, message):
     with pytest.raises(ValueError, match=f"{kind}.ckpt.*{message}") as error:
         run(tmp_path / "new", resume=file)
     assert "\n" not in str(error.value)
-    file.replace(tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="last.ckpt"):  # auto does not train over a broken file in silence
-        run(tmp_path, resume="auto")
+    content = file.read_bytes()
+    file.replace(tmp_path / "last.ckpt")  # auto sets it aside, says so, and goes on
+    _, result = run(tmp_path, epochs=1, resume="auto")
+    said = capsys.readouterr().out.splitlines()
+    assert [
+        line for line in said if "last.ckpt" in line and message in line and "afresh" in line
+    ] == said[-1:]
+    assert (tmp_path / "last.ckpt.damaged").read_bytes() == content and result.epochs_run == 1
 
 
 def test_checkpoint_of_another_model_or_run(tmp_path):
     _, result = run(tmp_path / "a", epochs=1)
     wide = Toy()
     wide.model[0] = nn.Linear(2, 17)
-    with pytest.raises(ValueError, match=r"last.ckpt: weights of another model: model.0.weight has shape \(17, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"last.ckpt: weights of another model: model.0.weight has shape \(17, 2\)"
+    ):
         load_weights(wide, result.last_path)
     with pytest.raises(ValueError, match="other settings .*clip"):
         run(tmp_path / "a", epochs=1, clip=1.0, resume=result.last_path)
@@ -343,7 +443,385 @@ def test_resume_needs_a_sampler_that_can(tmp_path):
         fit(Toy(), plain, epochs=1, folder=tmp_path, seed=0, device="cpu")
 
 
-# --- losses and metrics -------------------------------------------------------------------------------------------
+# --- whose checkpoint -----------------------------------------------------------------------------
+
+
+def test_a_changed_parameter_is_named_and_starts_afresh(tmp_path, capsys):
+    base = {
+        "notebook": "nbs/x.ipynb",
+        "params": {"label_smoothing": 0.0, "dropout": 0.1},
+        "code": {"a.b": "1"},
+    }
+    run(tmp_path, epochs=1, config=base)
+    again, _ = run(tmp_path, epochs=1, config=base, resume="auto")
+    assert capsys.readouterr().out.splitlines() == ["resumed a finished run"]
+    changes = {
+        "label_smoothing": {"params": {"label_smoothing": 0.1, "dropout": 0.1}},
+        "a.b": {"code": {"a.b": "2"}},
+        "dropout": {"params": {"label_smoothing": 0.1}},
+    }
+    for name, change in changes.items():
+        run(tmp_path, epochs=1, config=base)
+        _, result = run(tmp_path, epochs=1, config=base | change, resume="auto")
+        said = capsys.readouterr().out.splitlines()
+        assert (
+            len(said) == 1 and said[0].startswith("starting afresh: changed ") and name in said[0]
+        )
+        assert result.samples_per_second > 0
+        with pytest.raises(ValueError, match=f"other settings .*{name}"):
+            run(tmp_path, epochs=1, config=base, resume=result.last_path)
+
+
+def test_best_of_another_run_is_refused_after_training(tmp_path):
+    other = run(tmp_path / "other", epochs=2, seed=3, clip=0.5)[1].best_path
+
+    class Thief(L.Callback):  # stands for a second run in this folder
+        def __init__(self, source):
+            self.source = source
+
+        def on_train_end(self, *_):
+            shutil.copy(self.source, tmp_path / "run" / "best.ckpt")
+
+    with pytest.raises(
+        ValueError,
+        match=r"best\.ckpt: holds epoch \d of a run with other clip, .* of this run is epoch",
+    ):
+        run(tmp_path / "run", epochs=2, callbacks=(Thief(other),))
+
+    class Falling(Toy):
+        def valid_scores(self):
+            return {"f1": [0.9, 0.5][self.current_epoch]}
+
+    run(tmp_path / "kept", task=Falling(), epochs=2, save_every=1)
+    with pytest.raises(
+        ValueError,
+        match=r"best\.ckpt: holds epoch 1 of this run, but the best of this run is epoch 0",
+    ):
+        run(
+            tmp_path / "run",
+            task=Falling(),
+            epochs=2,
+            callbacks=(Thief(tmp_path / "kept" / "epoch_0001.ckpt"),),
+        )
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    text = f"""
+    from leansense.core.checkpoint import own_folder
+    own_folder({str(tmp_path)!r}, "nbs/other.ipynb")
+    print("held", flush=True)
+    input()
+    """
+    command = script(tmp_path.parent, textwrap.dedent(text).replace("{", "{{").replace("}", "}}"))
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(RuntimeError, match=rf"process {other.pid}, nbs/other.ipynb") as error:
+            run(tmp_path, epochs=1)
+        assert "\n" not in str(error.value) and not (tmp_path / "last.ckpt").exists()
+    finally:
+        other.kill()
+        other.wait()
+    with own_folder(
+        tmp_path, "a notebook"
+    ):  # free after the holder's death; held by this process: fit may
+        run(tmp_path, epochs=1)
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()} a notebook\n"
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_forked_processes_do_not_keep_the_folder(tmp_path):
+    held = own_folder(tmp_path)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(write)
+        os.read(read, 1)  # lives on until the parent is done
+        os._exit(0)
+    held.close()
+    try:
+        with own_folder(tmp_path, "again") as again:
+            assert again.folder == tmp_path.resolve()
+    finally:
+        os.close(write)
+        os.waitpid(child, 0)
+
+
+# --- what a finished or damaged folder still owes -------------------------------------------------
+
+
+class Scribe(L.Callback):
+    """Files and a state of its own, as a system's callback has them."""
+
+    patterns = ("note_*.txt",)
+
+    def __init__(self):
+        self.scores = []
+
+    def state_dict(self):
+        return {"scores": list(self.scores)}
+
+    def load_state_dict(self, state):
+        self.scores = list(state["scores"])
+
+    def on_validation_end(self, trainer, task):
+        self.scores.append(trainer.global_step)
+
+    def finish(self, folder, task):
+        (folder / "note_final.txt").write_text(f"{self.scores} {len(task.history['epoch'])}")
+
+
+def test_a_finished_run_gives_everything_back(tmp_path):
+    first = Scribe()
+    whole, expected = run(tmp_path, callbacks=(first,), save_every=EPOCHS)
+    for name in ("history.csv", f"epoch_{EPOCHS - 1:04d}.ckpt"):
+        (tmp_path / name).rename(tmp_path / f"was_{name}")  # killed just after the last last.ckpt
+    again = Scribe()
+    task, result = run(tmp_path, callbacks=(again,), save_every=EPOCHS, resume="auto", seed=5)
+    assert again.scores == first.scores and len(first.scores) == EPOCHS
+    assert (tmp_path / "note_final.txt").read_text() == f"{first.scores} {EPOCHS}"
+    assert result.history == expected.history and same(task, whole)
+    for name in ("history.csv", f"epoch_{EPOCHS - 1:04d}.ckpt"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"was_{name}").read_bytes()
+
+
+def test_a_fresh_run_removes_what_callbacks_left(tmp_path):
+    for name in ("note_1.txt", "other.txt", ".last.ckpt.tmp", ".note_1.txt.tmp"):
+        (tmp_path / name).write_text("of another run")
+    run(tmp_path, epochs=1, callbacks=(Scribe(),))
+    assert not (tmp_path / "note_1.txt").exists() and (tmp_path / "other.txt").exists()
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "note_1.txt").write_text("of another run")
+    clear_run(tmp_path)
+    assert (tmp_path / "note_1.txt").exists()
+
+
+def flip(file):
+    """Turn one bit of one weight in a checkpoint over."""
+    weight = read_checkpoint(file)["state_dict"]["model.0.weight"].numpy().tobytes()
+    data = bytearray(file.read_bytes())
+    data[data.find(weight) + 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("hurt", ["cut", "flipped"])
+def test_a_damaged_last_checkpoint_is_set_aside(tmp_path, capsys, hurt):
+    whole, expected = run(tmp_path / "whole", save_every=1)
+
+    def damaged(keep):
+        folder = tmp_path / f"with {keep[0]}"
+        shutil.copytree(tmp_path / "whole", folder)
+        for file in folder.glob("*.ckpt"):
+            if file.name not in (*keep, "last.ckpt"):
+                file.unlink()
+        last = folder / "last.ckpt"
+        flip(last) if hurt == "flipped" else last.write_bytes(last.read_bytes()[:5000])
+        return folder
+
+    best = f"epoch_{expected.best_epoch:04d}.ckpt"
+    for keep, start in (
+        (("epoch_0002.ckpt", best), "epoch_0002.ckpt"),
+        (("best.ckpt",), "best.ckpt"),
+    ):
+        folder = damaged(keep)
+        capsys.readouterr()
+        task, result = run(folder, save_every=1, resume="auto", seed=9)
+        said = capsys.readouterr().out.splitlines()
+        assert (
+            len(said) == 1
+            and "last.ckpt.damaged" in said[0]
+            and said[0].endswith(f"going on from {start}")
+        )
+        assert result.history == expected.history and same(task, whole)
+    # nothing sound of this very run: afresh
+    folder = damaged(("nothing",))
+    task, result = run(folder, resume="auto")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("starting afresh")
+    assert result.history == expected.history and (folder / "last.ckpt.damaged").exists()
+
+
+def test_a_damaged_best_checkpoint_is_no_dead_end(tmp_path, capsys):
+    class Falling(Toy):
+        def valid_scores(self):
+            return {"f1": [0.5, 0.9, 0.6, 0.7][self.current_epoch]}
+
+    whole, expected = run(tmp_path, task=Falling())
+    flip(tmp_path / "best.ckpt")
+    capsys.readouterr()
+    task, result = run(tmp_path, task=Falling(), resume="auto")
+    assert "best.ckpt: missing, damaged" in capsys.readouterr().out
+    assert result.history == expected.history and same(task, whole)
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """Within, no file can grow beyond `size` bytes: what a full disk does, on any machine."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "size,settings,name",
+    [
+        (2000, {}, "last.ckpt"),
+        (30000, dict(tensorboard=True), "tensorboard"),
+        (100_000, {}, "history.csv"),
+    ],
+)
+def test_a_full_disk_is_told_with_the_file(tmp_path, monkeypatch, size, settings, name):
+    import leansense.core.train as module
+
+    class Talkative(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.logger and trainer.global_step == 1:
+                trainer.logger.experiment.add_text("much", "x" * 60_000)
+
+    if name == "history.csv":
+        monkeypatch.setattr(module, "history_csv", lambda history: "0" * 200_000)
+    if name == "tensorboard":
+        monkeypatch.setattr(module.Keeper, "_save", lambda *_: None)
+    with small_files(size), pytest.raises(OSError, match=name) as error:
+        run(tmp_path, epochs=2, callbacks=(Talkative(),), **settings)
+    assert "\n" not in str(error.value) and "make room" in str(error.value)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# --- files of weights -----------------------------------------------------------------------------
+
+
+def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
+    weights = {
+        "state_dict": {"w": torch.arange(64.0), "i": torch.arange(9)},
+        MARK: {"config": "{}", "list": [1, 2.5]},
+    }
+    file = tmp_path / "a.ckpt"
+    torch.save(weights, file)
+    data, noticed, tensors = file.read_bytes(), 0, weights["state_dict"]["w"].numpy().tobytes()
+    start = data.find(tensors)
+    for place in {*range(0, len(data), 7), *range(start, start + len(tensors), 3)}:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            found = load_file(file)
+        except ValueError as error:
+            noticed += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+        else:
+            assert str(found) == str(weights) and not start <= place < start + len(tensors), place
+    assert noticed > len(tensors) // 3
+
+
+@pytest.mark.parametrize(
+    "kind,error,message",
+    [
+        ("missing", FileNotFoundError, "no such file"),
+        ("folder", ValueError, "not a file"),
+        ("pickle", ValueError, "truncated or not a checkpoint"),
+        ("objects", ValueError, "objects other than numbers"),
+        ("nan", ValueError, r"weights of .*nan\.pt hold NaN \(state_dict\.b\)"),
+        ("inf", ValueError, r"weights of .*inf\.pt hold Inf"),
+        ("text.safetensors", ValueError, "cannot be read"),
+    ],
+)
+def test_files_of_weights_that_are_refused(tmp_path, kind, error, message):
+    file = tmp_path / (kind if "." in kind else f"{kind}.pt")
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pickle":
+        file.write_bytes(b"\x80\x04\x95 not all of it")
+    elif kind == "objects":
+        torch.save({"state_dict": nn.Linear(1, 1)}, file)
+    elif kind in ("nan", "inf"):
+        torch.save({"state_dict": {"a": torch.ones(3), "b": torch.tensor([1, float(kind)])}}, file)
+        assert load_file(file)["state_dict"]["a"].sum() == 3  # refused only where it is asked for
+    elif kind != "missing":
+        file.write_text("text")
+    with pytest.raises(error, match=message) as caught:
+        load_file(file, finite=True)
+    assert "\n" not in str(caught.value) and file.name in str(caught.value)
+
+
+def test_weights_that_are_no_numbers_do_not_come_back(tmp_path):
+    task, result = run(tmp_path, epochs=1)
+    kept = read_checkpoint(result.best_path)
+    kept["state_dict"]["model.0.weight"][0] = float("nan")
+    torch.save(kept, result.best_path)
+    with pytest.raises(ValueError, match="best.ckpt hold NaN"):
+        load_weights(task, result.best_path)
+
+
+# --- the weight average ---------------------------------------------------------------------------
+
+
+def test_the_average_warms_up(tmp_path):
+    average = Average(0.99)
+    assert [average.decay_at(n) for n in (1, 8, 90)] == [
+        2 / 11,
+        9 / 18,
+        91 / 100,
+    ] and average.decay_at(10**6) == 0.99
+    # a high decay on two dozen steps: the average must follow the weights, not the first ones
+    _, plain = run(tmp_path / "plain", ADAM, epochs=4)
+    task, _ = run(tmp_path / "average", ADAM, epochs=4, ema=0.999)
+    seed_everything(0)
+    first = Toy(ADAM)
+    last = read_checkpoint(tmp_path / "average" / "last.ckpt")
+    weights = [name for name, _ in first.named_parameters()]
+
+    def distance(one, two):
+        return sum(float((one[name] - two[name]).pow(2).sum()) for name in weights) ** 0.5
+
+    raw = last["current_model_state"]
+    assert distance(last["state_dict"], raw) < 0.5 * distance(first.state_dict(), raw)
+
+
+def test_every_file_scores_what_it_says(tmp_path):
+    stated = {}
+
+    def score(weights):
+        task = Toy(ADAM)
+        task.load_state_dict(weights)
+        metric = MulticlassF1Score(3)
+        task.eval()
+        for batch in loaders()[1]:
+            metric.update(task(batch["x"]), batch["y"])
+        return metric.compute().item()
+
+    class Middle(L.Callback):  # a callback that validates and writes in mid-epoch, as SimBEV's does
+        def on_train_batch_end(self, trainer, task, *_):
+            if trainer.global_step % 6 == 4:
+                before = copy.deepcopy(task.state_dict())
+                with scored_weights(trainer, task):
+                    found = score(task.state_dict())
+                    inside = copy.deepcopy(task.state_dict())
+                assert all(torch.equal(v, before[k]) for k, v in task.state_dict().items())
+                assert all(
+                    torch.equal(v, inside[k]) for k, v in averaged_weights(trainer, task).items()
+                )
+                file = tmp_path / f"middle_{trainer.global_step}.ckpt"
+                torch.save({"state_dict": averaged_weights(trainer, task)}, file)
+                stated[file.name] = found
+
+    _, result = run(tmp_path, ADAM, ema=0.9, save_every=1, callbacks=(Middle(),))
+    for epoch, value in enumerate(result.history["valid_f1"]):
+        stated[f"epoch_{epoch:04d}.ckpt"] = value
+    stated |= {"best.ckpt": result.best_score, "last.ckpt": result.history["valid_f1"][-1]}
+    assert (
+        set(stated) == {file.name for file in tmp_path.glob("*.ckpt")}
+        and len(set(stated.values())) > 1
+    )
+    for name, value in stated.items():
+        assert score(load_file(tmp_path / name)["state_dict"]) == pytest.approx(value, abs=1e-6), (
+            name
+        )
+
+
+# --- losses and metrics ---------------------------------------------------------------------------
 
 
 class Given(Task):
@@ -361,8 +839,18 @@ def test_epoch_loss_is_weighted_by_size(tmp_path):
     logits = torch.tensor([[2.0, 1, 0], [0, 0, 0], [0, 3, 0]])
     data = Indexed(TensorDataset(logits, torch.tensor([0, 2, 1])))
     train = loader(data, 2, seed=0, shuffle=False, train=True)
-    result = fit(Given(), train, loader(data, 2, seed=0, shuffle=False), epochs=1, folder=tmp_path, seed=0,
-                 monitor="valid_loss", mode="min", device="cpu", progress=False)  # fmt: skip
+    result = fit(
+        Given(),
+        train,
+        loader(data, 2, seed=0, shuffle=False),
+        epochs=1,
+        folder=tmp_path,
+        seed=0,
+        monitor="valid_loss",
+        mode="min",
+        device="cpu",
+        progress=False,
+    )
     assert result.history["train_loss"] == pytest.approx([0.5337138], abs=1e-6)
     assert result.history["valid_loss"] == pytest.approx([0.5337138], abs=1e-6)
 
@@ -387,7 +875,9 @@ def test_non_finite_loss_stops_and_names_everything(tmp_path, value):
     class Breaking(Toy):
         def step(self, batch):
             loss, extra = super().step(batch)
-            return (loss * value if self.training and self.trainer.global_step == 8 else loss), extra
+            return (
+                loss * value if self.training and self.trainer.global_step == 8 else loss
+            ), extra
 
     with pytest.raises(NonFiniteLoss) as error:
         run(tmp_path, task=Breaking(), save_every_steps=5)
@@ -397,6 +887,59 @@ def test_non_finite_loss_stops_and_names_everything(tmp_path, value):
     assert f"loss is {value} at step 8 of epoch 1, samples {ids}" in str(error.value)
     assert str(error.value).endswith(f"last good checkpoint: {tmp_path / 'last.ckpt'}")
     assert read_checkpoint(tmp_path / "last.ckpt")[MARK]["position"] == [1, 0]
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple", "object"])
+def test_non_finite_loss_names_the_samples_in_any_batch(tmp_path, form):
+    class Box:
+        def __init__(self, batch):
+            self.x, self.id = batch
+
+    class Breaking(Toy):
+        def step(self, batch):
+            x, names = (
+                (batch.x, batch.id)
+                if form == "object"
+                else (batch["x"], batch["ids"])
+                if form == "dict"
+                else batch
+            )
+            bad = "field_3" in names and not self.training
+            return self.model(x).sum() * (float("nan") if bad else 1.0), {}
+
+        def count(self, batch):
+            return 4
+
+    class Named(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, key):
+            return torch.ones(2), f"field_{key[1]}"
+
+    def collate(items):
+        x, names = torch.stack([x for x, _ in items]), [name for _, name in items]
+        return {"dict": dict(x=x, ids=names), "tuple": (x, names), "object": Box((x, names))}[form]
+
+    made = [
+        loader(Named(), 4, seed=0, shuffle=False, train=train, collate=collate)
+        for train in (True, False)
+    ]
+    with pytest.raises(
+        NonFiniteLoss, match=r"validation loss is nan .* samples \['field_0', .*'field_3'\]"
+    ):
+        fit(
+            Breaking(),
+            *made,
+            epochs=1,
+            folder=tmp_path,
+            seed=0,
+            monitor="train_loss",
+            mode="min",
+            device="cpu",
+            progress=False,
+            tensorboard=False,
+        )
 
 
 def test_non_finite_validation_is_an_error(tmp_path):
@@ -428,14 +971,22 @@ def test_metric_collections_survive_mid_epoch():
     assert isinstance(MeanMetric(), nn.Module)
 
 
-# --- settings -----------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong,message", [
-    (dict(amp="fp16", device="cpu"), "fp16"), (dict(amp="int8"), "amp='int8'"), (dict(mode="best"), "mode='best'"),
-    (dict(epochs=0), "epochs=0"), (dict(accumulate=0), "accumulate=0"), (dict(ema=1.0), "ema=1.0"),
-    (dict(clip=-1.0), "clip"), (dict(device="tpu"), "device='tpu'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        (dict(amp="fp16", device="cpu"), "fp16"),
+        (dict(amp="int8"), "amp='int8'"),
+        (dict(mode="best"), "mode='best'"),
+        (dict(epochs=0), "epochs=0"),
+        (dict(accumulate=0), "accumulate=0"),
+        (dict(ema=1.0), "ema=1.0"),
+        (dict(clip=-1.0), "clip"),
+        (dict(device="tpu"), "device='tpu'"),
+    ],
+)
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message) as error:
         Settings(**{"epochs": 1, "folder": "x", "seed": 0, **wrong})
@@ -454,7 +1005,7 @@ def test_process_settings_are_put_back(tmp_path):
     assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
 
 
-# --- loaders ------------------------------------------------------------------------------------------------------
+# --- loaders --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size,drop", [(0, False), (3, True)])
@@ -491,12 +1042,16 @@ def test_sampler_shares_out(monkeypatch, train):
     assert not train or len({len(share) for share in shares}) == 1
 
 
-# --- groups and schedules -----------------------------------------------------------------------------------------
+# --- groups and schedules -------------------------------------------------------------------------
 
 
 def test_groups_are_exact():
-    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.LayerNorm((2, 2)), "c": nn.Conv2d(1, 1, 3)})
-    made = param_groups(model, [Group("a", [model["a"]], lr=0.1), Group("rest")], lr=1.0, weight_decay=0.5)
+    model = nn.ModuleDict(
+        {"a": nn.Linear(2, 2), "b": nn.LayerNorm((2, 2)), "c": nn.Conv2d(1, 1, 3)}
+    )
+    made = param_groups(
+        model, [Group("a", [model["a"]], lr=0.1), Group("rest")], lr=1.0, weight_decay=0.5
+    )
     assert [(g["name"], g["lr"], g["weight_decay"], len(g["params"])) for g in made] == [
         ("a", 0.1, 0.5, 1), ("a_no_decay", 0.1, 0.0, 1),
         ("rest", 1.0, 0.5, 1), ("rest_no_decay", 1.0, 0.0, 3)]  # fmt: skip
@@ -506,13 +1061,22 @@ def test_groups_are_exact():
     assert sum(len(g["params"]) for g in param_groups(model, [Group("all")], weight_decay=0.5)) == 4
 
 
-@pytest.mark.parametrize("groups,message", [
-    (lambda m: [Group("a", [m[0]])], r"in no group: 1.weight, 1.bias"),
-    (lambda m: [Group("a", [m[0]]), Group("b", [m])], r"two groups: 0.weight \(a, b\), 0.bias \(a, b\)"),
-    (lambda m: [Group("a", [nn.Linear(3, 1)]), Group("b")], r"'a' claims a \(1, 3\) parameter not in the model"),
-    (lambda m: [Group("a"), Group("b")], "one at most takes the rest"),
-    (lambda m: [Group("a", [m[0]]), Group("a")], "names must differ"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "groups,message",
+    [
+        (lambda m: [Group("a", [m[0]])], r"in no group: 1.weight, 1.bias"),
+        (
+            lambda m: [Group("a", [m[0]]), Group("b", [m])],
+            r"two groups: 0.weight \(a, b\), 0.bias \(a, b\)",
+        ),
+        (
+            lambda m: [Group("a", [nn.Linear(3, 1)]), Group("b")],
+            r"'a' claims a \(1, 3\) parameter not in the model",
+        ),
+        (lambda m: [Group("a"), Group("b")], "one at most takes the rest"),
+        (lambda m: [Group("a", [m[0]]), Group("a")], "names must differ"),
+    ],
+)
 def test_unclear_groups(groups, message):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     with pytest.raises(ValueError, match=message):
@@ -529,7 +1093,9 @@ def test_cosine_vector():
 def test_the_floor_is_absolute_for_every_group(kind):
     warmup = 2 if kind == "warmup_cosine" else 0
     recipe = Recipe(schedule=kind, floor=1e-5, warmup=warmup)
-    dummy = torch.optim.SGD([dict(params=[nn.Parameter(torch.zeros(1))], lr=peak) for peak in (1e-3, 1e-4)], lr=1.0)
+    dummy = torch.optim.SGD(
+        [dict(params=[nn.Parameter(torch.zeros(1))], lr=peak) for peak in (1e-3, 1e-4)], lr=1.0
+    )
     clock = scheduler(dummy, recipe, epochs=10, steps=0)
     tops = []
     for _ in range(10):
@@ -548,7 +1114,9 @@ def test_schedules_step_as_often_as_said(tmp_path):
     _, result = run(tmp_path / "a", ONECYCLE)
     assert result.history["lr_all"] == curve[::6] and max(curve) == pytest.approx(0.02, rel=0.01)
     _, result = run(tmp_path / "b", Recipe(lr=0.02, schedule="cosine"), accumulate=2)
-    assert result.history["lr_all"] == [row[0] for row in rates(Recipe(schedule="cosine"), [0.02], EPOCHS)]
+    assert result.history["lr_all"] == [
+        row[0] for row in rates(Recipe(schedule="cosine"), [0.02], EPOCHS)
+    ]
 
 
 def test_plateau_follows_the_monitor(tmp_path):
@@ -561,28 +1129,39 @@ def test_plateau_follows_the_monitor(tmp_path):
     assert result.history["lr_all"] == [0.08, 0.08, 0.08, 0.08, 0.04]
 
 
-@pytest.mark.parametrize("recipe,message", [
-    (dict(schedule="cosine", t_max=9), "t_max=9 ends before the run of 10"),
-    (dict(schedule="onecycle", per="step", t_max=50), "t_max=50 ends before the run of 100"),
-    (dict(schedule="warmup_cosine", warmup=10), "warmup=10 leaves nothing"),
-    (dict(schedule="cosine", floor=0.1), "floor=0.1 is above the peak"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe,message",
+    [
+        (dict(schedule="cosine", t_max=9), "t_max=9 ends before the run of 10"),
+        (dict(schedule="onecycle", per="step", t_max=50), "t_max=50 ends before the run of 100"),
+        (dict(schedule="warmup_cosine", warmup=10), "warmup=10 leaves nothing"),
+        (dict(schedule="cosine", floor=0.1), "floor=0.1 is above the peak"),
+    ],
+)
 def test_schedules_that_would_misbehave(recipe, message):
     with pytest.raises(ValueError, match=message) as error:
         rates(Recipe(**recipe), [1e-3], epochs=10, steps=100)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("recipe", [
-    dict(optimizer="adamax"), dict(schedule="linear"), dict(per="batch"), dict(warmup=1), dict(floor=0.1),
-    dict(lr=-1.0), dict(schedule="plateau", per="step"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        dict(optimizer="adamax"),
+        dict(schedule="linear"),
+        dict(per="batch"),
+        dict(warmup=1),
+        dict(floor=0.1),
+        dict(lr=-1.0),
+        dict(schedule="plateau", per="step"),
+    ],
+)
 def test_recipes_that_make_no_sense(recipe):
     with pytest.raises(ValueError):
         Recipe(**recipe)
 
 
-# --- two processes ------------------------------------------------------------------------------------------------
+# --- two processes --------------------------------------------------------------------------------
 
 DDP = """
 import sys; sys.path.insert(0, {tests!r})
@@ -615,14 +1194,33 @@ if __name__ == "__main__":
 
 
 def test_two_processes(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    done = subprocess.run(script(tmp_path, DDP, folder=str(tmp_path)), env=environment | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=1800)  # fmt: skip
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    }
+    done = subprocess.run(
+        script(tmp_path, DDP, folder=str(tmp_path)),
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    (one, again), (two, other) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert one["history"] == two["history"] and one["weights"] == two["weights"] and one["best"] == two["best"]
+    (one, again), (two, other) = (
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert (
+        one["history"] == two["history"]
+        and one["weights"] == two["weights"]
+        and one["best"] == two["best"]
+    )
     for epoch, training in itertools.product((0, 1), (True, False)):
-        seen = sorted(i for r in (one, two) for t, e, ids in r["ids"] if (t, e) == (training, epoch) for i in ids)
+        seen = sorted(
+            i
+            for r in (one, two)
+            for t, e, ids in r["ids"]
+            if (t, e) == (training, epoch)
+            for i in ids
+        )
         assert seen == list(range(SAMPLES if training else VALID))
     # cut in the middle of the second epoch and continued: each process has its own generators back
     assert again["history"] == other["history"] == one["history"]

@@ -17,7 +17,7 @@ from leansense.layers import upsample_conv as uc
 from leansense.layers.norm_act import ACTIVATIONS, NormAct, fuse, norm_act
 from leansense.layers.upsample_conv import UpsampleConv2d, axis_adjoint, axis_weights, upsample_conv
 
-native = pytest.mark.skipif(bool(uc.why_not("upsample_conv", uc.SOURCE) or na.why_not("norm_act", na.SOURCE)),
+native = pytest.mark.skipif(bool(uc.why_not("upsample_conv", uc.SOURCE) or na.why_not("norm_act", na.SOURCE, na.FLAGS)),
                             reason="no C compiler")
 
 
@@ -266,3 +266,18 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
+
+
+@native
+@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
+def test_norm_uses_all_threads(monkeypatch, act):
+    """Every loop over a map runs in as many parts as there are threads, two forward and two backward."""
+    parts, before, run = [], torch.get_num_threads(), na.parallel
+    monkeypatch.setattr(na, "parallel", lambda tasks: (parts.append(len(tasks)), run(tasks)))
+    x = torch.randn(2, 24, 40, 40).contiguous(memory_format=torch.channels_last).requires_grad_()
+    try:
+        torch.set_num_threads(2)
+        norm_act(x, nn.BatchNorm2d(24), act, "cc").sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert parts == [2, 2, 2, 2]

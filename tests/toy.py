@@ -29,12 +29,14 @@ home = run.claim("toy")"""),
     file.write(f"{out.split('/')[-1]} start\\n")
 if fail:
     raise ValueError(f"heads=5 does not divide 144, see {root()}/papers/toy/rows.yaml and /opt/some where/x.csv")
-state = home / "state.json"  # a checkpoint: three steps, each kept
-step, total = json.loads(state.read_text()) if state.exists() else (0, 0)
+state = home / "state.json"  # a checkpoint: three steps, each kept, of this value only
+step, total, of = json.loads(state.read_text()) if state.exists() else (0, 0, value)
+if of != value:
+    step, total = 0, 0
 while step < 3:
     time.sleep(sleep / 3)
     step, total = step + 1, total + value * (step + 1)
-    write_atomic(state, json.dumps([step, total]))
+    write_atomic(state, json.dumps([step, total, value]))
 found = sorted(path.name for path in Path(data).iterdir()) if data else []
 score = value * 10 + seed + total - value * 6
 run.finish({"score": score, "files": found}, {}, {"name": "none", "fingerprint": ""}, {"device": "cpu", "threads": 1})"""),

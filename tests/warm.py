@@ -10,6 +10,9 @@ server: whoever sets such a variable (TRITON_INTERPRET) must start cold. `paperm
 kernel from a second fork.
 """
 
+import atexit
+import ctypes
+import gc
 import json
 import os
 import select
@@ -17,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -134,6 +138,7 @@ def lend_kernel() -> None:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
+        end_with_parent()
         os.setsid()
         os.close(writing)
         with os.fdopen(reading) as pipe:
@@ -186,7 +191,7 @@ def execute(command: list[str]) -> None:
         from papermill.__main__ import papermill
 
         sys.argv = command
-        papermill(standalone_mode=False)
+        papermill()
     else:
         assert arguments[0] == "-c", command
         sys.argv = ["-c", *arguments[2:]]
@@ -198,6 +203,9 @@ def serve() -> dict:
     """Answer commands; returns only in a forked child, with what it has to do."""
     for name in LIBRARIES:
         __import__(name)
+    gc.collect()
+    gc.freeze()  # children look for garbage among their own objects only
+    say("ready")
     while True:
         line = sys.stdin.readline()
         if not line:
@@ -210,6 +218,21 @@ def serve() -> dict:
         say([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime])
 
 
+def end_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def leave(code: int) -> None:
+    """End as the interpreter does, without taking the libraries apart."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def say(what) -> None:
     os.write(ANSWERS, (json.dumps(what) + "\n").encode())
 
@@ -219,8 +242,9 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # what libraries print while they are imported is no answer
     sys.path[0] = ""
     os.chdir("/")
-    say("ready")
+    end_with_parent()
     job = serve()
+    end_with_parent()
     os.close(ANSWERS)
     os.setsid()
     for number, where in ((0, os.devnull), (1, job["files"][0]), (2, job["files"][1])):
@@ -233,8 +257,12 @@ if __name__ == "__main__":
     sys.path[:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     try:
         execute(job["command"])
-    except SystemExit:
-        raise
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else end.code is not None
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
-        sys.exit(1)
+        code = 1
+    leave(int(code))

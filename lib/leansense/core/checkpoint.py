@@ -59,7 +59,7 @@ class Owned:
     def __exit__(self, *_) -> None:
         self.close()
 
-
+# %% ../../../nbs/core/26_checkpoint.ipynb #fe2289da
 def _locked(folder: Path):
     """folder/.lock, open and locked; RuntimeError naming the process that holds it already."""
     while True:
@@ -71,11 +71,14 @@ def _locked(folder: Path):
             pid, _, holder = file.read().strip().partition(" ")
             file.close()
             raise RuntimeError(
-                f"{folder}: another run is at work here (process {pid or 'unknown'}{holder and f', {holder}'}):"
+                f"{folder}: another run is at work here"
+                f" (process {pid or 'unknown'}{holder and f', {holder}'}):"
                 " wait for it, stop it, or give this one another folder"
             ) from None
         except OSError as error:
-            print(f"{folder}: cannot be locked here ({error.strerror}): see that no other run uses it")
+            print(
+                f"{folder}: cannot be locked here ({error.strerror}): see that no other run uses it"
+            )
             return file
         try:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
@@ -86,7 +89,7 @@ def _locked(folder: Path):
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #6fdceac7
 def own_folder(folder: str | Path, who: str = "") -> Owned:
-    """Lock `folder`, made when missing, for this process; RuntimeError naming the process that holds it already."""
+    """Lock `folder`, made when missing; RuntimeError naming the process that holds it already."""
     if rank_zero_only.rank:
         return Owned(None)
     folder = Path(folder).resolve()
@@ -106,8 +109,9 @@ def naming_file(path: str | Path):
     """An OSError raised inside names `path`, unless it names a file already."""
     try:
         yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
+    except (OSError, RuntimeError) as error:  # PyTorch's zip writer hides the one behind the other
+        error = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(error, OSError) or error.filename is not None or error.errno is None:
             raise
         advice = "make room or choose another folder, then start again"
         raise OSError(error.errno, f"{os.strerror(error.errno)} ({advice})", str(path)) from None
@@ -143,13 +147,17 @@ class AtomicIO(TorchCheckpointIO):
         with _replacing(path) as file:
             torch.save(checkpoint, file)
 
-    def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
-        handed_over = Path(path).name == ".temp.ckpt"  # what Lightning's processes give to their parent: bare weights
+    def load_checkpoint(
+        self, path: str | Path, map_location=None, weights_only: bool | None = None
+    ) -> dict:
+        handed_over = (
+            Path(path).name == ".temp.ckpt"
+        )  # what Lightning's processes give to their parent: bare weights
         return load_file(path) if handed_over else read_checkpoint(path)
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #4757818c
 def _damage(path: Path) -> str:
-    """The member of the zip archive at `path` that does not fit its checksum; empty: none, or no archive."""
+    """The member of a zip archive that does not fit its checksum; empty: none, or no archive."""
     if not zipfile.is_zipfile(path):
         return ""
     with zipfile.ZipFile(path) as archive:
@@ -157,8 +165,15 @@ def _damage(path: Path) -> str:
 
 
 def _tensors(content: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors inside `content` by name; the optimiser's and the loop's own numbers are left out."""
-    others = {MARK, "optimizer_states", "optimizer_state_dict", "callbacks", "loops", "lr_schedulers"}
+    """All tensors inside `content` by name, without the optimiser's and the loop's own."""
+    others = {
+        MARK,
+        "optimizer_states",
+        "optimizer_state_dict",
+        "callbacks",
+        "loops",
+        "lr_schedulers",
+    }
     if torch.is_tensor(content):
         yield name, content
     elif isinstance(content, (dict, list, tuple)):
@@ -167,20 +182,22 @@ def _tensors(content: object, name: str = "") -> Iterator[tuple[str, torch.Tenso
             if name or key not in others:
                 yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
-
+# %% ../../../nbs/core/26_checkpoint.ipynb #2f74bb2b
 def check_finite(weights: object, path: str | Path) -> None:
     """ValueError naming `path` and the first tensor inside `weights` that holds NaN or Inf."""
     for name, value in _tensors(weights):
         if value.is_floating_point() and not value.isfinite().all():
             what = "NaN" if value.isnan().any() else "Inf"
-            raise ValueError(f"weights of {path} hold {what} ({name}): train again or name another file")
+            raise ValueError(
+                f"weights of {path} hold {what} ({name}): train again or name another file"
+            )
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #5b74291c
 MARK = "leansense"  # the key under which a checkpoint of ours keeps what Lightning does not
 
 
 def load_file(path: str | Path, finite: bool = False) -> object:
-    """What torch.save or safetensors wrote to `path`, on the CPU; ValueError naming a file that is not whole."""
+    """What torch.save or safetensors wrote to `path`, on the CPU; ValueError: not whole."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file of weights")
@@ -196,13 +213,19 @@ def load_file(path: str | Path, finite: bool = False) -> object:
             damaged = _damage(path)
             why = f"damaged: {damaged} does not fit its checksum" if damaged else why
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a pickle of another kind: what matters is said below
-                content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+                warnings.simplefilter(
+                    "ignore"
+                )  # a pickle of another kind: what matters is said below
+                content = (
+                    None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+                )
     except PermissionError:
         content, why = None, "no permission to read it"
     except Exception as error:  # whatever torch, pickle, zip or safetensors say of a foreign file
         content, said = None, str(error)
-        objects = any(words in said for words in ("Unsupported global", "unsupported GLOBAL", "call reduce"))
+        objects = any(
+            words in said for words in ("Unsupported global", "unsupported GLOBAL", "call reduce")
+        )
         why = "holds objects other than numbers" if objects else why
     if content is None:
         raise ValueError(f"{path}: cannot be read ({why}): delete it or name another")
@@ -210,27 +233,40 @@ def load_file(path: str | Path, finite: bool = False) -> object:
         check_finite(content, path)
     return content
 
-
+# %% ../../../nbs/core/26_checkpoint.ipynb #2b523d72
 def read_checkpoint(path: str | Path, finite: bool = False) -> dict:
-    """The checkpoint at `path`, on the CPU; ValueError naming the file when it is broken or not one of ours."""
+    """The checkpoint at `path`, on the CPU; ValueError naming it: broken or not one of ours."""
     content = load_file(path, finite)
-    if not isinstance(content, dict) or not isinstance(content.get(MARK), dict) or "state_dict" not in content:
-        raise ValueError(f"{path}: not a checkpoint of this project: name one that its training wrote")
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get(MARK), dict)
+        or "state_dict" not in content
+    ):
+        raise ValueError(
+            f"{path}: not a checkpoint of this project: name one that its training wrote"
+        )
     return content
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #5f11f5ca
 def check_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """ValueError naming `path` and the first difference unless `weights` fit `module` by name and shape."""
-    have = {name: tuple(value.shape) for name, value in module.state_dict().items() if torch.is_tensor(value)}
+    """ValueError naming the first difference unless `weights` fit `module` by name and shape."""
+    have = {
+        name: tuple(value.shape)
+        for name, value in module.state_dict().items()
+        if torch.is_tensor(value)
+    }
     given = {name: tuple(value.shape) for name, value in weights.items() if torch.is_tensor(value)}
     for name in [*have, *given]:
         if have.get(name) != given.get(name):
             model, file = (f"shape {d[name]}" if name in d else "none" for d in (have, given))
-            raise ValueError(f"{path}: weights of another model: {name} has {model} in the model, {file} in the file")
+            raise ValueError(
+                f"{path}: weights of another model:"
+                f" {name} has {model} in the model, {file} in the file"
+            )
 
 
 def load_weights(module: nn.Module, path: str | Path) -> nn.Module:
-    """Load the weights of the checkpoint at `path` (the averaged ones, where averaging was on) into `module`."""
+    """Load the weights of a checkpoint (averaged ones, where averaging was on) into `module`."""
     weights = read_checkpoint(path, finite=True)["state_dict"]
     check_weights(module, weights, path)
     module.load_state_dict(weights)
@@ -238,7 +274,7 @@ def load_weights(module: nn.Module, path: str | Path) -> nn.Module:
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #94d2ddbf
 def rng_state() -> dict:
-    """The state of the global generators of Python, NumPy and PyTorch, as plain numbers and tensors."""
+    """State of the global generators of Python, NumPy and PyTorch, as numbers and tensors."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -273,7 +309,10 @@ def metric_state(module: nn.Module) -> dict[str, dict]:
         return [v.cpu() for v in value] if isinstance(value, list) else value.cpu()
 
     return {
-        name: {"updates": metric._update_count, "state": {k: cpu(v) for k, v in metric.metric_state.items()}}
+        name: {
+            "updates": metric._update_count,
+            "state": {k: cpu(v) for k, v in metric.metric_state.items()},
+        }
         for name, metric in found.items()
     }
 
@@ -283,6 +322,10 @@ def set_metric_state(module: nn.Module, state: dict[str, dict]) -> None:
     for name, saved in state.items():
         metric = module.get_submodule(name)
         for key, value in saved["state"].items():
-            moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
+            moved = (
+                [v.to(metric.device) for v in value]
+                if isinstance(value, list)
+                else value.to(metric.device)
+            )
             setattr(metric, key, moved)
         metric._update_count, metric._computed = saved["updates"], None

@@ -42,7 +42,9 @@ class EpochSampler(Sampler):
 
     def start_at(self, epoch: int, position: int) -> None:
         """Go to `epoch` and begin it, and only it, at this process's `position`-th sample."""
-        self.set_epoch(epoch)  # Lightning opens the first iterator, and workers read ahead, before it says which epoch
+        self.set_epoch(
+            epoch
+        )  # Lightning opens the first iterator, and workers read ahead, before it says which epoch
         self.start = (epoch, position)
 
     def order(self) -> np.ndarray:

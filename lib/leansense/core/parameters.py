@@ -115,7 +115,7 @@ def _parameter(node: ast.stmt, comment: str, where: str) -> Parameter:
         raise ValueError(f"{where}: '{name}' needs a comment with unit and meaning")
     return parameter
 
-
+# %% ../../../nbs/core/05_parameters.ipynb #bb163c8c
 def parse(source: str, where: str = "parameters cell") -> dict[str, Parameter]:
     """The parameters that a cell's `source` declares, by name and in its order."""
     try:
@@ -169,7 +169,7 @@ def complaints(values: dict, parameters: dict[str, Parameter]) -> list[str]:
             lines.append(f"parameter '{name}' must be finite, got {value!r}")
     return lines
 
-# %% ../../../nbs/core/05_parameters.ipynb #fc70551e
+# %% ../../../nbs/core/05_parameters.ipynb #50ba1b4a
 OWNED = frozenset(
     {
         "out",
@@ -186,7 +186,7 @@ OWNED = frozenset(
     }
 )
 
-# %% ../../../nbs/core/05_parameters.ipynb #76339515
+# %% ../../../nbs/core/05_parameters.ipynb #ef5d8edb
 def _assigned(source: str) -> list[ast.stmt]:
     """The assignments at the top level of a cell, none if it is not Python."""
     try:
@@ -227,7 +227,7 @@ def _misspelt(namespace: dict, parameters: dict[str, Parameter]) -> set[str]:
             }
     return found & set(namespace)
 
-# %% ../../../nbs/core/05_parameters.ipynb #d5fb4e4c
+# %% ../../../nbs/core/05_parameters.ipynb #c5170934
 MEMORY = "_parameters_as_given"  # where a session keeps the values that its first cell found
 
 
@@ -258,7 +258,7 @@ def rebound(notebook: str | Path) -> set[str]:
             found |= {n.asname or n.name for n in nodes if isinstance(n, ast.alias)}
     return found
 
-# %% ../../../nbs/core/05_parameters.ipynb #3145ce22
+# %% ../../../nbs/core/05_parameters.ipynb #1e087f0a
 def _given(name: str, own: set[str], namespace: dict) -> object:
     """The value that the user gave to a parameter which the statements `own` assign anew."""
     earlier = value = namespace.get(MEMORY, {}).get(name, namespace[name])

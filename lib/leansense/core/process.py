@@ -22,7 +22,7 @@ PARENT = "LEANSENSE_PARENT"  # environment variable: the mark of the process tha
 
 
 def _machine() -> str:
-    """A word for where process numbers mean what they mean here: the host, and in a container its own numbers."""
+    """A word for where process numbers mean the same as here: the host, and the container."""
     try:
         return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}".replace(" ", "_")
     except OSError:
@@ -30,20 +30,23 @@ def _machine() -> str:
 
 
 def mark(pid: int | None = None) -> str:
-    """What names a process for good: machine, process number, and second of birth; this process by default."""
+    """What names a process (this one) for good: machine, number, and second of birth."""
     process = psutil.Process(pid)
     return f"{_machine()} {process.pid} {process.create_time():.0f}"
 
 
 def lives(mark: str) -> bool | None:
-    """Whether the marked process lives; None when that cannot be told: another machine, or no mark."""
+    """Whether the marked process lives; None when that cannot be told: elsewhere, or no mark."""
     machine, pid, birth = (mark.split() + ["", "", ""])[:3]
     if machine != _machine() or not (pid.isdigit() and birth.isdigit()):
         return None
     try:
         process = psutil.Process(int(pid))
         # the clock may have been set since, by seconds
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - int(birth)) < 30
+        return (
+            process.status() != psutil.STATUS_ZOMBIE
+            and abs(process.create_time() - int(birth)) < 30
+        )
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:
@@ -58,7 +61,7 @@ def _kill(family: list[psutil.Process]) -> None:
 
 
 def end_with(mark: str, every: float = 0.5) -> None:
-    """End this process and its descendants at once when the marked process is gone; looks each `every` seconds."""
+    """End this process and its descendants when the marked one is gone; looks each `every` s."""
 
     def watch() -> None:
         while lives(mark) is not False:
@@ -89,7 +92,7 @@ def stop(process: subprocess.Popen, patience: float = 10.0) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; one that is ignored (nohup) stays so."""
+    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt; one that is ignored (nohup) stays so."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)

@@ -10,22 +10,36 @@ import statistics
 
 from .paths import root, write_atomic
 from .record import read
-from .rows import read_matrix, read_rows, systems
+from .rows import Row, read_matrix, read_rows, systems
 
 # %% ../../../nbs/core/15_readme.ipynb #bfb0cb4d
 def _value(record: dict, path: str) -> float:
     """The number at a dotted path of a record."""
     found = record if path.startswith("cost.") else record["metrics"]
     for key in path.split("."):
-        found = found[key]
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, (int, float)):
+        raise ValueError(f"headline of rows.yaml: no number '{path}' in a record of its row")
     return found
+
+
+def _record(row: Row) -> dict | None:
+    """A row's record; None where there is none, or none that can be read."""
+    try:
+        return read(row.record)
+    except (FileNotFoundError, ValueError):
+        return None
 
 # %% ../../../nbs/core/15_readme.ipynb #63eef18f
 def headline(system: str) -> tuple[str, str]:
     """What a system's headline measured (mean ± sd over seeds, in words) and on which data; dashes without records."""
     head = read_matrix(system).get("headline") or {}
-    rows = [row for row in read_rows(system) if (row.table, row.name) == (head.get("table"), head.get("row"))]
-    records = [read(row.record) for row in rows if row.record.exists()]
+    rows = [
+        row
+        for row in read_rows(system)
+        if (row.table, row.name) == (head.get("table"), head.get("row"))
+    ]
+    records = [record for row in rows if (record := _record(row)) is not None]
     if not records:
         return "–", "–"
     values = [_value(record, head["metric"]) * head.get("scale", 1) for record in records]
@@ -40,12 +54,17 @@ def headline(system: str) -> tuple[str, str]:
 # %% ../../../nbs/core/15_readme.ipynb #fe560cd8
 def block() -> str:
     """The README's table of systems, as Markdown."""
-    lines = ["| system | notebooks | measured here (scale demo) | data | paper |", "|---|---|---|---|---|"]
+    lines = [
+        "| system | notebooks | measured here (scale demo) | data | paper |",
+        "|---|---|---|---|---|",
+    ]
     for system in systems():
         measured, data = headline(system)
         title = read_matrix(system).get("title", system)
-        lines.append(f"| **{system}** — {title} | [nbs/{system}](nbs/{system}) | {measured} | {data} "
-                     f"| [papers/{system}](papers/{system}) |")
+        lines.append(
+            f"| **{system}** — {title} | [nbs/{system}](nbs/{system}) | {measured} | {data} "
+            f"| [papers/{system}](papers/{system}) |"
+        )
     return "\n".join(lines)
 
 # %% ../../../nbs/core/15_readme.ipynb #bf2eab49

@@ -26,10 +26,10 @@ from .digest import code_key, digest
 from .parameters import MEMORY, OWNED, checked, declared, rebound
 from .paths import resolve, root, write_atomic
 
-# %% ../../../nbs/core/14_record.ipynb #b9c09659
+# %% ../../../nbs/core/14_record.ipynb #231ed21e
 _QUOTED = re.compile(r"""(["'`])(?:file://)?(/[^"'`\n]+)\1""")
 _BARE = re.compile(
-    r"""(?<![\w./~:%-])(?:file://)?/(?:[^\s/"'`,;:()\[\]{}<>|]+/)*([^\s/"'`,;:()\[\]{}<>|]+)/?"""
+    r"""(?<![\w./~-])(?:file://)?/(?:[^\s/"'`,;:()\[\]{}<>|]+/)*([^\s/"'`,;:()\[\]{}<>|]+)/?"""
 )
 
 
@@ -42,7 +42,7 @@ def without_paths(value: object) -> object:
     if not isinstance(value, (str, Path)):
         return value
     text = str(value)
-    if os.path.isabs(text) and (Path(text) == root() or "\n" not in text and os.path.lexists(text)):
+    if os.path.isabs(text) and not re.search(r"\n|: | /", text):
         return _short(Path(text))
     text = text.replace(f"{root()}/", "")
     text = _QUOTED.sub(lambda match: f"{match[1]}{_short(Path(match[2]))}{match[1]}", text)
@@ -56,20 +56,9 @@ def _short(path: Path) -> str:
 
 # %% ../../../nbs/core/14_record.ipynb #3912816e
 SCHEMA = 2
-PLACES = (
-    "data",
-    "metadata",
-    "label2id",
-    "weights",
-)  # parameters that hold paths: the last name counts
+PLACES = ("data", "metadata", "label2id", "weights")  # they hold paths: the last name counts
 CONTENT = ("weights",)  # and of these, what is in the file
-RUNNER = (
-    "seed",
-    "out",
-    "folder",
-    "logdir",
-    "progress",
-)  # what the runner sets, and a matrix must not
+RUNNER = ("seed", "out", "folder", "logdir", "progress")  # set by the runner, never by a matrix
 
 
 @lru_cache(maxsize=None)
@@ -77,6 +66,13 @@ def _content(path: Path, stamp: tuple) -> str:
     """12 hex digits for what is in a file; `stamp` renews the memory after a change."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=6)).hexdigest()
+
+
+def _is_file(value: object) -> bool:
+    """Whether a parameter's value is the path of a file, with a folder in it."""
+    if not (isinstance(value, str) and "/" in value):
+        return False
+    return os.path.isfile(Path(value).expanduser()) or os.path.isfile(resolve(value))
 
 
 def _fingerprinted(value: str) -> str:
@@ -96,12 +92,12 @@ def _fingerprinted(value: str) -> str:
         return f"{path.name}#{hashlib.blake2b(named.encode(), digest_size=6).hexdigest()}"
     return f"{path.name}#{parts[path]}"
 
-
+# %% ../../../nbs/core/14_record.ipynb #6ca51612
 def portable(params: dict) -> dict:
     """The `params` that make the run, wherever it runs: paths as names, weights as name#content."""
     found = {}
     for name, value in params.items():
-        if name in CONTENT and value:
+        if (name in CONTENT and value) or (name not in (*PLACES, *OWNED) and _is_file(value)):
             found[name] = _fingerprinted(str(value))
         elif name in PLACES and value:
             found[name] = Path(value).name
@@ -134,7 +130,7 @@ def text(record: dict) -> str:
     raw = json.dumps(plain(record), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return re.sub(r"\[[\s\d.,eE+\-]*\]", lambda m: " ".join(m[0].split()), raw) + "\n"
 
-# %% ../../../nbs/core/14_record.ipynb #f8a4503a
+# %% ../../../nbs/core/14_record.ipynb #7b65550b
 _BACKENDS: dict[str, set[str]] = {}
 
 
@@ -152,7 +148,7 @@ def _instructions() -> str:
     )
     return ", ".join(part for part in (own, "C " + "/".join(builds) if builds else "") if part)
 
-# %% ../../../nbs/core/14_record.ipynb #40d99dda
+# %% ../../../nbs/core/14_record.ipynb #e4696f28
 _CLAIMS: dict[Path, tuple] = {}  # folder -> its open lock file, and the notebook
 
 
@@ -169,6 +165,27 @@ def _release(folder: Path) -> None:
         file.close()
 
 
+def _lock(file) -> str:
+    """Lock an open file for this process; who has it already, else nothing."""
+    for turn in range(50):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return ""
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+        except OSError as error:  # a network disk without locks
+            print(f"{file.name}: cannot be locked here ({error.strerror}); let no other run use it")
+            return ""
+        holder = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())} .*", who)
+        try:
+            os.kill(int(holder[1]) if holder else os.getpid(), 0)
+            return who
+        except ProcessLookupError:  # dead, and a child that it had just forked has not let go yet
+            time.sleep(0.1)
+    return who
+
+# %% ../../../nbs/core/14_record.ipynb #325b637c
 def _hold(folder: Path, notebook: str) -> Path:
     """Make and lock `folder` for this process; RuntimeError naming the process that has it."""
     _let_go_in_children()
@@ -181,17 +198,10 @@ def _hold(folder: Path, notebook: str) -> Path:
         raise OSError(
             f"folder={folder}: cannot be written ({error.strerror}); name another one"
         ) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        who = file.read().strip() or "another process"
+    who = _lock(file)
+    if who:
         file.close()
-        raise RuntimeError(
-            f"{folder}: in use by {who}; wait for it, or name another folder"
-        ) from None
-    except OSError as error:  # a network disk without locks
-        print(f"{folder}: cannot be locked here ({error.strerror}); let no other run use it")
+        raise RuntimeError(f"{folder}: in use by {who}; wait for it, or name another folder")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()} ({notebook})\n")
     file.flush()
@@ -216,7 +226,7 @@ def versions() -> dict[str, str]:
             continue
     return found
 
-# %% ../../../nbs/core/14_record.ipynb #f27f9018
+# %% ../../../nbs/core/14_record.ipynb #66e6f9ed
 _WORDS = ("system", "set", "table", "row", "scale")
 _BLOCKS = ("params", "metrics", "cost", "data", "env")
 
@@ -265,7 +275,7 @@ def read(path: str | Path) -> dict:
         raise ValueError(f"{path}: unreadable record; delete it and run the row again")
     return record
 
-# %% ../../../nbs/core/14_record.ipynb #168f8e12
+# %% ../../../nbs/core/14_record.ipynb #26972520
 def _ready(out: Path) -> None:
     """An error unless a record can be written to `out`; a folder in its place is moved aside."""
     if out.is_dir():
@@ -288,7 +298,7 @@ def _ready(out: Path) -> None:
     except (ValueError, FileNotFoundError):  # damaged, or none yet: to be written
         return
 
-# %% ../../../nbs/core/14_record.ipynb #72ce7b85
+# %% ../../../nbs/core/14_record.ipynb #4a5340b0
 class Run:
     """One execution of a row notebook: its checked parameters now, its record at the end."""
 
@@ -385,7 +395,7 @@ class Run:
                 _release(folder)
         return record
 
-# %% ../../../nbs/core/14_record.ipynb #7e371227
+# %% ../../../nbs/core/14_record.ipynb #81eef512
 VOUCHER = (
     "notebook",
     "table",
@@ -414,7 +424,7 @@ def vouchers(path: Path) -> list[dict]:
         return []
     return _vouchers(path, (path.stat().st_mtime_ns, path.stat().st_size))
 
-
+# %% ../../../nbs/core/14_record.ipynb #959a6b65
 def _chained(path: Path, record: dict, code: dict) -> bool:
     """Whether vouched changes lead from the code of the record at `path` to `code`."""
     entries = [

@@ -21,7 +21,9 @@ class Group:
     """Parameters that share a learning rate and a weight decay."""
 
     name: str
-    modules: Sequence[nn.Module | nn.Parameter] | None = None  # None: all that no other group claims
+    modules: Sequence[nn.Module | nn.Parameter] | None = (
+        None  # None: all that no other group claims
+    )
     lr: float | None = None  # peak learning rate; None: the recipe's
     weight_decay: float | None = None  # None: the recipe's
 
@@ -38,12 +40,16 @@ def _owners(names: dict[int, str], groups: Sequence[Group]) -> dict[int, Group]:
     """Which group owns each trainable parameter: id(parameter) -> Group; ValueError when that is not clear."""
     rest = [group for group in groups if group.modules is None]
     if len(rest) > 1 or len({group.name for group in groups}) < len(groups):
-        raise ValueError(f"groups {[group.name for group in groups]}: names must differ and one at most takes the rest")
+        raise ValueError(
+            f"groups {[group.name for group in groups]}: names must differ and one at most takes the rest"
+        )
     owner, twice = {}, []
     for group in groups:
         for parameter in filter(lambda p: p.requires_grad, group.claims()):
             if id(parameter) not in names:
-                raise ValueError(f"group {group.name!r} claims a {tuple(parameter.shape)} parameter not in the model")
+                raise ValueError(
+                    f"group {group.name!r} claims a {tuple(parameter.shape)} parameter not in the model"
+                )
             if id(parameter) in owner:
                 twice.append(f"{names[id(parameter)]} ({owner[id(parameter)].name}, {group.name})")
             owner[id(parameter)] = group
@@ -61,7 +67,9 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 def undecayed(model: nn.Module) -> set[int]:
     """id() of the parameters that take no weight decay: norm scales and whatever has at most one dimension."""
     norms = (m for m in model.modules() if isinstance(m, _NORMS))
-    return {id(p) for m in norms for p in m.parameters()} | {id(p) for p in model.parameters() if p.ndim <= 1}
+    return {id(p) for m in norms for p in m.parameters()} | {
+        id(p) for p in model.parameters() if p.ndim <= 1
+    }
 
 # %% ../../../nbs/core/22_schedule.ipynb #09ee2c3e
 def param_groups(
@@ -90,7 +98,9 @@ def param_groups(
         ):
             if keys:
                 params = [parameters[key] for key in keys]
-                out.append(dict(params=params, lr=rate, weight_decay=value, name=name, group=group.name))
+                out.append(
+                    dict(params=params, lr=rate, weight_decay=value, name=name, group=group.name)
+                )
     return out
 
 # %% ../../../nbs/core/22_schedule.ipynb #b4a9cc62
@@ -104,7 +114,9 @@ class Recipe:
 
     optimizer: str = "adamw"  # adamw | adam | sgd
     lr: float = 1e-3  # peak learning rate of a group that names none
-    weight_decay: float = 0.0  # of a group that names none; decoupled for adamw, L2 for adam and sgd
+    weight_decay: float = (
+        0.0  # of a group that names none; decoupled for adamw, L2 for adam and sgd
+    )
     betas: tuple[float, float] = (0.9, 0.999)  # adam, adamw
     eps: float = 1e-8  # adam, adamw
     momentum: float = 0.9  # sgd
@@ -136,9 +148,13 @@ def _check(recipe: Recipe) -> None:
         given = f"lr={recipe.lr}, weight_decay={recipe.weight_decay}, floor={recipe.floor}"
         raise ValueError(f"{given}: none may be below 0")
     if min(recipe.t_max, recipe.warmup) < 0 or recipe.step_size < 1:
-        raise ValueError(f"t_max={recipe.t_max}, warmup={recipe.warmup}, step_size={recipe.step_size}: too small")
+        raise ValueError(
+            f"t_max={recipe.t_max}, warmup={recipe.warmup}, step_size={recipe.step_size}: too small"
+        )
     if recipe.warmup and kind != "warmup_cosine":
-        raise ValueError(f"warmup={recipe.warmup} has no effect with schedule={kind!r}: use warmup_cosine")
+        raise ValueError(
+            f"warmup={recipe.warmup} has no effect with schedule={kind!r}: use warmup_cosine"
+        )
     if recipe.floor and kind not in ("cosine", "warmup_cosine", "plateau"):
         raise ValueError(f"floor={recipe.floor} has no effect with schedule={kind!r}")
     if kind == "plateau" and recipe.per != "epoch":
@@ -175,7 +191,9 @@ def horizon(recipe: Recipe, epochs: int, steps: int) -> int:
         )
     units = recipe.t_max or run
     if recipe.warmup >= units:
-        raise ValueError(f"warmup={recipe.warmup} leaves nothing of the {units} {recipe.per}s: shorten it")
+        raise ValueError(
+            f"warmup={recipe.warmup} leaves nothing of the {units} {recipe.per}s: shorten it"
+        )
     return units
 
 # %% ../../../nbs/core/22_schedule.ipynb #615a32d2
@@ -186,7 +204,9 @@ def scheduler(
     units = horizon(recipe, epochs, steps)
     peaks = [group["lr"] for group in optimizer.param_groups]
     if recipe.floor > min(peaks):
-        raise ValueError(f"floor={recipe.floor} is above the peak learning rate {min(peaks)} of a group")
+        raise ValueError(
+            f"floor={recipe.floor} is above the peak learning rate {min(peaks)} of a group"
+        )
     if recipe.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=units, eta_min=recipe.floor)
     if recipe.schedule == "step":
@@ -195,7 +215,12 @@ def scheduler(
         return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=max(2, units))
     if recipe.schedule == "plateau":
         return lr_scheduler.ReduceLROnPlateau(
-            optimizer, mode, recipe.gamma, recipe.plateau_patience, threshold=0.0, min_lr=recipe.floor
+            optimizer,
+            mode,
+            recipe.gamma,
+            recipe.plateau_patience,
+            threshold=0.0,
+            min_lr=recipe.floor,
         )
 
     def factor(peak: float):
@@ -208,7 +233,9 @@ def scheduler(
 # %% ../../../nbs/core/22_schedule.ipynb #025594e9
 def rates(recipe: Recipe, peaks: Iterable[float], epochs: int, steps: int = 0) -> list[list[float]]:
     """Per unit of the schedule the learning rate of each group whose peak is given; plateau is left undisturbed."""
-    dummy = optimizer([dict(params=[nn.Parameter(torch.zeros(1))], lr=peak) for peak in peaks], recipe)
+    dummy = optimizer(
+        [dict(params=[nn.Parameter(torch.zeros(1))], lr=peak) for peak in peaks], recipe
+    )
     clock, out = scheduler(dummy, recipe, epochs, steps), []
     for _ in range(epochs if recipe.per == "epoch" else steps):
         out.append([group["lr"] for group in dummy.param_groups])

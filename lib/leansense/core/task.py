@@ -29,7 +29,11 @@ class Tally:
     def add(self, values: dict[str, torch.Tensor | float], size: int) -> None:
         """Count each value, a mean over `size` samples."""
         for name, value in values.items():
-            value = value.detach().double() if torch.is_tensor(value) else torch.tensor(float(value)).double()
+            value = (
+                value.detach().double()
+                if torch.is_tensor(value)
+                else torch.tensor(float(value)).double()
+            )
             if name in self.sums:
                 self.sums[name].add_(value, alpha=size)
             else:
@@ -38,11 +42,17 @@ class Tally:
 
     def state(self) -> dict:
         """Sums and sizes as plain numbers, exact in double precision."""
-        return {"sums": {name: float(value) for name, value in self.sums.items()}, "sizes": dict(self.sizes)}
+        return {
+            "sums": {name: float(value) for name, value in self.sums.items()},
+            "sizes": dict(self.sizes),
+        }
 
     def load(self, state: dict, device: torch.device) -> None:
         """Go on from what state() returned."""
-        self.sums = {name: torch.tensor(v, dtype=torch.float64, device=device) for name, v in state["sums"].items()}
+        self.sums = {
+            name: torch.tensor(v, dtype=torch.float64, device=device)
+            for name, v in state["sums"].items()
+        }
         self.sizes = dict(state["sizes"])
 
     def means(self) -> dict[str, float]:
@@ -55,7 +65,7 @@ class Tally:
 
 # %% ../../../nbs/core/28_task.ipynb #ca90b724
 def gathered(value: object) -> list:
-    """`value` of every process, in the order of their ranks; just [value] outside a distributed run."""
+    """`value` of every process, by rank; just [value] outside a distributed run."""
     _, world = world_of()
     if world == 1:
         return [value]
@@ -65,17 +75,23 @@ def gathered(value: object) -> list:
 
 # %% ../../../nbs/core/28_task.ipynb #27010e49
 class NonFiniteLoss(RuntimeError):
-    """A loss became NaN or infinite; the message names step, epoch, samples and the last good checkpoint."""
+    """A loss became NaN or infinite; names step, epoch, samples and last good checkpoint."""
 
 
 class Guard:
     """Watches losses and raises NonFiniteLoss for the first that is not finite."""
 
     def __init__(self, every: int = 50):
-        self.every, self.recent, self.good = every, [], "none"  # good: path of the last checkpoint written
+        self.every, self.recent, self.good = (
+            every,
+            [],
+            "none",
+        )  # good: path of the last checkpoint written
 
-    def watch(self, loss: torch.Tensor, step: int, epoch: int, samples: object, what: str = "loss") -> None:
-        """Note the loss of a batch; `samples` may be a tensor, a list or a text, `what` says which loss it is."""
+    def watch(
+        self, loss: torch.Tensor, step: int, epoch: int, samples: object, what: str = "loss"
+    ) -> None:
+        """Note a batch's loss; `samples`: a tensor, a list or a text, `what`: which loss it is."""
         self.recent.append((loss.detach(), step, epoch, samples, what))
         if loss.device.type == "cpu" or len(self.recent) >= self.every:
             self.flush()
@@ -85,7 +101,11 @@ class Guard:
         recent, self.recent = self.recent, []
         if not recent:
             return
-        values = [recent[0][0].item()] if len(recent) == 1 else torch.stack([loss for loss, *_ in recent]).tolist()
+        values = (
+            [recent[0][0].item()]
+            if len(recent) == 1
+            else torch.stack([loss for loss, *_ in recent]).tolist()
+        )
         for value, (_, step, epoch, samples, what) in zip(values, recent):
             if not math.isfinite(value):
                 samples = samples.tolist() if torch.is_tensor(samples) else samples
@@ -99,13 +119,19 @@ class _Steps(L.LightningModule):
     """Training and validation steps: losses and metrics counted, nothing read back per step."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "_current_fx_name":  # Lightning sets it some forty times a step, and nn.Module makes that slow
+        if (
+            name == "_current_fx_name"
+        ):  # Lightning sets it some forty times a step, and nn.Module makes that slow
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
-    def _count(self, tally: Tally, metrics: nn.ModuleDict, loss: torch.Tensor, extra: dict, size: int) -> None:
-        tally.add({"loss": loss} | {k: v for k, v in extra.items() if not isinstance(v, tuple)}, size)
+    def _count(
+        self, tally: Tally, metrics: nn.ModuleDict, loss: torch.Tensor, extra: dict, size: int
+    ) -> None:
+        tally.add(
+            {"loss": loss} | {k: v for k, v in extra.items() if not isinstance(v, tuple)}, size
+        )
         for name, arguments in extra.items():
             if isinstance(arguments, tuple) and name in metrics:
                 metrics[name].update(*(a.detach() if torch.is_tensor(a) else a for a in arguments))
@@ -113,7 +139,9 @@ class _Steps(L.LightningModule):
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
         loss, extra = self.step(batch)
         size = self.count(batch)
-        self.guard.watch(loss, self.trainer.global_step, self.current_epoch, self._samples(batch, batch_idx))
+        self.guard.watch(
+            loss, self.trainer.global_step, self.current_epoch, self._samples(batch, batch_idx)
+        )
         self._count(self.tally, self.train_metrics, loss, extra, size)
         self.seen += size
         return loss
@@ -123,7 +151,9 @@ class _Steps(L.LightningModule):
         with torch.autocast(self.device.type, enabled=False) if plain else contextlib.nullcontext():
             loss, extra = self.valid_step(batch)
         samples = self._samples(batch, batch_idx)
-        self.guard.watch(loss, self.trainer.global_step, self.current_epoch, samples, "validation loss")
+        self.guard.watch(
+            loss, self.trainer.global_step, self.current_epoch, samples, "validation loss"
+        )
         self._count(self.valid_tally, self.valid_metrics, loss, extra, self.count(batch))
 
     def _samples(self, batch, batch_idx: int):
@@ -137,11 +167,13 @@ class _Steps(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         _same_buffers(self.trainer, frozen=False)
         self.guard.flush()
-        self.valid_row = {f"valid_{k}": v for k, v in (self.valid_tally.means() | self.valid_scores()).items()}
+        self.valid_row = {
+            f"valid_{k}": v for k, v in (self.valid_tally.means() | self.valid_scores()).items()
+        }
 
 # %% ../../../nbs/core/28_task.ipynb #9c7c4461
 def _same_buffers(trainer: L.Trainer, frozen: bool) -> None:
-    """Under DDP: copy the buffers of the first process to all now and no more (frozen), or again as usual."""
+    """Under DDP: copy the first process's buffers to all now and no more (frozen), or as usual."""
     model = trainer.strategy.model
     if isinstance(model, nn.parallel.DistributedDataParallel):
         if frozen and model.will_sync_module_buffers():
@@ -176,7 +208,9 @@ class _Epochs(_Steps):
             clock.step()
 
     def on_train_epoch_start(self) -> None:
-        self.rates = {f"lr_{g['group']}": float(g["lr"]) for g in self.trainer.optimizers[0].param_groups}
+        self.rates = {
+            f"lr_{g['group']}": float(g["lr"]) for g in self.trainer.optimizers[0].param_groups
+        }
 
     def on_train_epoch_end(self) -> None:
         self.guard.flush()
@@ -188,7 +222,11 @@ class _Epochs(_Steps):
             self.history.setdefault(name, []).append(value)
         if self.recipe.schedule == "plateau":
             self.lr_schedulers().step(row[self.monitor])
-        logged = {k: torch.tensor(v, dtype=torch.float64) for k, v in row.items() if k not in ("epoch", "step")}
+        logged = {
+            k: torch.tensor(v, dtype=torch.float64)
+            for k, v in row.items()
+            if k not in ("epoch", "step")
+        }
         shown = {name: logged.pop(name) for name in dict.fromkeys(("train_loss", self.monitor))}
         self.log_dict(logged)
         self.log_dict(shown, prog_bar=True)
@@ -206,11 +244,16 @@ class _Rows(_Epochs):
         return out
 
     def _admit(self, row: dict[str, float]) -> None:
-        """Refuse a row without the monitored metric, with new columns, or with a loss that is no number."""
+        """Refuse a row without the monitored metric, with new columns, or a loss that is no number."""
         if self.monitor not in row:
-            raise ValueError(f"monitor={self.monitor!r} is not measured: choose from {', '.join(list(row)[2:])}")
+            raise ValueError(
+                f"monitor={self.monitor!r} is not measured: choose from {', '.join(list(row)[2:])}"
+            )
         if self.history and set(row) != set(self.history):
-            raise ValueError(f"epoch {row['epoch']} measured other things than before: {set(row) ^ set(self.history)}")
+            raise ValueError(
+                f"epoch {row['epoch']} measured other things than before:"
+                f" {set(row) ^ set(self.history)}"
+            )
         for name in {"train_loss", "valid_loss", self.monitor} & set(row):
             if not math.isfinite(row[name]):
                 raise NonFiniteLoss(
@@ -243,10 +286,14 @@ class _Memory(_Rows):
             if world > 1:  # equal seeds would drop the same units everywhere
                 torch.manual_seed(torch.initial_seed() + rank)
             return
-        self.history, self.rates = {k: list(v) for k, v in kept["history"].items()}, dict(kept["rates"])
+        self.history, self.rates = (
+            {k: list(v) for k, v in kept["history"].items()},
+            dict(kept["rates"]),
+        )
         if len(kept["processes"]) != world:
             raise ValueError(
-                f"the checkpoint is of {len(kept['processes'])} processes, this run has {world}: use as many"
+                f"the checkpoint is of {len(kept['processes'])} processes,"
+                f" this run has {world}: use as many"
             )
         own = kept["processes"][rank]
         self.tally.load(own["tally"], self.device)
@@ -272,7 +319,7 @@ class Task(_Memory):
         self.plan, self.position, self.seen, self._kept = (1, 1), (0, 0), 0, None
 
     def step(self, batch) -> tuple[torch.Tensor, dict]:
-        """Loss of the batch (a mean over its samples), and scalars or tuples for the metrics' update."""
+        """Loss of the batch (mean over its samples), and scalars or tuples for metrics' update."""
         raise TypeError(f"{type(self).__name__} does not say what a step is: override step(batch)")
 
     def valid_step(self, batch) -> tuple[torch.Tensor, dict]:
@@ -289,18 +336,28 @@ class Task(_Memory):
 
     def count(self, batch) -> int:
         """Samples in a batch: the length of its first tensor."""
-        parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+        parts = (
+            batch.values()
+            if isinstance(batch, Mapping)
+            else batch
+            if isinstance(batch, (tuple, list))
+            else [batch]
+        )
         return next(len(part) for part in parts if torch.is_tensor(part))
 
     def sample_ids(self, batch) -> object:
-        """The samples' names for errors: entry or attribute id, ids, or a list of texts; None: the batch has none."""
+        """The samples' names for errors: entry or attribute id, ids, or a list of texts; or None."""
         for name in ("id", "ids"):
             if isinstance(batch, Mapping) and name in batch:
                 return batch[name]
             if not torch.is_tensor(batch) and not callable(getattr(batch, name, callable)):
                 return getattr(batch, name)
         parts = batch if isinstance(batch, (tuple, list)) else ()
-        texts = (p for p in parts if isinstance(p, (tuple, list)) and p and all(isinstance(v, str) for v in p))
+        texts = (
+            p
+            for p in parts
+            if isinstance(p, (tuple, list)) and p and all(isinstance(v, str) for v in p)
+        )
         return next(texts, None)
 
     def forward(self, *inputs, **options):

@@ -27,6 +27,7 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+# %% ../../../nbs/core/20_train.ipynb #4cfaf957
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, TQDMProgressBar, WeightAveraging
@@ -71,20 +72,26 @@ class Settings:
     accumulate: int = 1  # batches to an optimiser step
     ema: float = 0.0  # decay of the weight average that is validated and kept; 0: none
     save_every: int = 0  # keep epoch_NNNN.ckpt every so many epochs; 0: none
-    save_every_steps: int = 0  # write last.ckpt also every so many optimiser steps; 0: at epoch ends only
+    save_every_steps: int = (
+        0  # write last.ckpt also every so many optimiser steps; 0: at epoch ends only
+    )
     resume: str | Path = ""  # a checkpoint | "auto": the newest of this very run | "": start afresh
     max_steps: int = 0  # optimiser steps to stop after; 0: no limit
     valid_fp32: bool = True  # validate in full precision under amp too
     device: str = ""  # auto | cpu | cuda; "": auto
     devices: int | list[int] | str = 1  # how many or which, Lightning's meaning
     num_nodes: int = 1  # machines
-    strategy: str = "auto"  # ddp, ...: Lightning's meaning; "auto" on several devices also works in a notebook
+    strategy: str = (
+        "auto"  # ddp, ...: Lightning's meaning; "auto" on several devices also works in a notebook
+    )
     sync_batchnorm: bool = False  # batch-norm statistics across processes
     threads: int = 0  # CPU threads; 0: as they are (1 in each of several processes on the CPU)
     progress: bool = True  # show a progress bar
     tensorboard: bool = True  # write TensorBoard logs
-    config: dict = field(default_factory=dict)  # anything else that makes this run what it is (JSON); see resume
-    callbacks: tuple = ()  # further Lightning callbacks; `patterns` and `finish` are read too, see fit
+    config: dict = field(
+        default_factory=dict
+    )  # anything else that makes this run what it is (JSON); see resume
+    callbacks: tuple = ()  # further Lightning callbacks; see fit
 
     def __post_init__(self) -> None:
         _check(self)
@@ -97,12 +104,18 @@ class Settings:
 # %% ../../../nbs/core/20_train.ipynb #a802b295
 def _check(run: Settings) -> None:
     """ValueError for a setting that is unknown, out of range or impossible on this machine."""
-    choices = {"mode": ("max", "min"), "amp": ("off", "bf16", "fp16"), "device": ("", "auto", "cpu", "cuda")}
+    choices = {
+        "mode": ("max", "min"),
+        "amp": ("off", "bf16", "fp16"),
+        "device": ("", "auto", "cpu", "cuda"),
+    }
     for name, known in choices.items():
         if getattr(run, name) not in known:
-            raise ValueError(f"{name}={getattr(run, name)!r} is unknown: choose from {', '.join(filter(None, known))}")
-    for name, least in (("epochs", 1), ("accumulate", 1), ("clip", 0), ("save_every", 0), ("save_every_steps", 0),
-                        ("max_steps", 0), ("threads", 0), ("seed", 0)):  # fmt: skip
+            raise ValueError(
+                f"{name}={getattr(run, name)!r} is unknown: choose from {', '.join(filter(None, known))}"
+            )
+    for name, least in (("epochs", 1), ("accumulate", 1), ("clip", 0), ("save_every", 0),
+                        ("save_every_steps", 0), ("max_steps", 0), ("threads", 0), ("seed", 0)):  # fmt: skip
         if getattr(run, name) < least:
             raise ValueError(f"{name}={getattr(run, name)}: must be at least {least}")
     if not 0 <= run.ema < 1:
@@ -141,7 +154,10 @@ class Keeper(Checkpoint):
     def setup(self, trainer, task, stage: str) -> None:
         batches = len(self.loader)
         if batches == 0:
-            raise ValueError("the training loader holds no batch: lower batch_size, add samples or set drop_last=False")
+            raise ValueError(
+                "the training loader holds no batch:"
+                " lower batch_size, add samples or set drop_last=False"
+            )
         if self.valid is not None and len(self.valid.dataset) < trainer.world_size:
             few = f"{len(self.valid.dataset)} validation samples for {trainer.world_size} processes"
             raise ValueError(f"{few}: each needs one, lower devices or add samples")
@@ -184,7 +200,8 @@ class EpochKeeper(Keeper):
         elif (
             run.save_every_steps
             and step % run.save_every_steps == 0
-            and (batch_idx + 1) % run.accumulate == 0  # just after a step: no gradient is half accumulated
+            and (batch_idx + 1) % run.accumulate
+            == 0  # just after a step: no gradient is half accumulated
             and batch_idx + 1 < trainer.num_training_batches
         ):
             task.position = (trainer.current_epoch, batch_idx + 1)
@@ -193,11 +210,15 @@ class EpochKeeper(Keeper):
     def on_train_epoch_end(self, trainer, task) -> None:
         epoch, score = trainer.current_epoch, task.history[self.run.monitor][-1]
         task.position = (epoch + 1, 0)
-        better = self.best is None or (score > self.best if self.run.mode == "max" else score < self.best)
+        better = self.best is None or (
+            score > self.best if self.run.mode == "max" else score < self.best
+        )
         if better:  # strictly: of equal epochs the first is kept
             self.best, self.best_epoch = score, epoch
         regular = self.run.save_every and (epoch + 1) % self.run.save_every == 0
-        self._save(trainer, task, *["best.ckpt"] * better, *[f"epoch_{epoch:04d}.ckpt"] * bool(regular))
+        self._save(
+            trainer, task, *["best.ckpt"] * better, *[f"epoch_{epoch:04d}.ckpt"] * bool(regular)
+        )
         if trainer.is_global_zero:
             write_history(self.folder, task.history)
 
@@ -218,7 +239,7 @@ def write_history(folder: Path, history: dict[str, list[float]]) -> None:
 
 # %% ../../../nbs/core/20_train.ipynb #716c97fd
 class Average(WeightAveraging):
-    """Exponential moving average of the weights and of the buffers (batch-norm statistics), its decay growing."""
+    """Exponential moving average of weights and buffers (batch norm), its decay growing."""
 
     def __init__(self, decay: float):
         super().__init__(multi_avg_fn=self.blend)
@@ -250,14 +271,14 @@ def _average(trainer: L.Trainer) -> Average | None:
 
 
 def averaged_weights(trainer: L.Trainer, task: Task) -> dict[str, torch.Tensor]:
-    """The weights that validation sees, by the names of task.state_dict(): the average's where there is one."""
+    """The weights that validation sees, named as in task.state_dict(): the average, if any."""
     average = _average(trainer)
     return task.state_dict() if average is None else average._average_model.module.state_dict()
 
 
 @contextlib.contextmanager
 def scored_weights(trainer: L.Trainer, task: Task):
-    """Inside, `task` holds the weights that validation sees; afterwards those that training goes on with."""
+    """Inside, `task` holds the weights that validation sees; afterwards the raw ones again."""
     average = _average(trainer)
     if average is not None:
         average._swap_models(task)
@@ -278,38 +299,70 @@ def run_identity(task: Task, run: Settings, train: DataLoader, valid: DataLoader
         "groups": [(g["name"], len(g["params"]), g["lr"], g["weight_decay"]) for g in groups],
         "model": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16],
         "horizon": horizon(task.recipe, run.epochs, min(steps, run.max_steps or steps)),
-        "train": [len(train.dataset), train.batch_size, train.drop_last, train.sampler.seed, train.sampler.shuffle],
+        "train": [
+            len(train.dataset),
+            train.batch_size,
+            train.drop_last,
+            train.sampler.seed,
+            train.sampler.shuffle,
+        ],
         "valid": [len(valid.dataset), valid.batch_size] if valid is not None else None,
     }
-    names = ("seed", "monitor", "mode", "patience", "amp", "clip", "accumulate", "ema", "max_steps", "valid_fp32")
+    names = (
+        "seed",
+        "monitor",
+        "mode",
+        "patience",
+        "amp",
+        "clip",
+        "accumulate",
+        "ema",
+        "max_steps",
+        "valid_fp32",
+    )
     parts |= {"config": run.config}
     return json.dumps(parts | {name: getattr(run, name) for name in names}, sort_keys=True)
 
-
+# %% ../../../nbs/core/20_train.ipynb #d824b790
 def changed(old: str, new: str) -> list[str]:
     """The innermost names at which two identities differ."""
 
     def names(one: object, two: object, name: str) -> list[str]:
         if isinstance(one, dict) and isinstance(two, dict):
-            return [n for key in sorted({*one, *two}) for n in names(one.get(key, ...), two.get(key, ...), key)]
+            return [
+                n
+                for key in sorted({*one, *two})
+                for n in names(one.get(key, ...), two.get(key, ...), key)
+            ]
         return [] if one == two else [name]
 
     return list(dict.fromkeys(names(json.loads(old), json.loads(new), "everything")))
 
 # %% ../../../nbs/core/20_train.ipynb #fe08dee2
 def read_run(path: str | Path) -> dict:
-    """The checkpoint of a run at `path`; ValueError naming it when it is broken or training cannot go on from it."""
+    """The checkpoint at `path`; ValueError naming it when training cannot go on from it."""
     kept = read_checkpoint(path)
     own, callbacks = kept[MARK], kept.get("callbacks")
-    kinds = {"config": str, "history": dict, "rates": dict, "position": list, "stopped": bool, "processes": list}
+    kinds = {
+        "config": str,
+        "history": dict,
+        "rates": dict,
+        "position": list,
+        "stopped": bool,
+        "processes": list,
+    }
     keeper = callbacks.get(EpochKeeper.__qualname__) if isinstance(callbacks, dict) else None
-    if not all(isinstance(own.get(name), kind) for name, kind in kinds.items()) or not isinstance(keeper, dict):
-        raise ValueError(f"{path}: holds weights, but nothing to go on training from: name a last.ckpt")
+    if not all(isinstance(own.get(name), kind) for name, kind in kinds.items()) or not isinstance(
+        keeper, dict
+    ):
+        raise ValueError(
+            f"{path}: holds weights, but nothing to go on training from: name a last.ckpt"
+        )
     return kept
 
 
 def best_file(kept: dict, path: Path) -> Path | None:
-    """The file with the best epoch that the checkpoint `kept` at `path` knows of; None when it is gone."""
+    """The file with the best epoch that `kept` at `path` knows of; None when it is gone."""
     epoch = kept["callbacks"][EpochKeeper.__qualname__]["best_epoch"]
     if epoch < 0 or kept[MARK]["position"] == [epoch + 1, 0]:
         return path
@@ -330,7 +383,7 @@ def _say(text: object) -> None:
 
 
 def _newest(folder: Path, identity: str) -> tuple[str, dict]:
-    """Path and content of the newest sound checkpoint of this run beside last.ckpt; ("", {}) when there is none."""
+    """Newest sound checkpoint of this run beside last.ckpt, as below; ("", {}): none."""
     newest = "", {MARK: {"position": [-1, 0]}}
     for path in (folder / "best.ckpt", *sorted(folder.glob("epoch_*.ckpt"))):
         try:
@@ -342,9 +395,9 @@ def _newest(folder: Path, identity: str) -> tuple[str, dict]:
             newest = str(path), kept
     return newest if newest[0] else ("", {})
 
-
+# %% ../../../nbs/core/20_train.ipynb #01bbc398
 def _resume_auto(folder: Path, identity: str) -> tuple[str, dict]:
-    """Path and content of the newest checkpoint of this very run in `folder`; ("", {}) to start afresh."""
+    """Path and content of this very run's newest checkpoint; ("", {}) to start afresh."""
     last, trouble = folder / "last.ckpt", ""
     try:
         kept = read_run(last)
@@ -369,7 +422,7 @@ def _resume_auto(folder: Path, identity: str) -> tuple[str, dict]:
 
 # %% ../../../nbs/core/20_train.ipynb #ad0fedc4
 def checkpoint_to_resume(task: Task, run: Settings, identity: str) -> tuple[str, dict]:
-    """Path and content of the checkpoint to go on from; ("", {}) to start afresh. ValueError when it does not fit."""
+    """Path and content of what to go on from, ("", {}): nothing. ValueError for a misfit."""
     if not run.resume:
         return "", {}
     if run.resume == "auto":
@@ -379,32 +432,45 @@ def checkpoint_to_resume(task: Task, run: Settings, identity: str) -> tuple[str,
     check_weights(task, kept["state_dict"], path)
     differ = changed(kept[MARK]["config"], identity)
     if differ:
-        raise ValueError(f"{path}: of a run with other settings ({', '.join(differ)}): restore them or start afresh")
+        raise ValueError(
+            f"{path}: of a run with other settings ({', '.join(differ)}):"
+            " restore them or start afresh"
+        )
     return str(path), kept
 
 # %% ../../../nbs/core/20_train.ipynb #e4b8eaee
 def clear_run(folder: Path, patterns: tuple[str, ...] = ()) -> None:
     """Remove what an earlier run left in `folder`, and what else fits `patterns`."""
-    own = ("best.ckpt", "last.ckpt", "epoch_*.ckpt", ".*.tmp", ".outcome.ckpt", "hpc_ckpt_*", "history.csv")
+    own = (
+        "best.ckpt",
+        "last.ckpt",
+        "epoch_*.ckpt",
+        ".*.tmp",
+        ".outcome.ckpt",
+        "hpc_ckpt_*",
+        "history.csv",
+    )
     for pattern in (*own, "tensorboard/events.out.tfevents.*", *patterns):
         for file in folder.glob(pattern):
             file.unlink()
 
 
 def settle_best(kept: dict, path: Path, folder: Path) -> None:
-    """Make folder/best.ckpt the best epoch that the checkpoint `kept` at `path` knows of; ValueError if it is gone."""
+    """Make folder/best.ckpt the best epoch that `kept` at `path` knows of; ValueError: gone."""
     best, epoch = folder / "best.ckpt", kept["callbacks"][EpochKeeper.__qualname__]["best_epoch"]
     source = best_file(kept, path)
     if epoch < 0:
         best.unlink(missing_ok=True)
     elif source is None:
-        raise ValueError(f"{best}: not the best epoch ({epoch}) that {path} names: resume from a last.ckpt")
+        raise ValueError(
+            f"{best}: not the best epoch ({epoch}) that {path} names: resume from a last.ckpt"
+        )
     elif source.resolve() != best.resolve():
         copy_checkpoint(source, best)
 
 
 def settle_files(kept: dict, path: Path, run: Settings) -> None:
-    """Write the files of the epoch that the checkpoint `kept` at `path` ends, where a killed sitting did not."""
+    """Write the files of the epoch that `kept` at `path` ends, where a killed sitting did not."""
     folder, (epoch, batches) = Path(run.folder), kept[MARK]["position"]
     settle_best(kept, path, folder)
     copied = folder / f"epoch_{epoch - 1:04d}.ckpt"
@@ -415,28 +481,39 @@ def settle_files(kept: dict, path: Path, run: Settings) -> None:
         write_history(folder, kept[MARK]["history"])
 
 # %% ../../../nbs/core/20_train.ipynb #66406b38
+def _thread_error(args: threading.ExceptHookArgs) -> None:
+    """What a thread died of, but for TensorBoard's writer: its error is raised again later."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
+
+# %% ../../../nbs/core/20_train.ipynb #d6354a29
 @contextlib.contextmanager
 def _quietly(threads: int):
     """Lightning silent up to errors, and the process's global settings as they were afterwards."""
-    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch",
+                                                    "lightning.fabric")]  # fmt: skip
     levels, before = [log.level for log in loggers], torch.get_num_threads()
-    exact, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    exact, warn = (torch.are_deterministic_algorithms_enabled(),
+                   torch.is_deterministic_algorithms_warn_only_enabled())  # fmt: skip
     handler, benchmark = signal.getsignal(signal.SIGINT), torch.backends.cudnn.benchmark
     strict = torch.utils.deterministic
-    fill, strict.fill_uninitialized_memory = strict.fill_uninitialized_memory, False  # it slows every allocation
+    fill, strict.fill_uninitialized_memory = strict.fill_uninitialized_memory, False  # it is slow
     address = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
     for log in loggers:
         log.setLevel(logging.ERROR)
+    hook, threading.excepthook = threading.excepthook, _thread_error
     if threads:
         torch.set_num_threads(threads)
     nvml = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
-    if not torch.cuda.is_available():  # Lightning's setting makes each optimiser step look for a GPU driver
+    if not torch.cuda.is_available():  # or each optimiser step looks for a GPU driver
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\..*")
-            warnings.filterwarnings("ignore", message=r".*(num_workers|does not have many workers|sync_dist).*")
-            warnings.filterwarnings("ignore", message=r".*(find_unused_parameters|use of fork\(\)).*")
+            warnings.filterwarnings("ignore", message=r".*(num_workers|does not have many workers"
+                                                      r"|sync_dist).*")  # fmt: skip
+            warnings.filterwarnings("ignore", message=r".*(find_unused_parameters"
+                                                      r"|use of fork\(\)).*")  # fmt: skip
             yield
     except SystemExit as stop:
         if isinstance(stop, SIGTERMException):  # the cluster ends the job: let it end
@@ -446,7 +523,8 @@ def _quietly(threads: int):
     finally:
         for log, level in zip(loggers, levels):
             log.setLevel(level)
-        for name, value in address.items():  # each run of several processes meets at a port of its own
+        threading.excepthook = hook
+        for name, value in address.items():  # each run of processes meets at its own port
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = nvml
         torch.set_num_threads(before)
@@ -478,7 +556,7 @@ class Board(TensorBoardLogger):
         with naming_file(self.log_dir):
             super().finalize(status)
 
-# %% ../../../nbs/core/20_train.ipynb #2f2fb2de
+# %% ../../../nbs/core/20_train.ipynb #77b6838a
 def _end_with(parent: int) -> None:
     """Have the system kill this process when `parent` dies (Linux only)."""
     if sys.platform == "linux":
@@ -486,15 +564,25 @@ def _end_with(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
 
-
+# %% ../../../nbs/core/20_train.ipynb #a482ed55
 class Processes(_MultiProcessingLauncher):
-    """Starts a process per device, from a notebook too, and brings back what the first of them came to."""
+    """Starts a process per device, in notebooks too; brings back what the first came to."""
 
     is_interactive_compatible = True
 
     def __init__(self, strategy: DDPStrategy, start_method: str, run: Settings):
         super().__init__(strategy, start_method)
         self.run, self.parent, self.outcome = run, os.getpid(), Path(run.folder) / ".outcome.ckpt"
+
+    def launch(self, function, *args, trainer=None, **kwargs):
+        shared = torch.multiprocessing.get_sharing_strategy()
+        torch.multiprocessing.set_sharing_strategy(
+            "file_system"
+        )  # a spawn cannot pass one file descriptor twice
+        try:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        finally:
+            torch.multiprocessing.set_sharing_strategy(shared)
 
     def _wrapping_function(self, process_idx: int, *args) -> None:
         _end_with(self.parent)
@@ -504,7 +592,10 @@ class Processes(_MultiProcessingLauncher):
             super()._wrapping_function(process_idx, *args)
 
     def get_extra_results(self, trainer: L.Trainer) -> dict:
-        task, keeper = trainer.lightning_module, next(c for c in trainer.callbacks if isinstance(c, Keeper))
+        task, keeper = (
+            trainer.lightning_module,
+            next(c for c in trainer.callbacks if isinstance(c, Keeper)),
+        )
         AtomicIO().save_checkpoint(outcome_of(trainer, task, keeper), self.outcome)
         return super().get_extra_results(trainer)
 
@@ -513,7 +604,7 @@ class Processes(_MultiProcessingLauncher):
         if worker_output.weights_path is not None:
             Path(worker_output.weights_path).parent.rmdir()  # Lightning leaves the empty folder
 
-
+# %% ../../../nbs/core/20_train.ipynb #4320af77
 class NotebookDDP(DDPStrategy):
     """DDP whose processes come out of this one."""
 
@@ -537,20 +628,28 @@ def processes_of(run: Settings) -> int:
 
 
 def strategy_of(run: Settings) -> str | DDPStrategy:
-    """Lightning's strategy for these settings; "auto" becomes one that works in a notebook when it is called there."""
+    """Lightning's strategy for these settings; in a notebook "auto" is one that works there."""
     forked = {"ddp_fork": "fork", "ddp_notebook": "", "ddp_spawn": "spawn"}
-    outside = "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1 or run.num_nodes > 1
+    outside = (
+        "LOCAL_RANK" in os.environ
+        or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+        or run.num_nodes > 1
+    )
     here = run.strategy == "auto" and processes_of(run) > 1 and hasattr(sys, "ps1") and not outside
     if not here and run.strategy not in forked:
         return run.strategy
-    safe = "spawn" if torch.cuda.device_count() else "fork"  # a fork of a process with a GPU cannot use it
+    safe = (
+        "spawn" if torch.cuda.device_count() else "fork"
+    )  # a fork of a process with a GPU cannot use it
     return NotebookDDP(run, forked.get(run.strategy) or safe)
 
 # %% ../../../nbs/core/20_train.ipynb #e46c6d33
 def error_of(error: ProcessRaisedException | ProcessExitedException) -> Exception:
     """The error that ended a process, as it would have been raised here."""
     if isinstance(error, ProcessExitedException):
-        return RuntimeError(f"{error}: see its messages above; start again with resume='auto' to go on")
+        return RuntimeError(
+            f"{error}: see its messages above; start again with resume='auto' to go on"
+        )
     kind, _, words = str(error).strip().splitlines()[-1].partition(": ")
     name = kind.rsplit(".", 1)[-1]
     known = NonFiniteLoss if name == "NonFiniteLoss" else getattr(builtins, name, None)
@@ -566,7 +665,14 @@ def _trainer(run: Settings, keeper: Keeper) -> L.Trainer:
         callbacks.insert(0, Average(run.ema))
     if run.patience > 0:
         callbacks.append(
-            EarlyStopping(run.monitor, 0.0, run.patience, mode=run.mode, check_on_train_epoch_end=True, verbose=False)
+            EarlyStopping(
+                run.monitor,
+                0.0,
+                run.patience,
+                mode=run.mode,
+                check_on_train_epoch_end=True,
+                verbose=False,
+            )
         )
     if run.progress:
         callbacks.append(TQDMProgressBar())
@@ -575,21 +681,25 @@ def _trainer(run: Settings, keeper: Keeper) -> L.Trainer:
     if isinstance(strategy, NotebookDDP):
         place = [LightningEnvironment()]
     else:
-        place = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []  # the scheduler requeues
+        place = (
+            [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+        )  # the scheduler requeues
     return L.Trainer(
-        accelerator=run.device or "auto", devices=run.devices, num_nodes=run.num_nodes, strategy=strategy,
-        precision=run.precision, max_epochs=run.epochs, callbacks=callbacks, plugins=[AtomicIO(), *place],
+        accelerator=run.device or "auto", devices=run.devices, num_nodes=run.num_nodes,
+        strategy=strategy, precision=run.precision, max_epochs=run.epochs, callbacks=callbacks,
+        plugins=[AtomicIO(), *place],
         logger=log if run.tensorboard else False, default_root_dir=run.folder,
-        gradient_clip_val=run.clip or None, gradient_clip_algorithm="norm", accumulate_grad_batches=run.accumulate,
+        gradient_clip_val=run.clip or None, gradient_clip_algorithm="norm",
+        accumulate_grad_batches=run.accumulate,
         deterministic=True if cpu else "warn", benchmark=False, use_distributed_sampler=False,
         sync_batchnorm=run.sync_batchnorm, num_sanity_val_steps=0, log_every_n_steps=10**9,
         enable_progress_bar=run.progress, enable_model_summary=False, enable_checkpointing=True,
         profiler=NoProfiler(),
     )  # fmt: skip
 
-
+# %% ../../../nbs/core/20_train.ipynb #6a22cb35
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch; call it before building a model too, since its first weights are random."""
+    """Seed Python, NumPy and PyTorch; also before building a model: its weights are random."""
     L.seed_everything(seed, workers=True, verbose=False)
 
 # %% ../../../nbs/core/20_train.ipynb #123b4d43
@@ -611,11 +721,13 @@ class FitResult:
 def _require_sampler(train: DataLoader) -> None:
     """ValueError unless `train` can begin in the middle of an epoch."""
     if not isinstance(train.sampler, EpochSampler):
-        raise ValueError("the training loader cannot be resumed: make it with leansense.core.loader.loader")
+        raise ValueError(
+            "the training loader cannot be resumed: make it with leansense.core.loader.loader"
+        )
 
 
 def _start_loaders(train: DataLoader, valid: DataLoader | None, position: tuple[int, int]) -> None:
-    """Put the training loader at (epoch, batches done), and keep both from drawing on the global generator."""
+    """Put `train` at (epoch, batches done); keep both off the global generator."""
     epoch, batches = position
     train.sampler.start_at(epoch, batches * train.batch_size)
     if valid is not None and valid.generator is None:
@@ -633,13 +745,15 @@ def outcome_of(trainer: L.Trainer, task: Task, keeper: Keeper) -> dict:
     """History, callbacks' states and counters of a run that has just ended."""
     return {
         "history": {name: list(values) for name, values in task.history.items()},
-        "callbacks": {c.state_key: copy.deepcopy(c.state_dict()) for c in (*keeper.run.callbacks, keeper)},
+        "callbacks": {
+            c.state_key: copy.deepcopy(c.state_dict()) for c in (*keeper.run.callbacks, keeper)
+        },
         "stopped": bool(trainer.should_stop),
         "seen": task.seen * trainer.world_size,
         "seconds": keeper.clock.seconds,
     }
 
-
+# %% ../../../nbs/core/20_train.ipynb #0882a687
 def _train(task: Task, run: Settings, keeper: Keeper, loaders: tuple, path: str) -> dict:
     """Run Lightning from the checkpoint at `path` (empty: from the start); the outcome."""
     with _quietly(run.threads):
@@ -672,7 +786,7 @@ def _restore(task: Task, run: Settings, keeper: Keeper, outcome: dict) -> None:
 
 # %% ../../../nbs/core/20_train.ipynb #5d28c0ae
 def load_best(task: Task, keeper: Keeper, identity: str) -> Path:
-    """Load best.ckpt into `task`; ValueError when it is of another run or not the epoch that was best."""
+    """Load best.ckpt into `task`; ValueError: of another run, or not the best epoch."""
     best = keeper.folder / "best.ckpt"
     kept = read_checkpoint(best, finite=True)
     own = kept[MARK]
@@ -680,7 +794,8 @@ def load_best(task: Task, keeper: Keeper, identity: str) -> Path:
     if differ or own["position"] != [keeper.best_epoch + 1, 0]:
         whose = f"a run with other {', '.join(differ)}" if differ else "this run"
         raise ValueError(
-            f"{best}: holds epoch {epoch} of {whose}, but the best of this run is epoch {keeper.best_epoch}:"
+            f"{best}: holds epoch {epoch} of {whose}, but the best of this run is epoch"
+            f" {keeper.best_epoch}:"
             " another run wrote into this folder, start again in a folder of its own"
         )
     check_weights(task, kept["state_dict"], best)
@@ -688,8 +803,9 @@ def load_best(task: Task, keeper: Keeper, identity: str) -> Path:
     return best
 
 # %% ../../../nbs/core/20_train.ipynb #085da064
-def fit(task: Task, train_loader: DataLoader, valid_loader: DataLoader | None = None, **settings) -> FitResult:
-    """Train `task` and leave it with its best weights; the keyword arguments are those of Settings."""
+def fit(task: Task, train_loader: DataLoader, valid_loader: DataLoader | None = None,
+        **settings) -> FitResult:  # fmt: skip
+    """Train `task` and leave it with its best weights; keyword arguments: those of Settings."""
     run, began = Settings(**settings), time.perf_counter()
     folder, loaders = Path(run.folder), (train_loader, valid_loader)
     _require_sampler(train_loader)
@@ -701,14 +817,16 @@ def fit(task: Task, train_loader: DataLoader, valid_loader: DataLoader | None = 
         _start_loaders(*loaders, tuple(kept[MARK]["position"]) if path else (0, 0))
         if rank_zero_only.rank == 0:
             if not path or Path(path).parent.resolve() != folder.resolve():
-                patterns = () if path else (p for c in run.callbacks for p in getattr(c, "patterns", ()))
+                patterns = (() if path else
+                            (p for c in run.callbacks for p in getattr(c, "patterns", ())))  # fmt: skip
                 clear_run(folder, tuple(patterns))
             if path:
                 settle_files(kept, Path(path), run)
         done = bool(path) and (kept[MARK]["stopped"] or kept[MARK]["position"][0] >= run.epochs)
         if done:
             own = kept[MARK] | {"callbacks": kept["callbacks"]}
-            outcome = {name: own[name] for name in ("history", "callbacks", "stopped")} | {"seen": 0, "seconds": 0.0}
+            outcome = {name: own[name] for name in ("history", "callbacks", "stopped")} | {
+                "seen": 0, "seconds": 0.0}  # fmt: skip
             _restore(task, run, keeper, outcome)
         else:
             outcome = _train(task, run, keeper, loaders, path)
@@ -721,6 +839,6 @@ def fit(task: Task, train_loader: DataLoader, valid_loader: DataLoader | None = 
     task.seen = outcome["seen"]
     speed = outcome["seen"] / outcome["seconds"] if outcome["seconds"] else 0.0
     return FitResult(
-        task.history, keeper.best_epoch, keeper.best, best, folder / "last.ckpt", len(task.history["epoch"]),
-        outcome["stopped"], time.perf_counter() - began, speed,
+        task.history, keeper.best_epoch, keeper.best, best, folder / "last.ckpt",
+        len(task.history["epoch"]), outcome["stopped"], time.perf_counter() - began, speed,
     )  # fmt: skip

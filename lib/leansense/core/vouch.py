@@ -175,7 +175,7 @@ def measure(rows: list[Row], tree: Path, folder: Path, workers: int = 2) -> dict
         )
     return found
 
-# %% ../../../nbs/core/18_vouch.ipynb #4eed9fcd
+# %% ../../../nbs/core/18_vouch.ipynb #284ffdc9
 def difference(old: object, new: object, name: str = "metrics") -> str:
     """The first entry in which two blocks of metrics differ, with both values, or nothing."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -194,15 +194,15 @@ def judge(rows: list[Row], before: dict, after: dict) -> tuple[str, str]:
     """Why a table cannot be vouched for, or else the digest of its metrics."""
     for row in rows:
         name = f"{row.system} {row.id}"
-        for side, found in (("old", before[name]), ("today's", after[name])):
+        for side, found in (("the old", before[name]), ("today's", after[name])):
             if isinstance(found, str):
-                return f"{name}: fails under the {side} code: {found or 'it leaves no record'}", ""
+                return f"{name}: fails under {side} code: {found or 'it leaves no record'}", ""
         if text(plain(before[name])) != text(plain(after[name])):
             return f"{name}: {difference(before[name], after[name])}", ""
     whole = "".join(text(plain(after[f"{row.system} {row.id}"])) for row in rows)
     return "", hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
 
-# %% ../../../nbs/core/18_vouch.ipynb #78da657b
+# %% ../../../nbs/core/18_vouch.ipynb #abe53f3b
 def enter(group: Group, metrics: str) -> Path:
     """Add a group's entry to its system's vouched.json, sorted, in one step."""
     path = paper_folder(group.system, "demo") / "vouched.json"
@@ -218,6 +218,7 @@ def vouch(names: list[str], given: str = "", workers: int = 2) -> list[str]:
     refused, found = [], [group for name in names for group in groups(name)]
     if not found:
         print("nothing to vouch for: no record is stale by its code alone")
+        return []
     with tempfile.TemporaryDirectory(prefix="leansense-vouch-") as scratch:
         folder, trees, smoke = Path(scratch), {}, {name: smoke_rows(name) for name in names}
         for group in found:
@@ -228,13 +229,9 @@ def vouch(names: list[str], given: str = "", workers: int = 2) -> list[str]:
                 (group.system, group.table): smoke[group.system][group.table] for group in own
             }
             rows = [row for rows in tables.values() for row in rows]
-            which = f"of {own[0].commit[:9]}" if tree != root() else "of today" if own else ""
-            print(
-                f"{len(rows)} smoke rows under the code {which}" if rows else "",
-                end="\n" * bool(rows),
-                flush=True,
-            )
-            sides[tree] = measure(rows, tree, folder / f"side{number}", workers) if rows else {}
+            which = "today's code" if tree == root() else f"the code of {own[0].commit[:9]}"
+            print(f"{len(rows)} smoke rows under {which}", flush=True)
+            sides[tree] = measure(rows, tree, folder / f"side{number}", workers)
         for tree, own in trees.items():
             for group in own:
                 why, metrics = judge(smoke[group.system][group.table], sides[tree], sides[root()])

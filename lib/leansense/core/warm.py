@@ -40,7 +40,7 @@ class Outcome:
     output: str = ""  # the end of what was printed, with the traceback
     seconds: float = 0.0
 
-# %% ../../../nbs/core/17_warm.ipynb #09c8ddb0
+# %% ../../../nbs/core/17_warm.ipynb #5a88606e
 def cells_of(notebook: Path, params: dict) -> list[str]:
     """The sources of a notebook's code cells, with papermill's added cell for `params`."""
     sources = []
@@ -66,10 +66,12 @@ def _play(notebook: Path, params: dict) -> str:
     from IPython.core.interactiveshell import InteractiveShell
     from traitlets.config import Config
 
+    class Shell(InteractiveShell):
+        def enable_gui(self, gui=None):  # there is no window to serve
+            return None
+
     sources = cells_of(notebook, params)
-    shell = InteractiveShell.instance(
-        config=Config(HistoryManager={"enabled": False}), colors="nocolor"
-    )
+    shell = Shell.instance(config=Config(HistoryManager={"enabled": False}), colors="nocolor")
     for source in sources:
         done = shell.run_cell(source, store_history=True)
         error = done.error_before_exec or done.error_in_exec

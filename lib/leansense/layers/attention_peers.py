@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import triton_why_not
-from .bench import Contender, Operator, Problem
+from .bench import Contender, Operator, Problem, compiled
 from .linear_attention import linear_attention_qkv, softmax_attention
 
 # %% ../../../nbs/layers/71_attention_peers.ipynb #fcd52d52
@@ -143,7 +143,7 @@ OPERATOR = Operator("linear_attention", problem, reference, {
                       note="another function: the ratio is where the algorithms cross, not whose code is better"),
     "reference": Contender("ours, plain formula", True, _ours("reference"), note="what compilers and exporters see"),
     "torch": Contender("ours, PyTorch", True, _ours("torch"), note="channels first, backward by hand"),
-    "cc": Contender("ours in C", True, _ours("cc"), _native_why_not, "one head at a time, in cache", ("cpu",)),
+    **compiled(Contender("ours in C", True, _ours("cc"), _native_why_not, "one head at a time, in cache", ("cpu",))),
     "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"),
                         "two kernels forward, two backward", ("cuda",)),
 }, work)

@@ -108,7 +108,7 @@ def _sorted(cells: torch.Tensor, depths: int, bags: int) -> tuple[torch.Tensor, 
 
 def _intercepted(*tensors: torch.Tensor) -> bool:
     """Whether somebody looks at operators: a tracer, or a tool like the FLOP counter."""
-    return (torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
             or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors))
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #5f7c0c32
@@ -430,7 +430,7 @@ def bev_pool(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, backend: s
     _check(depth, feat, plan)
     intercepted = _intercepted(depth, feat)
     name = backend if intercepted else _choose(backend, depth, feat)
-    if name in PLAIN:
+    if name in PLAIN or torch.jit.is_tracing():  # which knows PyTorch's own operators only
         return _plain(depth, feat, plan, torch.float64 if name == "reference" else _compute_type(depth, feat))
     if plan.offsets.numel() == 0:
         raise ValueError(f"the plan was built with ordered=False: backend '{name}' cannot use it, only {PLAIN} can")

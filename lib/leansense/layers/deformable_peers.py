@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import triton_why_not
-from .bench import Contender, Operator, Problem
+from .bench import Contender, Operator, Problem, compiled
 from .deformable import _native_why_not, deformable_attention
 
 # %% ../../../nbs/layers/73_deformable_peers.ipynb #3fb01b44
@@ -138,8 +138,8 @@ OPERATOR = Operator("deformable", problem, reference, {
     "gather": Contender("gather of rows", False, _formula(gather), note="four gathers a level, summed"),
     "hf": Contender("transformers' module", False, _prepare_hf, _hf_why_not, "Hugging Face's grid_sample formula"),
     "torch": Contender("ours, PyTorch", True, _ours("torch"), note="bags of rows, sampled products and a sort"),
-    "cc": Contender("ours in C", True, _ours("cc"), lambda: _native_why_not(torch.empty(0)),
-                    "planes that fit the cache, sorted backward", ("cpu",)),
+    **compiled(Contender("ours in C", True, _ours("cc"), lambda: _native_why_not(torch.empty(0)),
+                         "planes that fit the cache, sorted backward", ("cpu",))),
     "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"),
                         "atomics in the value's gradient", ("cuda",)),
 }, work)

@@ -235,7 +235,8 @@ class LiftSplat(nn.Module):
         matrices = rots, trans, intrins, post_rots, post_trans
         _check_features(depth_logits, features, rots, Frustum(self.u, self.v, self.d), self.sampling)
         if plan is None:
-            fresh = self.training or self.memory.size < 1 or torch.compiler.is_compiling()
+            seen = torch.compiler.is_compiling() or torch.jit.is_tracing()  # by somebody who would keep the plan
+            fresh = self.training or self.memory.size < 1 or seen
             plan = self.plan(*matrices) if fresh else self.memory.get(matrices, lambda: self.plan(*matrices))
         half = depth_logits.dtype in (torch.float16, torch.bfloat16)
         depth = depth_logits.softmax(-3, dtype=torch.float32 if half else None)

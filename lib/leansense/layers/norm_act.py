@@ -208,53 +208,60 @@ def _parts(rows: int) -> int:
     return max(min(torch.get_num_threads(), rows // 256), 1)
 
 
-def _over(function, rows: int, channels: int, tensors: list[torch.Tensor], totals: torch.Tensor | None = None) -> None:
+def _addresses(tensor: torch.Tensor, count: int | None = None) -> list[ctypes.c_void_p]:
+    """Where a contiguous tensor begins, or each of its `count` rows."""
+    first, step = tensor.data_ptr(), tensor.element_size() * (tensor.numel() // (count or 1))
+    return [ctypes.c_void_p(first + n * step) for n in range(count or 1)]
+
+
+def _over(function, rows: int, channels: int, tensors: list[ctypes.c_void_p],
+          totals: list[ctypes.c_void_p] | None = None) -> None:
     """function(tensors, own totals (2, channels) float64 if given, channels, first, last) for each part of the rows."""
-    addresses, parts, tasks = list(map(_address, tensors)), _parts(rows), []
+    parts, tasks = _parts(rows), []
     for n in range(parts):
-        own = [] if totals is None else [_address(totals[n])]
+        own = [] if totals is None else [totals[n]]
         bounds = map(ctypes.c_long, (channels, rows * n // parts, rows * (n + 1) // parts))
-        tasks.append(functools.partial(function, *addresses, *own, *bounds))
+        tasks.append(functools.partial(function, *tensors, *own, *bounds))
     parallel(tasks)
-
-
-def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #55935df5
 class _NormAct(torch.autograd.Function):
-    """f(batch norm of x) with the batch's statistics: y, mean and biased variance; x in channels-last order."""
+    """f(batch norm of x) with the batch's statistics, and (4, C): mean, biased variance, a, b; x is channels-last."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, act):
-        (B, C, H, W), rows, compiled = x.shape, x.shape[0] * x.shape[2] * x.shape[3], _compiled()
-        shift, totals = x[0, :, 0, 0].contiguous(), x.new_empty(_parts(rows), 2, C, dtype=torch.float64)
-        _over(compiled.moments, rows, C, [x, shift], totals)
-        wide, narrow = x.new_empty(2, C, dtype=torch.float64), x.new_empty(4, C)
-        mean, variance, a, b = narrow
-        compiled.statistics(_address(totals), ctypes.c_long(len(totals)), ctypes.c_double(rows), ctypes.c_double(eps),
-                            *map(_address, (shift, weight, bias, *wide, *narrow)), ctypes.c_long(C))
-        y = torch.empty_like(x)
-        _over(getattr(compiled, f"{act}_forward"), rows, C, [x, a, b, y])
+        (B, C, H, W), compiled = x.shape, _compiled()
+        rows, parts = B * H * W, _parts(B * H * W)
+        shift, totals = x[0, :, 0, 0].contiguous(), x.new_empty(parts, 2, C, dtype=torch.float64)
+        wide, narrow, y = x.new_empty(2, C, dtype=torch.float64), x.new_empty(4, C), torch.empty_like(x)
+        (at_x,), (at_shift,), at_totals = _addresses(x), _addresses(shift), _addresses(totals, parts)
+        _over(compiled.moments, rows, C, [at_x, at_shift], at_totals)
+        of_channels = _addresses(narrow, 4)
+        compiled.statistics(at_totals[0], ctypes.c_long(parts), ctypes.c_double(rows), ctypes.c_double(eps), at_shift,
+                            *_addresses(weight), *_addresses(bias), *_addresses(wide, 2), *of_channels, ctypes.c_long(C))
+        _over(getattr(compiled, f"{act}_forward"), rows, C, [at_x, *of_channels[2:], *_addresses(y)])
         ctx.save_for_backward(x, wide, narrow)
         ctx.act = act
-        ctx.mark_non_differentiable(mean, variance)
-        return y, mean, variance
+        ctx.mark_non_differentiable(narrow)
+        return y, narrow
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        x, (wide_mean, rstd), (mean, _, a, b) = ctx.saved_tensors
-        (B, C, H, W), rows, compiled = x.shape, x.shape[0] * x.shape[2] * x.shape[3], _compiled()
+    def backward(ctx, grad, _):
+        x, wide, narrow = ctx.saved_tensors
+        (B, C, H, W), compiled = x.shape, _compiled()
+        rows, parts = B * H * W, _parts(B * H * W)
         grad = grad.contiguous(memory_format=torch.channels_last)
-        dx, totals = torch.empty_like(x), x.new_empty(_parts(rows), 2, C, dtype=torch.float64)
-        _over(getattr(compiled, f"{ctx.act}_sums"), rows, C, [x, grad, a, b, mean, dx], totals)
-        weight, bias, p, q = x.new_empty(4, C)
-        compiled.gradients(_address(totals), ctypes.c_long(len(totals)), ctypes.c_double(rows),
-                           *map(_address, (wide_mean, mean, rstd, weight, bias, p, q)), ctypes.c_long(C))
+        dx, totals = torch.empty_like(x), x.new_empty(parts, 2, C, dtype=torch.float64)
+        weight, bias, slopes = x.new_empty(C), x.new_empty(C), x.new_empty(2, C)
+        (mean, _, a, b), (wide_mean, rstd), at_totals = _addresses(narrow, 4), _addresses(wide, 2), _addresses(totals, parts)
+        maps, (at_dx,), at_slopes = [*_addresses(x), *_addresses(grad)], _addresses(dx), _addresses(slopes, 2)
+        _over(getattr(compiled, f"{ctx.act}_sums"), rows, C, [*maps, a, b, mean, at_dx], at_totals)
+        compiled.gradients(at_totals[0], ctypes.c_long(parts), ctypes.c_double(rows), wide_mean, mean, rstd,
+                           *_addresses(weight), *_addresses(bias), *at_slopes, ctypes.c_long(C))
         if not ctx.needs_input_grad[0]:
             return None, weight, bias, None, None
-        _over(getattr(compiled, f"{ctx.act}_backward"), rows, C, [x, grad, a, b, p, q, dx])
+        _over(getattr(compiled, f"{ctx.act}_backward"), rows, C, [*maps, a, b, *at_slopes, at_dx])
         return dx, weight, bias, None, None
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #145aaf6a
@@ -289,16 +296,16 @@ def norm_act(x: torch.Tensor, norm: nn.Module, act: str = "relu", backend: str =
         scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
         shift = norm.bias.double() - scale * norm.running_mean.double()
         y = torch.empty_like(x)
+        tensors = x, scale.float(), shift.float(), y
         _over(getattr(_compiled(), f"{act}_forward"), x.numel() // x.shape[1], x.shape[1],
-              [x, scale.float(), shift.float(), y])
+              sum(map(_addresses, tensors), []))
         return y
-    y, mean, variance = _NormAct.apply(x, norm.weight, norm.bias, norm.eps, act)
+    y, statistics = _NormAct.apply(x, norm.weight, norm.bias, norm.eps, act)
     with torch.no_grad():
-        norm.num_batches_tracked += 1
-        share = 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        count = x.numel() // x.shape[1]
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(variance * (count / (count - 1)), share)
+        number, count = norm.num_batches_tracked.add_(1), x.numel() // x.shape[1]
+        share = 1 / int(number) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(statistics[0], share)
+        norm.running_var.lerp_(statistics[1] * (count / (count - 1)), share)
     return y
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #959a18ad

@@ -13,7 +13,7 @@ import random
 import torch
 
 from .backend import triton_why_not
-from .bench import Contender, Operator, Problem
+from .bench import Contender, Operator, Problem, compiled
 from .bev_pool import Grid, PoolPlan, _cc_why_not, bev_pool
 from .lift_splat import Rig, augmentation_matrix, get_geometry, make_frustum, surround_rig
 
@@ -183,7 +183,7 @@ OPERATOR = Operator("bev_pool", problem, reference, {
     "bev_pool_v2": Contender("BEVPoolv2, in PyTorch", False, prepare_cached_ranks,
                              note="cached ranks (arXiv:2211.17111), without its CUDA kernel"),
     "torch": Contender("ours, plan held", True, _ours("torch"), note="embedding_bag and sampled_addmm"),
-    "cc": Contender("ours in C, plan held", True, _ours("cc"), _cc_why_not, "gradients are read once", ("cpu",)),
+    **compiled(Contender("ours in C, plan held", True, _ours("cc"), _cc_why_not, "gradients are read once", ("cpu",))),
     "rebuilt": Contender("ours, plan built in each call", True, _rebuilt, note="as under image augmentation"),
     "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"), "plan held", ("cuda",)),
 }, work)

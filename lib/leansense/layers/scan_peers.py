@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_why_not
-from .bench import Contender, Operator, Problem
+from .bench import Contender, Operator, Problem, compiled
 from .scan import _extension, selective_scan, selective_scan_flops
 from .scan_native import why_not as no_compiler
 
@@ -148,7 +148,8 @@ CONTENDERS = {
                            "The published CUDA kernel through selective_scan_cuda, layout copies included.", ("cuda",)),
     "torch": Contender("ours, PyTorch", True, _ours("torch"),
                        note="Chunks in cache, one operation per step, own backward."),
-    "cc": Contender("ours, C", True, _ours("cc"), no_compiler, "States in registers; needs a C compiler.", ("cpu",)),
+    **compiled(Contender("ours, C", True, _ours("cc"), no_compiler, "States in registers; needs a C compiler.",
+                         ("cpu",))),
     "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"),
                         "Chunks in parallel, a tree inside each.", ("cuda",)),
 }

@@ -56,7 +56,8 @@ class SimBEV:
         """Digest of frames, matrices and the content of every image and label, 32 hexadecimal digits."""
         inside = lambda path: Path(path).is_relative_to(self.folder)
         files = {os.path.relpath(path, self.folder) if inside(path) else path for f in self.frames for path in f.files}
-        rows = [[f.id, f.split, f.intrinsics.tolist(), f.extrinsics.tolist(), f.made_for, f.resolution] for f in self.frames]
+        rows = [[f.id, f.split, f.intrinsics.tolist(), f.extrinsics.tolist(), f.made_for, f.resolution]
+                for f in self.frames]
         text = json.dumps([fingerprint(self.folder, files), sorted(rows, key=lambda row: row[0])])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -64,8 +65,8 @@ class SimBEV:
 def load(folder: str | Path, layout: str = "auto", *, every: int = 1, resolution: float = 0.0) -> SimBEV:
     """The data set in `folder`; the first fault is raised in one line.
 
-    layout: auto, published, converted or native. Native only: keep frames whose number `every` divides (SimBEV records 20 a
-    second); `resolution` of its labels in metres, 0: as its config says.
+    layout: auto, published, converted or native. Native only: keep frames whose number `every` divides
+    (SimBEV records 20 a second); `resolution` of its labels in metres, 0: as its config says.
     """
     root, layout, frames, report = scan(resolve(folder), layout, every, resolution)
     report.raise_if_bad()

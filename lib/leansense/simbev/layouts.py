@@ -118,11 +118,12 @@ def rigid(extrinsics: np.ndarray | None, where: str, report: Report) -> None:
         if said := not_rigid(matrix):
             report.add(where, f"extrinsics of {name} {said}", "store ego to camera as a rotation and a translation")
 
-# %% ../../../nbs/simbev/02_layouts.ipynb #0a64a255
+# %% ../../../nbs/simbev/02_layouts.ipynb #50e0feee
 def unknown_geometry(entry: dict, known: tuple[str, ...], where: str, report: Report) -> None:
     """Report each key of `entry` that speaks of a camera's geometry and is not `known`, unless it holds nothing."""
     for key, value in entry.items():
-        if key not in known and re.search("intrinsic|extrinsic|distort", str(key), re.I) and value not in (None, [], {}):
+        if (key not in known and re.search("intrinsic|extrinsic|distort", str(key), re.I)
+                and value not in (None, [], {})):
             fix = f"only {', '.join(known)} is read: put it there, or remove it if it says nothing else"
             report.add(where, f"{key} is geometry that is not read", fix)
 
@@ -283,7 +284,7 @@ def _pose(metadata: dict, sensor: str, where: Path, report: Report) -> tuple[np.
         return None
     return rotation_of(rotation), centre
 
-
+# %% ../../../nbs/simbev/02_layouts.ipynb #473209bd
 def _lenses(metadata: dict, where: str, report: Report) -> np.ndarray | None:
     """(6, 3, 3) K of the cameras: each one's own where the metadata has some by name, else one for all."""
     named = [f"CAM_{name.upper()}" for name in CAMERAS]
@@ -344,7 +345,7 @@ def _files(entry: dict, root: Path, where: str, report: Report) -> dict | None:
         "lidar": there("LIDAR"), "semantic": there("SEG-LIDAR"),
     }
 
-# %% ../../../nbs/simbev/02_layouts.ipynb #5bfa3e8f
+# %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9a
 RESOLUTION = 0.4  # metres a cell of the published data set
 
 
@@ -379,7 +380,7 @@ def label_grid(scene: dict, root: Path, where: str, resolution: float, report: R
     return {"resolution": own or resolution or RESOLUTION, "side": int(numbers.get("bev_dim", 0)),
             "assumed": not (own or resolution)}
 
-# %% ../../../nbs/simbev/02_layouts.ipynb #4b31deb6
+# %% ../../../nbs/simbev/02_layouts.ipynb #11c1023b
 def numbered(scene, where: str, report: Report) -> list[tuple[int, dict]]:
     """(number, entry) of the frames of one scene of an infos file; the others are in the report."""
     entries = scene.get("scene_data") if isinstance(scene, dict) else None

@@ -28,6 +28,7 @@ from ..core.task import Task, gathered
 from .convention import choose
 from .data import INPUTS
 
+# %% ../../../nbs/simbev/20_task.ipynb #1f074498
 MONITORS = ("iou", "loss", "ap")
 
 # %% ../../../nbs/simbev/20_task.ipynb #332e5fa3
@@ -55,7 +56,7 @@ def iou(cells: torch.Tensor) -> torch.Tensor:
     """Intersection over union along the first axis of `cells` (2, ...); 1 where the union is empty."""
     return torch.where(cells[1] > 0, cells[0] / cells[1].clamp_min(1), torch.ones_like(cells[1]))
 
-# %% ../../../nbs/simbev/20_task.ipynb #12ed82c7
+# %% ../../../nbs/simbev/20_task.ipynb #24f7ef8b
 BINS = 4096  # between logits -16 and 16
 
 
@@ -155,7 +156,7 @@ def evaluate(model: nn.Module, loader: DataLoader, xbound: Sequence[float], ybou
             "iou_per_class": iou(cells.sum(0)).tolist(), "iou_by_distance": iou(cells.sum(2).T).tolist(),
             "frames": frames, "empty_frames": empty, "false_alarms": alarms / empty if empty else 0.0}
 
-# %% ../../../nbs/simbev/20_task.ipynb #c8a7a9b8
+# %% ../../../nbs/simbev/20_task.ipynb #f72889c0
 def prior(train: DataLoader, scored: DataLoader) -> float:
     """AP, the mean over classes, of the mean training label as the answer to each frame of `scored`."""
     frames = train.dataset
@@ -226,7 +227,7 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         copy_checkpoint(source, target)
 
-# %% ../../../nbs/simbev/20_task.ipynb #e8f165a4
+# %% ../../../nbs/simbev/20_task.ipynb #4db72457
 class SimBEVKeeper(Callback):
     """The published script's validations, files and TensorBoard lines, for fit(..., callbacks=(keeper,)).
 
@@ -331,8 +332,12 @@ class SimBEVKeeper(Callback):
         self.settle(last)
         if last.exists():
             link(last, self.folder / "model_final.pt")
-        if not best.exists() and (self.folder / "best.ckpt").exists():
-            link(self.folder / "best.ckpt", best)
+        if not best.exists() and self.validations:  # of that step, if a file is; else the best end of an epoch
+            place = 1 + MONITORS.index(self.monitor)
+            step = max(self.validations, key=lambda v: -v[place] if self.monitor == "loss" else v[place])[0]
+            files = [self.folder / f"model_{step:06d}.pt", *sorted(self.folder.glob("best_at_*.pt"), reverse=True)]
+            same = (file for file in files if file.exists() and read_checkpoint(file).get("counter") == step)
+            link(next(same, self.folder / "best.ckpt"), best)
 
     # --- what happens when
 
@@ -385,7 +390,7 @@ class SimBEVKeeper(Callback):
         if trainer.is_global_zero and (self.folder / "last.ckpt").exists():
             link(self.folder / "last.ckpt", self.folder / "model_final.pt")
 
-
+# %% ../../../nbs/simbev/20_task.ipynb #05f95ee3
 def clear_outputs(folder: str | Path) -> None:
     """Remove an earlier run's model_*.pt and what belongs to them from `folder`."""
     for pattern in ("model_best.pt", "model_final.pt", "model_[0-9]*.pt", "best_at_*", "resume/*.ckpt"):

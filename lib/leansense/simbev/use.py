@@ -80,9 +80,9 @@ def draw_frame(figure, item: Mapping, found: torch.Tensor, xbound: Sequence[floa
             axes.set_title(names[n].replace("_", " "), fontsize=5, pad=1)
     draw_map(figure.add_subplot(grid[:, columns]), item["target"][0], found, xbound, ybound)
 
-# %% ../../../nbs/simbev/40_use.ipynb #e45f3189
+# %% ../../../nbs/simbev/40_use.ipynb #dc56d410
 def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
-    """(arguments of build, the row's parameters) that a checkpoint holds; ValueError when they contradict each other."""
+    """(arguments of build, the row's parameters) in a checkpoint; ValueError when they contradict each other."""
     again = "name a model_*.pt that training wrote"
     try:
         settings = json.loads(kept["settings"])
