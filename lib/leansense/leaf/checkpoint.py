@@ -34,7 +34,12 @@ NAMES = {
 
 def save_checkpoint(path: Path, model: nn.Module, meta: dict) -> Path:
     """Write {model: state_dict, meta} in one step; `meta` needs label2id, image_size, temperature and unsure_below."""
-    more = {"mark": MARK, NETWORK: model.config, "params": portable(meta.get("params", {})), "versions": versions()}
+    more = {
+        "mark": MARK,
+        NETWORK: model.config,
+        "params": portable(meta.get("params", {})),
+        "versions": versions(),
+    }
     meta = plain(meta | more, "meta")
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     check_finite(weights, path)
@@ -48,18 +53,27 @@ def rebuild(path: str | Path) -> tuple[nn.Module, dict]:
     content = load_file(path, finite=True)
     content = content if isinstance(content, dict) else {}
     meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
-    config, weights = content.get(NETWORK, meta.get(NETWORK)), content.get("state_dict", content.get("model"))
+    config, weights = (
+        content.get(NETWORK, meta.get(NETWORK)),
+        content.get("state_dict", content.get("model")),
+    )
     if not isinstance(config, dict) or not isinstance(weights, dict):
         older = "; it is of an older version: train again" if "mark" in meta else ""
         raise ValueError(
             f"{path}: not a checkpoint of a leaf classifier{older}; give a <model-name>_best.pt of this repository"
         )
     if "state_dict" in content:  # Lightning's name for the task's attribute stands in front
-        weights = {name.removeprefix("model."): v for name, v in weights.items() if name.startswith("model.")}
+        weights = {
+            name.removeprefix("model."): v
+            for name, v in weights.items()
+            if name.startswith("model.")
+        }
     try:
         model = build(**config)
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: describes a network that cannot be built ({error}); train again") from None
+        raise ValueError(
+            f"{path}: describes a network that cannot be built ({error}); train again"
+        ) from None
     check_weights(model, weights, path)
     model.load_state_dict(weights, assign=True)
     return model.eval(), content
@@ -111,7 +125,11 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
 # %% ../../../nbs/leaf/30_checkpoint.ipynb #a55d2da8
 def published_history(history: dict[str, list]) -> dict[str, list]:
     """The history under the guide's names: losses, accuracies, valid_f1, learning_rates."""
-    rates = {name.removeprefix("lr_"): values for name, values in history.items() if name.startswith("lr_")}
+    rates = {
+        name.removeprefix("lr_"): values
+        for name, values in history.items()
+        if name.startswith("lr_")
+    }
     names = ("train_loss", "valid_loss", "train_acc", "valid_acc", "valid_f1")
     return {name: history[name] for name in names} | {
         "learning_rates": next(iter(rates.values())),
@@ -119,11 +137,18 @@ def published_history(history: dict[str, list]) -> dict[str, list]:
     }
 
 
-def save_results(folder: Path, name: str, metrics: dict, history: dict, save_history: bool, plot: bool) -> list[Path]:
+def save_results(
+    folder: Path, name: str, metrics: dict, history: dict, save_history: bool, plot: bool
+) -> list[Path]:
     """Write <name>_metrics.json, and if wanted <name>_history.json and <name>_training_plot.png; returns the paths."""
     made = [write_atomic(folder / f"{name}_metrics.json", json.dumps(metrics, indent=1) + "\n")]
     if save_history:
-        made.append(write_atomic(folder / f"{name}_history.json", json.dumps(published_history(history), indent=1) + "\n"))
+        made.append(
+            write_atomic(
+                folder / f"{name}_history.json",
+                json.dumps(published_history(history), indent=1) + "\n",
+            )
+        )
     if plot:
         from leansense.core.figures import save
 
@@ -147,7 +172,11 @@ def curves(histories: dict[str, dict[str, list]]):
             left.plot(epochs, history["train_loss"], ":", color=colour)
             left.plot(epochs, history["valid_loss"], color=colour, label=label)
             right.plot(epochs, history["valid_acc"], color=colour)
-        left.set(xlabel="epoch", ylabel="cross-entropy", title="loss: training (dotted), validation (full)")
+        left.set(
+            xlabel="epoch",
+            ylabel="cross-entropy",
+            title="loss: training (dotted), validation (full)",
+        )
         right.set(xlabel="epoch", ylabel="accuracy", title="validation accuracy")
         left.legend()
     return figure

@@ -42,10 +42,14 @@ class Sample:
 
 def _stratified(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     """`count` of `samples`, the classes in proportion, chosen by a digest of seed and id, in the order given."""
-    rank = {s.id: hashlib.blake2b(f"{seed}\t{s.id}".encode(), digest_size=8).digest() for s in samples}
+    rank = {
+        s.id: hashlib.blake2b(f"{seed}\t{s.id}".encode(), digest_size=8).digest() for s in samples
+    }
     totals = Counter(s.label for s in samples)
     spread, seen = [], Counter()
-    for s in sorted(samples, key=lambda s: rank[s.id]):  # the k-th of n in a class stands at (k + 1/2) / n
+    for s in sorted(
+        samples, key=lambda s: rank[s.id]
+    ):  # the k-th of n in a class stands at (k + 1/2) / n
         spread.append(((seen[s.label] + 0.5) / totals[s.label], s.label, s.id))
         seen[s.label] += 1
     chosen = {name for _, _, name in sorted(spread)[:count]}
@@ -72,32 +76,47 @@ class Leaf:
     def part(self, split: str) -> list[Sample]:
         """The samples of one split, in the order of the csv; ValueError for a split that does not exist."""
         if split not in SPLITS:
-            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}{_nearest(split, SPLITS)}")
+            raise ValueError(
+                f"split {split!r} is not one of {', '.join(SPLITS)}{_nearest(split, SPLITS)}"
+            )
         return [s for s in self.samples if s.split == split]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """How many samples of each class each split holds."""
         seen = Counter((s.split, s.label) for s in self.samples)
-        return {split: {name: seen[split, k] for k, name in enumerate(self.classes)} for split in SPLITS}
+        return {
+            split: {name: seen[split, k] for k, name in enumerate(self.classes)} for split in SPLITS
+        }
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the classes, the rows and the content of every image of the whole set, 32 hexadecimal digits."""
         if self.whole:
             return self.whole.fingerprint
-        rows = sorted((Path(s.id).name if os.path.isabs(s.id) else s.id, s.label, s.split) for s in self.samples)
-        text = json.dumps([fingerprint(self.folder, [s.id for s in self.samples]), self.classes, rows])
+        rows = sorted(
+            (Path(s.id).name if os.path.isabs(s.id) else s.id, s.label, s.split)
+            for s in self.samples
+        )
+        text = json.dumps(
+            [fingerprint(self.folder, [s.id for s in self.samples]), self.classes, rows]
+        )
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 # %% ../../../nbs/leaf/00_data.ipynb #564b2e6d
-def limit(data: Leaf, train_limit: int | None = None, valid_limit: int | None = None, seed: int = 42) -> Leaf:
+def limit(
+    data: Leaf, train_limit: int | None = None, valid_limit: int | None = None, seed: int = 42
+) -> Leaf:
     """At most so many train and valid samples, the classes in proportion; None or 0 keeps all."""
     kept = list(data.samples)
     for split, count in (("train", train_limit), ("valid", valid_limit)):
         if count is not None and count < 0:
-            raise ValueError(f"{split}_limit={count}: give the number of samples to keep, 0 for all")
+            raise ValueError(
+                f"{split}_limit={count}: give the number of samples to keep, 0 for all"
+            )
         if count:
-            kept = [s for s in kept if s.split != split] + _stratified(data.part(split), count, seed)
+            kept = [s for s in kept if s.split != split] + _stratified(
+                data.part(split), count, seed
+            )
     return replace(data, samples=tuple(kept), whole=data.whole or data)
 
 # %% ../../../nbs/leaf/00_data.ipynb #3992eca5
@@ -118,9 +137,15 @@ def _table(path: Path, report: Report) -> tuple[list[str], list[tuple[int, dict[
     reader = csv.reader(lines, delimiter=";" if ";" in first and "," not in first else ",")
     try:
         header = [name.strip() for name in next(reader, [])]
-        rows = [(reader.line_num, dict(zip(header, map(str.strip, row)))) for row in reader if any(map(str.strip, row))]
+        rows = [
+            (reader.line_num, dict(zip(header, map(str.strip, row))))
+            for row in reader
+            if any(map(str.strip, row))
+        ]
     except csv.Error as error:
-        report.add(f"{path} line {reader.line_num}", f"is not CSV ({error})", "save it as CSV UTF-8")
+        report.add(
+            f"{path} line {reader.line_num}", f"is not CSV ({error})", "save it as CSV UTF-8"
+        )
         return [], []
     return header, rows
 
@@ -138,7 +163,7 @@ def _columns(path: Path, header: list[str], needed: Sequence[str], report: Repor
 def _classes(path: Path, report: Report) -> tuple[str, ...]:
     """The class names in the order of their numbers; empty, with a word in the report, when they cannot be read."""
     if not path.is_file():
-        fix = "write one line such as {\"blast\": 0, \"healthy\": 1}, or give its path as label2id"
+        fix = 'write one line such as {"blast": 0, "healthy": 1}, or give its path as label2id'
         report.add(path, "label2id file not found", fix, FileNotFoundError)
         return ()
     try:
@@ -197,17 +222,27 @@ def _consistent(where: Path, samples: list[Sample], classes: Sequence[str], repo
             said = ", ".join(f"{classes[s.label]}/{s.split}" for s in found)
             report.add(where, f"{name} is listed {len(found)} times ({said})", "keep one row")
         elif len(found) > 1:
-            report.warn(where, f"{name} is listed {len(found)} times", "keep one row, else it counts that often")
+            report.warn(
+                where,
+                f"{name} is listed {len(found)} times",
+                "keep one row, else it counts that often",
+            )
     held = Counter(s.split for s in samples)
     for split in ("train", "valid"):
         if not held[split] and samples:
-            report.add(where, f"no row with split {split!r}", "make one: python -m leansense.leaf.split split FOLDER")
+            report.add(
+                where,
+                f"no row with split {split!r}",
+                "make one: python -m leansense.leaf.split split FOLDER",
+            )
     if not held["test"] and samples:
         report.warn(where, "no row with split 'test'", "nothing can be reported on unseen pictures")
     trained = {s.label for s in samples if s.split == "train"}
     for k, name in enumerate(classes):
         if k not in trained and held["train"]:
-            report.warn(where, f"class {name!r} has no training picture", "add some or remove the class")
+            report.warn(
+                where, f"class {name!r} has no training picture", "add some or remove the class"
+            )
 
 # %% ../../../nbs/leaf/00_data.ipynb #3a3e210f
 def _present(samples: list[Sample], report: Report) -> set[str]:
@@ -224,11 +259,15 @@ def _present(samples: list[Sample], report: Report) -> set[str]:
         if there:
             report.add(path, "image is empty (0 bytes)", "copy it again or remove its row")
         else:
-            report.add(path, "image is missing", "copy it there or correct the row", FileNotFoundError)
+            report.add(
+                path, "image is missing", "copy it there or correct the row", FileNotFoundError
+            )
     return bad
 
 # %% ../../../nbs/leaf/00_data.ipynb #425654c9
-def locate(folder: str | Path = "", metadata: str | Path = "", label2id: str | Path = "") -> tuple[Path, Path]:
+def locate(
+    folder: str | Path = "", metadata: str | Path = "", label2id: str | Path = ""
+) -> tuple[Path, Path]:
     """The paths of the table and of the class list that `load` reads; relative ones count from the repository."""
     place = resolve(folder) if str(folder) else data_root()
     table = resolve(metadata) if str(metadata) else place / "metadata.csv"
@@ -237,11 +276,17 @@ def locate(folder: str | Path = "", metadata: str | Path = "", label2id: str | P
     return table, resolve(label2id) if str(label2id) else table.parent / "label2id.json"
 
 
-def _kaggle(table: Path, rows: list, ids: Path, options: dict, report: Report) -> tuple[tuple[str, ...], list[Sample]]:
+def _kaggle(
+    table: Path, rows: list, ids: Path, options: dict, report: Report
+) -> tuple[tuple[str, ...], list[Sample]]:
     """Classes and samples of the Kaggle layout, split by `leansense.leaf.split`."""
     from leansense.leaf.split import near_copies, assign, group, hashes
 
-    classes = _classes(ids, report) if ids.exists() else tuple(sorted({r["label"] for _, r in rows if r.get("label")}))
+    classes = (
+        _classes(ids, report)
+        if ids.exists()
+        else tuple(sorted({r["label"] for _, r in rows if r.get("label")}))
+    )
     listed = []
     for line, row in rows:
         name, label = row.get("image_id", ""), row.get("label", "")
@@ -255,7 +300,9 @@ def _kaggle(table: Path, rows: list, ids: Path, options: dict, report: Report) -
     return classes, [replace(s, split=split) for s, split in zip(samples, splits)]
 
 # %% ../../../nbs/leaf/00_data.ipynb #0dc51d61
-def _scan(folder, metadata, label2id, mode="stratified", valid=0.1, test=0.1, seed=42) -> tuple[Leaf, Report, set[str]]:
+def _scan(
+    folder, metadata, label2id, mode="stratified", valid=0.1, test=0.1, seed=42
+) -> tuple[Leaf, Report, set[str]]:
     """Everything that can be said without opening an image: the data, the report, the paths of absent images."""
     if mode not in ("stratified", "grouped"):
         raise ValueError(f"mode={mode!r}: give stratified or grouped")
@@ -270,18 +317,31 @@ def _scan(folder, metadata, label2id, mode="stratified", valid=0.1, test=0.1, se
     elif layout == "published":
         classes = _classes(ids, report)
         if table.is_file() and _columns(table, header, ("path", "label", "split"), report):
-            listed = [(n, row.get("path", ""), row.get("label", ""), row.get("split", "")) for n, row in rows]
+            listed = [
+                (n, row.get("path", ""), row.get("label", ""), row.get("split", ""))
+                for n, row in rows
+            ]
             samples = _samples(table, listed, classes, (table.name, ids.name), report)
     if header and not rows and not report.errors:
         report.add(table, "holds no rows", "add one row for each image")
     _consistent(table, samples, classes, report)
     absent = _present(samples, report)
-    return Leaf(table.parent.name, str(table.parent), layout, classes, tuple(samples)), report, absent
+    return (
+        Leaf(table.parent.name, str(table.parent), layout, classes, tuple(samples)),
+        report,
+        absent,
+    )
 
 # %% ../../../nbs/leaf/00_data.ipynb #ab16f8d8
 def load(
-    folder: str | Path = "", metadata: str | Path = "", label2id: str | Path = "", *,
-    mode: str = "stratified", valid: float = 0.1, test: float = 0.1, seed: int = 42,
+    folder: str | Path = "",
+    metadata: str | Path = "",
+    label2id: str | Path = "",
+    *,
+    mode: str = "stratified",
+    valid: float = 0.1,
+    test: float = 0.1,
+    seed: int = 42,
 ) -> Leaf:
     """The data set in `folder` (or behind a csv); the keywords say how the Kaggle layout is split. One-line errors."""
     data, report, _ = _scan(folder, metadata, label2id, mode, valid, test, seed)
@@ -294,14 +354,18 @@ def write_metadata(data: Leaf, out: str | Path) -> Path:
     out = resolve(out)
     table = out if out.suffix == ".csv" else out / "metadata.csv"
     ids = {name: k for k, name in enumerate(data.classes)}
-    write_atomic(table.parent / "label2id.json", json.dumps(ids, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(
+        table.parent / "label2id.json", json.dumps(ids, indent=1, ensure_ascii=False) + "\n"
+    )
     names = json.dumps({str(k): name for name, k in ids.items()}, indent=1, ensure_ascii=False)
     write_atomic(table.parent / "id2label.json", names + "\n")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("path", "label", "split"))
     for s in data.samples:
-        path = s.id if os.path.isabs(s.id) else Path(os.path.relpath(s.path, table.parent)).as_posix()
+        path = (
+            s.id if os.path.isabs(s.id) else Path(os.path.relpath(s.path, table.parent)).as_posix()
+        )
         writer.writerow((path, data.classes[s.label], s.split))
     return write_atomic(table, text.getvalue())
 
@@ -310,7 +374,9 @@ def kaggle_to_metadata(folder: str | Path, out: str | Path, **options) -> Path:
     """Turn the Kaggle layout into metadata.csv and label2id.json at `out`; `options` as for `load`. The csv's path."""
     data = load(folder, **options)
     if data.layout != "kaggle":
-        raise ValueError(f"{folder}: has no Kaggle train.csv (image_id, label); it is in the {data.layout} layout")
+        raise ValueError(
+            f"{folder}: has no Kaggle train.csv (image_id, label); it is in the {data.layout} layout"
+        )
     return write_metadata(data, out)
 
 # %% ../../../nbs/leaf/00_data.ipynb #c3ff2e15
@@ -331,7 +397,9 @@ def open_image(path: str | Path, draft: int = 0):
                 image = Image.fromarray((deep >> 8 if deep.max() > 255 else deep).astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: image is missing; copy it there or correct the row") from None
+        raise FileNotFoundError(
+            f"{path}: image is missing; copy it there or correct the row"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).replace(str(path), "the file").split())
         text = f"{path}: image cannot be decoded ({reason}); copy it again or remove its row"
@@ -362,7 +430,11 @@ def row_of(data: Leaf) -> tuple[list[int], list[str], str]:
     path_of = {digests[s.id][1]: s.path for s in data.samples}
     order = {digest: k for k, digest in enumerate(sorted(path_of))}
     key = hashlib.blake2b("".join(order).encode(), digest_size=16).hexdigest()
-    return [order[digests[s.id][1]] for s in data.samples], [path_of[digest] for digest in order], key
+    return (
+        [order[digests[s.id][1]] for s in data.samples],
+        [path_of[digest] for digest in order],
+        key,
+    )
 
 # %% ../../../nbs/leaf/00_data.ipynb #d5e2085f
 def pixels(data: Leaf, size: int):
@@ -387,7 +459,12 @@ class Augment:
 
     mirror: float = 0.0  # probability
     degrees: float = 0.0  # rotation, either way
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # brightness, contrast, saturation, hue
+    jitter: tuple[float, float, float, float] = (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )  # brightness, contrast, saturation, hue
     crop: float = 1.0  # smallest area of a random crop
     turn: bool = False  # quarter turns and vertical mirroring
     patch: float = 0.0  # probability of a grey patch
@@ -408,7 +485,9 @@ def draw(augment: Augment, rng) -> dict:
     area = min(area, 1 / max(ratio, 1 / ratio)) if augment.crop < 1 else 1.0  # what fits the square
     side = ((area * ratio) ** 0.5, (area / ratio) ** 0.5) if augment.crop < 1 else (1.0, 1.0)
     edge = 0.1 + 0.2 * u[13]
-    colour = [1 + (2 * u[8 + k] - 1) * augment.jitter[k] for k in range(3)] + [(2 * u[11] - 1) * augment.jitter[3]]
+    colour = [1 + (2 * u[8 + k] - 1) * augment.jitter[k] for k in range(3)] + [
+        (2 * u[11] - 1) * augment.jitter[3]
+    ]
     return {
         "box": ((1 - side[0]) * u[2], (1 - side[1]) * u[3], *side) if augment.crop < 1 else None,
         "mirror": u[4] < augment.mirror,
@@ -433,7 +512,9 @@ def shift_hue(image, amount: float):
     no_red = torch.eq(low, red, out=torch.empty_like(red)).mul_(1 - no_blue)
     no_green = 1 - no_blue - no_red
     hue = (green - red).mul_(no_blue).addcmul_(blue - green, no_red).addcmul_(red - blue, no_green)
-    hue.div_(chroma.clamp_min(1e-12)).add_(no_red, alpha=-2).add_(no_blue, alpha=-4).add_(5 + 6 * amount)
+    hue.div_(chroma.clamp_min(1e-12)).add_(no_red, alpha=-2).add_(no_blue, alpha=-4).add_(
+        5 + 6 * amount
+    )
     out = torch.empty_like(image)
     for channel in range(3):  # red stands at 0, green at 2, blue at 4 on the circle of six
         away = (hue - 2 * channel).abs_()
@@ -466,13 +547,22 @@ def augmented(image, choice: dict, smooth: bool):
     size, picture = len(image), Image.fromarray(np.asarray(image))
     if choice["box"]:
         x, y, width, height = (size * value for value in choice["box"])
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + width, y + height))
-    for wanted, way in (("mirror", Image.Transpose.FLIP_LEFT_RIGHT), ("flip", Image.Transpose.FLIP_TOP_BOTTOM)):
+        picture = picture.resize(
+            (size, size), Image.Resampling.BILINEAR, box=(x, y, x + width, y + height)
+        )
+    for wanted, way in (
+        ("mirror", Image.Transpose.FLIP_LEFT_RIGHT),
+        ("flip", Image.Transpose.FLIP_TOP_BOTTOM),
+    ):
         picture = picture.transpose(way) if choice[wanted] else picture
     if choice["quarters"]:
-        picture = picture.transpose(Image.Transpose(1 + choice["quarters"]))  # ROTATE_90, _180, _270
+        picture = picture.transpose(
+            Image.Transpose(1 + choice["quarters"])
+        )  # ROTATE_90, _180, _270
     if choice["angle"]:
-        picture = picture.rotate(choice["angle"], Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST)
+        picture = picture.rotate(
+            choice["angle"], Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+        )
     tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div_(255)
     if choice["colour"]:
         tensor = recolour(tensor, choice["colour"], choice["order"])
@@ -495,13 +585,22 @@ def normalised(images):
 class LeafDataset:
     """The pictures of one split; `dataset[key]` is {image (3, S, S) float32 normalised, label int, id str}."""
 
-    def __init__(self, data: Leaf, split: str = "train", size: int = 224, augment: str = "none", seed: int = 42):
+    def __init__(
+        self,
+        data: Leaf,
+        split: str = "train",
+        size: int = 224,
+        augment: str = "none",
+        seed: int = 42,
+    ):
         if augment not in AUGMENTS:
             near = _nearest(augment, tuple(AUGMENTS))
             raise ValueError(f"augment={augment!r} is not one of {', '.join(AUGMENTS)}{near}")
         self.samples, self.size, self.augment, self.seed = data.part(split), size, augment, seed
         if not self.samples:
-            raise ValueError(f"{data.folder}: no sample in split {split!r}; add rows or split again")
+            raise ValueError(
+                f"{data.folder}: no sample in split {split!r}; add rows or split again"
+            )
         rows, self.array = pixels(data, size)
         self.rows = [row for row, s in zip(rows, data.samples) if s.split == split]
 
@@ -511,7 +610,9 @@ class LeafDataset:
     def __setstate__(self, state: dict) -> None:
         import numpy as np
 
-        self.__dict__ = state | {"array": np.load(state["array"], mmap_mode="r", allow_pickle=False)}
+        self.__dict__ = state | {
+            "array": np.load(state["array"], mmap_mode="r", allow_pickle=False)
+        }
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -544,7 +645,9 @@ def _batch(dataset: LeafDataset, pairs: Sequence[tuple[int, int]]):
 def _items(dataset: LeafDataset, keys: Sequence[int | tuple[int, int]]) -> list[dict]:
     """The items of some keys; an index alone means epoch 0."""
     pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
-    pairs = [(int(epoch), range(len(dataset))[index]) for epoch, index in pairs]  # IndexError beyond the end
+    pairs = [
+        (int(epoch), range(len(dataset))[index]) for epoch, index in pairs
+    ]  # IndexError beyond the end
     found = [dataset.samples[index] for _, index in pairs]
     images = _batch(dataset, pairs)
     return [{"image": image, "label": s.label, "id": s.id} for image, s in zip(images, found)]
@@ -561,6 +664,7 @@ def collate(items: Sequence[dict]) -> dict:
 # %% ../../../nbs/leaf/00_data.ipynb #445a4f71
 def _decodes(samples: Sequence[Sample], report: Report) -> set[str]:
     """Report each image that cannot be decoded; the paths of these."""
+
     def fault(path: str) -> str:
         try:
             open_image(path)
@@ -584,9 +688,14 @@ def _copies(data: Leaf, report: Report) -> None:
     pairs = near_copies(hashes(data))
     for i, j, bits in pairs:
         a, b = data.samples[i], data.samples[j]
-        where = f"{a.id} ({a.split})", f"near-copy of {b.id} ({b.split}), {bits} of {BITS} bits apart"
+        where = (
+            f"{a.id} ({a.split})",
+            f"near-copy of {b.id} ({b.split}), {bits} of {BITS} bits apart",
+        )
         if a.label != b.label:
-            report.warn(where[0], f"{where[1]}, under another label", "keep the one with the right label")
+            report.warn(
+                where[0], f"{where[1]}, under another label", "keep the one with the right label"
+            )
         elif a.split != b.split:
             report.warn(*where, "keep one side, or split again with --mode grouped")
     crossing = sum(data.samples[i].split != data.samples[j].split for i, j, _ in pairs)
@@ -597,10 +706,14 @@ def check(folder: str | Path, metadata: str | Path = "", label2id: str | Path = 
     """Everything that is wrong with the data set in `folder`, either layout; opens every image."""
     data, report, bad = _scan(folder, metadata, label2id)
     if data.classes:
-        report.facts.append(f"{data.layout} layout, {len(data.classes)} classes: {', '.join(data.classes)}")
+        report.facts.append(
+            f"{data.layout} layout, {len(data.classes)} classes: {', '.join(data.classes)}"
+        )
     for split, counts in data.counts().items():
         if sum(counts.values()):
-            report.facts.append(f"{split}: {sum(counts.values())} images ({', '.join(map(str, counts.values()))})")
+            report.facts.append(
+                f"{split}: {sum(counts.values())} images ({', '.join(map(str, counts.values()))})"
+            )
     bad |= _decodes([s for s in data.samples if s.path not in bad], report)
     good = tuple({s.path: s for s in data.samples if s.path not in bad}.values())
     if good:
@@ -609,7 +722,16 @@ def check(folder: str | Path, metadata: str | Path = "", label2id: str | Path = 
     return report
 
 # %% ../../../nbs/leaf/00_data.ipynb #ada118dd
-PARAMETERS = ("data", "metadata", "label2id", "standin", "classes", "split", "train_limit", "valid_limit")
+PARAMETERS = (
+    "data",
+    "metadata",
+    "label2id",
+    "standin",
+    "classes",
+    "split",
+    "train_limit",
+    "valid_limit",
+)
 SPLITTINGS = ("given", "stratified", "grouped")  # as the csv says, or made anew
 
 
@@ -620,7 +742,9 @@ def with_test(data: Leaf) -> Leaf:
     from leansense.leaf.split import split
 
     train = replace(data, samples=tuple(data.part("train")))
-    again = {s.id: s.split for s in split(train, valid=0.2, test=0.0, mode="grouped", seed=0).samples}
+    again = {
+        s.id: s.split for s in split(train, valid=0.2, test=0.0, mode="grouped", seed=0).samples
+    }
     parts = (again[s.id] if s.split == "train" else "test" for s in data.samples)
     samples = tuple(replace(s, split=part) for s, part in zip(data.samples, parts))
     return replace(data, name=f"{data.name} (given valid is the test)", samples=samples)
@@ -643,7 +767,9 @@ def _whole(params: dict) -> Leaf:
     splitting = params.get("split", "given")
     if splitting not in SPLITTINGS:
         near = _nearest(str(splitting), SPLITTINGS)
-        raise ValueError(f"split={splitting!r} is unknown: choose from {', '.join(SPLITTINGS)}{near}")
+        raise ValueError(
+            f"split={splitting!r} is unknown: choose from {', '.join(SPLITTINGS)}{near}"
+        )
     if folder == "standin" and not metadata:
         data = _drawn(params)
     else:

@@ -33,7 +33,11 @@ VARIANTS = {
     "hybrid": "MobileNetV3-Small + coordinate attention + BoT",
 }
 WIDTH = 144  # channels inside a BoT block: a quarter of the backbone's 576, at every stride
-STRIDES = {32: (5, 576), 16: (3, 48), 8: (1, 24)}  # stride -> (the backbone's last stage of that stride, its channels)
+STRIDES = {
+    32: (5, 576),
+    16: (3, 48),
+    8: (1, 24),
+}  # stride -> (the backbone's last stage of that stride, its channels)
 
 # %% ../../../nbs/leaf/10_model.ipynb #ceb1b7dd
 class BoTBlock(nn.Module):
@@ -42,7 +46,9 @@ class BoTBlock(nn.Module):
     last_relu: False inside the backbone, whose stages end without an activation (linear bottlenecks).
     """
 
-    def __init__(self, channels: int, attention: nn.Module, width: int = WIDTH, last_relu: bool = True):
+    def __init__(
+        self, channels: int, attention: nn.Module, width: int = WIDTH, last_relu: bool = True
+    ):
         super().__init__()
         self.reduce = nn.Conv2d(channels, width, 1)
         self.attention = attention
@@ -58,7 +64,9 @@ class _Gated(nn.Module):
 
     def __init__(self, channels: int, gate: nn.Module):
         super().__init__()
-        self.mix = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        self.mix = nn.Sequential(
+            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+        )
         self.gate = gate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,14 +80,20 @@ class CoordinateGate(nn.Module):
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         hidden = max(channels // reduction, 8)
-        self.shared = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU())
+        self.shared = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU()
+        )
         self.rows, self.columns = (nn.Conv2d(hidden, channels, 1, bias=False) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h, w = x.shape[-2:]
-        means = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(-1, -2)], 2)  # b c h+w 1
+        means = torch.cat(
+            [x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(-1, -2)], 2
+        )  # b c h+w 1
         rows, columns = self.shared(means).split([h, w], 2)
-        return self.rows(rows).sigmoid() * self.columns(columns.transpose(-1, -2)).sigmoid()  # b c h 1 * b c 1 w
+        return (
+            self.rows(rows).sigmoid() * self.columns(columns.transpose(-1, -2)).sigmoid()
+        )  # b c h 1 * b c 1 w
 
 # %% ../../../nbs/leaf/10_model.ipynb #d9f2a134
 class ChannelGate(nn.Module):
@@ -107,14 +121,23 @@ def _backbone(keep_unused_head: bool) -> nn.Module:
 class LeafNet(nn.Module):
     """Image (B, 3, S, S) -> logits (B, K): backbone with a block behind one of its stages, mean, dropout, linear."""
 
-    def __init__(self, backbone: nn.Module, block: nn.Module, num_classes: int, dropout: float, attn_stride: int,
-                 config: dict):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        block: nn.Module,
+        num_classes: int,
+        dropout: float,
+        attn_stride: int,
+        config: dict,
+    ):
         super().__init__()
         self.backbone, self.block = backbone, block
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(STRIDES[32][1], num_classes)
         self.after = STRIDES[attn_stride][0]
-        self.config = config  # the arguments of build(): literals only, so a checkpoint can carry them
+        self.config = (
+            config  # the arguments of build(): literals only, so a checkpoint can carry them
+        )
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """The (B, 576) vectors that the classifier sees, before dropout."""
@@ -186,7 +209,9 @@ def _as_published(config: dict, defaults: dict) -> dict:
     for name, default in defaults.items():
         fixed = published.get(name, default)
         if config[name] not in (default, fixed):
-            raise ValueError(f"{name}={config[name]!r} contradicts faithful=True, where it is {fixed!r}: leave one out")
+            raise ValueError(
+                f"{name}={config[name]!r} contradicts faithful=True, where it is {fixed!r}: leave one out"
+            )
     return config | published
 
 # %% ../../../nbs/leaf/10_model.ipynb #717c7826
@@ -196,13 +221,18 @@ def _attention(config: dict, linear: bool) -> nn.Module:
     if linear:
         return LinearAttention2d(WIDTH, heads, pos, config["feature_map"])
     side = config["image_size"] // config["attn_stride"]
-    return SoftmaxAttention2d(WIDTH, heads, pos, (side, side) if pos == "relative" else None, config["matrix"])
+    return SoftmaxAttention2d(
+        WIDTH, heads, pos, (side, side) if pos == "relative" else None, config["matrix"]
+    )
 
 
 def _block(config: dict) -> nn.Module:
     """The block of a variant: (B, C, h, w) -> same."""
     variant, stride = config["variant"], config["attn_stride"]
-    channels, reduction = STRIDES[stride][1], 16 if config["reduction"] is None else config["reduction"]
+    channels, reduction = (
+        STRIDES[stride][1],
+        16 if config["reduction"] is None else config["reduction"],
+    )
     if variant == "vanilla":
         return nn.Identity()
     if variant == "eca":
@@ -210,8 +240,10 @@ def _block(config: dict) -> nn.Module:
     if variant == "ca":
         return _Gated(channels, CoordinateGate(channels, reduction))
     if variant == "hybrid":
-        return nn.Sequential(_Gated(channels, CoordinateGate(channels, reduction)),
-                             BoTBlock(channels, _attention(config, linear=False)))
+        return nn.Sequential(
+            _Gated(channels, CoordinateGate(channels, reduction)),
+            BoTBlock(channels, _attention(config, linear=False)),
+        )
     return BoTBlock(channels, _attention(config, variant == "bot_linear"), last_relu=stride == 32)
 
 # %% ../../../nbs/leaf/10_model.ipynb #b3e31d39
@@ -223,9 +255,15 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
+    if not isinstance(content, dict) or not any(
+        torch.is_tensor(value) for value in content.values()
+    ):
         raise ValueError(f"{path}: holds no weights by name: give a state_dict or a checkpoint")
-    inner = {name.removeprefix("model."): value for name, value in content.items() if name.startswith("model.")}
+    inner = {
+        name.removeprefix("model."): value
+        for name, value in content.items()
+        if name.startswith("model.")
+    }
     check_finite(inner or content, path)
     return inner or content
 
@@ -238,9 +276,16 @@ def load_weights(model: LeafNet, path: str | Path) -> LeafNet:
     whole = any(name.startswith("backbone.") for name in given)
     target, prefix = (model, "backbone.") if whole else (model.backbone, "")
     own = target.state_dict()
-    unused = (f"{prefix}conv_head.", *(() if prefix else ("classifier.",)))  # of layers that are not in use here
-    given = {name: value for name, value in given.items() if name in own or not name.startswith(unused)}
-    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}  # absent in older files
+    unused = (
+        f"{prefix}conv_head.",
+        *(() if prefix else ("classifier.",)),
+    )  # of layers that are not in use here
+    given = {
+        name: value for name, value in given.items() if name in own or not name.startswith(unused)
+    }
+    counters = {
+        name: own[name] for name in own if name.endswith("num_batches_tracked")
+    }  # absent in older files
     check_weights(target, counters | given, path)
     target.load_state_dict(counters | given)
     return model
@@ -259,14 +304,18 @@ def _answers(endpoint: str, seconds: float) -> bool:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(
+                urllib.request.Request(endpoint, method="HEAD"), timeout=seconds
+            ).close()
             said.append(True)
         except urllib.error.HTTPError:
             said.append(True)
         except (OSError, ValueError):
             said.append(False)
 
-    thread = threading.Thread(target=ask, daemon=True)  # the system's resolver knows no timeout of ours
+    thread = threading.Thread(
+        target=ask, daemon=True
+    )  # the system's resolver knows no timeout of ours
     thread.start()
     thread.join(seconds)
     return bool(said and said[0])
@@ -325,10 +374,15 @@ def swap_attention(model: LeafNet, feature_map: str = "relu") -> LeafNet:
     if variant not in ("bot", "bot_linear"):
         raise ValueError(f"swap_attention works on bot and bot_linear, not on {variant!r}")
     if pos == "relative":
-        raise ValueError("pos='relative' cannot be kept in linear form: train the model with a sincos position to swap")
+        raise ValueError(
+            "pos='relative' cannot be kept in linear form: train the model with a sincos position to swap"
+        )
     linear = variant == "bot"
     other = copy.deepcopy(model)
     other.block.attention = other_attention(model.block.attention, feature_map)
-    other.config |= {"variant": "bot_linear" if linear else "bot", "matrix": False,
-                     "feature_map": feature_map if linear else "relu"}
+    other.config |= {
+        "variant": "bot_linear" if linear else "bot",
+        "matrix": False,
+        "feature_map": feature_map if linear else "relu",
+    }
     return other

@@ -33,7 +33,12 @@ def pose_hashes(path: str | Path) -> np.ndarray:
     from PIL import Image
 
     small = open_image(path, draft=256).convert("L").resize((64, 64), Image.Resampling.LANCZOS)
-    turns = [None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270]
+    turns = [
+        None,
+        Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_180,
+        Image.Transpose.ROTATE_270,
+    ]
     rows = []
     for side in (small, small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
         for turn in turns:
@@ -58,7 +63,9 @@ def hashes(data: Leaf) -> np.ndarray:
 THRESHOLD = 40
 
 
-def near_copies(hashed: np.ndarray, threshold: int = THRESHOLD, block: int = 128) -> list[tuple[int, int, int]]:
+def near_copies(
+    hashed: np.ndarray, threshold: int = THRESHOLD, block: int = 128
+) -> list[tuple[int, int, int]]:
     """Pairs (i, j, bits apart) with i < j at most `threshold` bits apart; `hashed` is (N, 8, 4) uint64."""
     found = []
     upright = np.ascontiguousarray(hashed[:, 0])
@@ -66,7 +73,10 @@ def near_copies(hashed: np.ndarray, threshold: int = THRESHOLD, block: int = 128
         rows = upright[start : start + block]
         best = np.full((len(rows), len(hashed) - start), 255 + 1, np.int16)
         for pose in range(8):  # i as it stands against the poses of j, and the other way round
-            for left, right in ((rows, hashed[start:, pose]), (hashed[start : start + block, pose], upright[start:])):
+            for left, right in (
+                (rows, hashed[start:, pose]),
+                (hashed[start : start + block, pose], upright[start:]),
+            ):
                 bits = np.bitwise_count(left[:, None, 0] ^ right[None, :, 0]).astype(np.int16)
                 for word in range(1, hashed.shape[-1]):
                     bits += np.bitwise_count(left[:, None, word] ^ right[None, :, word])
@@ -95,8 +105,15 @@ class Leak:
 
 def leaks(data: Leaf, threshold: int = THRESHOLD) -> list[Leak]:
     """Every pair of near-copies across splits, nearest first."""
-    pairs = ((data.samples[i], data.samples[j], bits) for i, j, bits in near_copies(hashes(data), threshold))
-    found = [Leak(a.id, a.split, b.id, b.split, bits, a.label == b.label) for a, b, bits in pairs if a.split != b.split]
+    pairs = (
+        (data.samples[i], data.samples[j], bits)
+        for i, j, bits in near_copies(hashes(data), threshold)
+    )
+    found = [
+        Leak(a.id, a.split, b.id, b.split, bits, a.label == b.label)
+        for a, b, bits in pairs
+        if a.split != b.split
+    ]
     return sorted(found, key=lambda leak: (leak.bits, leak.id, leak.other))
 
 # %% ../../../nbs/leaf/06_split.ipynb #febdda99
@@ -104,7 +121,12 @@ def copied(data: Leaf, split: str = "test", threshold: int = THRESHOLD) -> list[
     """For each sample of `split`, in order: whether a near-copy of it stands in the training part."""
     pairs = near_copies(hashes(data), threshold)
     kind = [s.split for s in data.samples]
-    there = {a for i, j, _ in pairs for a, b in ((i, j), (j, i)) if kind[a] == split and kind[b] == "train"}
+    there = {
+        a
+        for i, j, _ in pairs
+        for a, b in ((i, j), (j, i))
+        if kind[a] == split and kind[b] == "train"
+    }
     return [k in there for k, s in enumerate(data.samples) if s.split == split]
 
 # %% ../../../nbs/leaf/06_split.ipynb #a22a6bbe
@@ -114,7 +136,9 @@ def group(count: int, pairs: Iterable[tuple[int, int, int]]) -> np.ndarray:
     from scipy.sparse.csgraph import connected_components
 
     i, j = np.array([pair[:2] for pair in pairs], int).reshape(-1, 2).T
-    return connected_components(coo_matrix((np.ones(len(i)), (i, j)), (count, count)), directed=False)[1]
+    return connected_components(
+        coo_matrix((np.ones(len(i)), (i, j)), (count, count)), directed=False
+    )[1]
 
 
 def _rank(name: str, seed: int) -> bytes:
@@ -129,12 +153,18 @@ def _quota(total: int, share: float) -> int:
 
 
 def assign(
-    ids: Sequence[str], labels: Sequence, groups: Sequence[int] | None = None,
-    valid: float = 0.1, test: float = 0.1, seed: int = 42,
+    ids: Sequence[str],
+    labels: Sequence,
+    groups: Sequence[int] | None = None,
+    valid: float = 0.1,
+    test: float = 0.1,
+    seed: int = 42,
 ) -> list[str]:
     """A split for each picture: shares of each label, whole groups, an order that depends on names and seed only."""
     if not (0 < valid < 1 and 0 <= test < 1 and valid + test < 1):
-        raise ValueError(f"valid={valid}, test={test}: shares need valid > 0, test >= 0 and valid + test < 1")
+        raise ValueError(
+            f"valid={valid}, test={test}: shares need valid > 0, test >= 0 and valid + test < 1"
+        )
     members = defaultdict(list)
     for k, number in enumerate(range(len(ids)) if groups is None else groups):
         members[number].append(k)
@@ -164,17 +194,30 @@ def from_folders(folder: str | Path) -> Leaf:
     """Pictures in class sub-folders as a `Leaf` that is not split yet (all train); labels in alphabetical order."""
     folder = resolve(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give one with a sub-folder of images for each class")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.parent != folder)
+        raise FileNotFoundError(
+            f"{folder}: no such folder; give one with a sub-folder of images for each class"
+        )
+    found = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.parent != folder
+    )
     classes = sorted({path.parent.name for path in found})
     if len(classes) < 2:
-        raise ValueError(f"{folder}: {len(classes)} sub-folder(s) with images; a split needs one for each class")
-    samples = (Sample(p.relative_to(folder).as_posix(), str(p), classes.index(p.parent.name), "train") for p in found)
+        raise ValueError(
+            f"{folder}: {len(classes)} sub-folder(s) with images; a split needs one for each class"
+        )
+    samples = (
+        Sample(p.relative_to(folder).as_posix(), str(p), classes.index(p.parent.name), "train")
+        for p in found
+    )
     return Leaf(folder.name, str(folder), "folders", tuple(classes), tuple(samples))
 
 
 def split(
-    source: str | Path | Leaf, valid: float = 0.1, test: float = 0.1, mode: str = "stratified", seed: int = 42,
+    source: str | Path | Leaf,
+    valid: float = 0.1,
+    test: float = 0.1,
+    mode: str = "stratified",
+    seed: int = 42,
     threshold: int = THRESHOLD,
 ) -> Leaf:
     """`source` with new splits; `mode` is stratified, or grouped: near-copies never cross."""
@@ -205,7 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (make, find):
         command.add_argument("folder")
         command.add_argument("--threshold", type=int, default=THRESHOLD, help="bits of 256")
-    make.add_argument("--output", default="", help="the csv to write; default: metadata.csv in the folder")
+    make.add_argument(
+        "--output", default="", help="the csv to write; default: metadata.csv in the folder"
+    )
     make.add_argument("--mode", choices=("stratified", "grouped"), default="stratified")
     for name, default in (("valid-ratio", 0.1), ("test-ratio", 0.1)):
         make.add_argument(f"--{name}", type=float, default=default)
@@ -221,7 +266,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _leaks(given: argparse.Namespace) -> int:
     """List the near-copies across splits."""
     found = leaks(_source(given.folder), given.threshold)
-    print("\n".join(map(str, found)) + "\n" * bool(found) + f"{len(found)} near-copy pair(s) across splits")
+    print(
+        "\n".join(map(str, found))
+        + "\n" * bool(found)
+        + f"{len(found)} near-copy pair(s) across splits"
+    )
     return 1 if found else 0
 
 
@@ -230,11 +279,20 @@ def _split(given: argparse.Namespace) -> int:
     target = resolve(given.output or Path(given.folder) / "metadata.csv")
     if target.exists():
         raise FileExistsError(f"{target}: exists already; give another --output or remove it")
-    data = split(_source(given.folder), given.valid_ratio, given.test_ratio, given.mode, given.seed, given.threshold)
+    data = split(
+        _source(given.folder),
+        given.valid_ratio,
+        given.test_ratio,
+        given.mode,
+        given.seed,
+        given.threshold,
+    )
     write_metadata(data, target)
     print(f"{target}: " + ", ".join(f"{name} {len(data.part(name))}" for name in SPLITS))
     return 0
 
 
-if __name__ == "__main__" and globals().get("__spec__"):  # under python -m; a notebook's __main__ has no spec
+if __name__ == "__main__" and globals().get(
+    "__spec__"
+):  # under python -m; a notebook's __main__ has no spec
     sys.exit(main())

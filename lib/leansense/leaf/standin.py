@@ -35,21 +35,28 @@ class Look:
     tint: tuple[int, int, int] | None = None  # colour the whole blade leans to
     lean: float = 0.0  # how far
 
+
 _SPOT = {"count": (8, 12), "length": (0.08, 0.115), "width": (0.23, 0.33)}
 _STRAW = {"core": (214, 198, 140), "rim": (186, 160, 74)}
 LOOKS = {
     "bacterial_leaf_blight": Look((3, 6), (0.3, 0.55), (0.4, 0.6), place="margin", **_STRAW),
-    "bacterial_leaf_streak": Look((9, 14), (0.14, 0.26), (0.06, 0.1), (176, 104, 40), (190, 150, 60)),
+    "bacterial_leaf_streak": Look(
+        (9, 14), (0.14, 0.26), (0.06, 0.1), (176, 104, 40), (190, 150, 60)
+    ),
     "bacterial_panicle_blight": Look((4, 7), (0.14, 0.22), (0.4, 0.6), place="tip", **_STRAW),
     "blast": Look(**_SPOT, place="cluster"),
     "leaf_blast": Look(**_SPOT, place="cluster"),
     "brown_spot": Look(**_SPOT, place="scatter"),
     "dead_heart": Look(tint=(170, 140, 80), lean=0.8),
     "downy_mildew": Look((18, 28), (0.03, 0.06), (0.12, 0.2), (226, 228, 206), (180, 196, 140)),
-    "hispa": Look((6, 9), (0.2, 0.34), (0.05, 0.08), (232, 234, 222), (190, 204, 160), place="ladder"),
+    "hispa": Look(
+        (6, 9), (0.2, 0.34), (0.05, 0.08), (232, 234, 222), (190, 204, 160), place="ladder"
+    ),
     "healthy": Look(),
     "normal": Look(),
-    "tungro": Look((3, 7), (0.03, 0.05), (0.12, 0.2), (150, 80, 30), tint=(222, 170, 50), lean=0.55),
+    "tungro": Look(
+        (3, 7), (0.03, 0.05), (0.12, 0.2), (150, 80, 30), tint=(222, 170, 50), lean=0.55
+    ),
 }
 CLASSES = {
     4: ("bacterial_leaf_blight", "brown_spot", "healthy", "leaf_blast"),
@@ -61,7 +68,9 @@ def _places(look: Look, rng: np.random.Generator) -> np.ndarray:
     """(L, 4) lesions of one blade: u, s, half-length, half-width."""
     count = int(rng.integers(*look.count)) if look.count[1] > 1 else 0
     s = rng.uniform(-0.6, 0.6, count)
-    grid = (np.arange(count) + rng.uniform(0.1, 0.9, count)) / max(count, 1)  # one in each of `count` equal stretches
+    grid = (np.arange(count) + rng.uniform(0.1, 0.9, count)) / max(
+        count, 1
+    )  # one in each of `count` equal stretches
     if look.place == "scatter":
         u = 1.6 * grid - 0.8
     elif look.place == "cluster":
@@ -84,7 +93,9 @@ def _smooth(rng: np.random.Generator, width: int, height: int, cells: int) -> np
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """(height, width, 3) float background: paper, soil, water or sky, 0 to 255."""
-    colours = np.array([[206, 204, 200], [150, 136, 122], [126, 140, 148], [172, 164, 180]], np.float32)
+    colours = np.array(
+        [[206, 204, 200], [150, 136, 122], [126, 140, 148], [172, 164, 180]], np.float32
+    )
     base = colours[rng.integers(4)] * rng.uniform(0.8, 1.1)
     tone = 1 + 0.1 * _smooth(rng, width, height, 4) + 0.1 * _smooth(rng, width, height, 24)
     return base * tone[..., None]
@@ -104,14 +115,18 @@ def _blade(rng: np.random.Generator, width: int, height: int) -> tuple[np.ndarra
     return u, v / profile, cover
 
 
-def _lesions(colour: np.ndarray, u: np.ndarray, s: np.ndarray, look: Look, rng: np.random.Generator) -> np.ndarray:
+def _lesions(
+    colour: np.ndarray, u: np.ndarray, s: np.ndarray, look: Look, rng: np.random.Generator
+) -> np.ndarray:
     """The (P, 3) colours of the blade's pixels with lesions laid over them; `u` and `s` are (P,)."""
     places = _places(look, rng).astype(np.float32)
     near = np.full(u.shape, np.inf, np.float32)
     for u0, s0, length, width in places:
         np.minimum(near, ((u - u0) / length) ** 2 + ((s - s0) / width) ** 2, out=near)
     near = np.sqrt(near) + 0.12 * rng.standard_normal(u.shape, dtype=np.float32)  # ragged edges
-    halo, rim, core = (np.clip(k, 0, 1)[:, None] for k in ((1.8 - near) * 0.5, (1.05 - near) * 8, (0.6 - near) * 8))
+    halo, rim, core = (
+        np.clip(k, 0, 1)[:, None] for k in ((1.8 - near) * 0.5, (1.05 - near) * 8, (0.6 - near) * 8)
+    )
     colour = colour + 0.6 * halo * (np.array([206, 184, 70], np.float32) - colour)
     colour += rim * (np.array(look.rim, np.float32) - colour)
     return colour + core * (np.array(look.core, np.float32) - colour)
@@ -127,7 +142,9 @@ def draw(name: str, width: int, height: int, rng: np.random.Generator) -> np.nda
     mottle = _smooth(rng, width, height, 12)
     inside = cover > 0
     u, s, cover, mottle = u[inside], s[inside], cover[inside, None], mottle[inside]
-    tone = 1 - 0.25 * s * s + 0.3 * np.exp(-((s / 0.07) ** 2)) + 0.05 * np.cos(44 * s) + 0.07 * mottle
+    tone = (
+        1 - 0.25 * s * s + 0.3 * np.exp(-((s / 0.07) ** 2)) + 0.05 * np.cos(44 * s) + 0.07 * mottle
+    )
     green = np.array([rng.uniform(84, 110), rng.uniform(138, 158), rng.uniform(44, 62)], np.float32)
     colour = green * tone[:, None]
     if look.tint:
@@ -177,12 +194,19 @@ VALID, TEST = 0.2, 0.3  # shares of each class; the rest is trained on
 def plan(n: int, classes: int, seed: int, size: int) -> list[Picture]:
     """Every picture of a stand-in, class by class; ValueError for a number of classes or pictures we cannot draw."""
     if classes not in CLASSES:
-        raise ValueError(f"classes={classes}: the stand-in draws {' or '.join(map(str, CLASSES))} classes")
+        raise ValueError(
+            f"classes={classes}: the stand-in draws {' or '.join(map(str, CLASSES))} classes"
+        )
     if n < 4 or size < 32:
-        raise ValueError(f"n={n}, size={size}: give n >= 4 pictures a class (three splits) and size >= 32 pixels")
+        raise ValueError(
+            f"n={n}, size={size}: give n >= 4 pictures a class (three splits) and size >= 32 pixels"
+        )
     pictures, held = [], [max(1, round(share * n)) for share in (VALID, TEST)]
     for which, label in enumerate(CLASSES[classes]):
-        order = [n - 1, *np.random.default_rng([seed, which, 1]).permutation(n - 1)]  # the last is a plain one: valid
+        order = [
+            n - 1,
+            *np.random.default_rng([seed, which, 1]).permutation(n - 1),
+        ]  # the last is a plain one: valid
         parts = ["valid"] * held[0] + ["test"] * held[1] + ["train"] * (n - sum(held))
         splits = {int(k): part for k, part in zip(order, parts)}
         for number in range(n):
@@ -255,7 +279,9 @@ def _write_published(folder: Path, made, classes: int) -> None:
     _csv(folder / "metadata.csv", ["path", "label", "split"], rows)
     ids = {name: k for k, name in enumerate(CLASSES[classes])}
     (folder / "label2id.json").write_text(json.dumps(ids, indent=1) + "\n")
-    (folder / "id2label.json").write_text(json.dumps({str(k): name for name, k in ids.items()}, indent=1) + "\n")
+    (folder / "id2label.json").write_text(
+        json.dumps({str(k): name for name, k in ids.items()}, indent=1) + "\n"
+    )
 
 
 def _write_kaggle(folder: Path, made, seed: int) -> None:
@@ -267,7 +293,14 @@ def _write_kaggle(folder: Path, made, seed: int) -> None:
         if not data.startswith(b"\xff\xd8"):  # a PNG in the plan; the competition has JPEG only
             data = encode(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), "jpg")
         (folder / "train_images" / picture.label / name).write_bytes(data)
-        rows.append([name, picture.label, rng.choice(["ADT45", "Ponni", "Zonal", "Onthanel"]), rng.integers(45, 83)])
+        rows.append(
+            [
+                name,
+                picture.label,
+                rng.choice(["ADT45", "Ponni", "Zonal", "Onthanel"]),
+                rng.integers(45, 83),
+            ]
+        )
     _csv(folder / "train.csv", ["image_id", "label", "variety", "age"], rows)
 
 # %% ../../../nbs/leaf/05_standin.ipynb #e59bbf2e
@@ -275,7 +308,11 @@ VERSION = 2  # raise it when a change alters a byte
 
 
 def standin(
-    root: str | Path | None = None, n: int = 24, classes: int = 4, seed: int = 0, size: int = 192,
+    root: str | Path | None = None,
+    n: int = 24,
+    classes: int = 4,
+    seed: int = 0,
+    size: int = 192,
     layout: str = "published",
 ) -> Path:
     """The folder of a stand-in with `n` pictures a class, written when missing; `layout` is published or kaggle."""
@@ -287,9 +324,15 @@ def standin(
 
     def write(folder: Path) -> None:
         made = files(pictures, classes, seed)
-        _write_published(folder, made, classes) if layout == "published" else _write_kaggle(folder, made, seed)
+        _write_published(folder, made, classes) if layout == "published" else _write_kaggle(
+            folder, made, seed
+        )
         whole = encode(draw("healthy", 64, 64, np.random.default_rng([seed, 4])), "jpg")
-        broken = {"zero.jpg": b"", "truncated.jpg": whole[: len(whole) // 2], "text.jpg": b"no image\n"}
+        broken = {
+            "zero.jpg": b"",
+            "truncated.jpg": whole[: len(whole) // 2],
+            "text.jpg": b"no image\n",
+        }
         (folder / "awkward").mkdir(parents=True, exist_ok=True)
         for name, data in broken.items():
             (folder / "awkward" / name).write_bytes(data)

@@ -25,8 +25,11 @@ def scores(confusion: torch.Tensor) -> dict[str, float]:
     matrix = confusion.double()
     right = matrix.diagonal()
     per_class = 2 * right / (matrix.sum(0) + matrix.sum(1)).clamp_min(1)
-    return {"acc": float(right.sum() / matrix.sum().clamp_min(1)), "f1": float(per_class.mean()),
-            **{f"f1_{k}": float(value) for k, value in enumerate(per_class)}}
+    return {
+        "acc": float(right.sum() / matrix.sum().clamp_min(1)),
+        "f1": float(per_class.mean()),
+        **{f"f1_{k}": float(value) for k, value in enumerate(per_class)},
+    }
 
 
 def confusion(labels: Sequence[int], predicted: Sequence[int], classes: int) -> torch.Tensor:
@@ -41,8 +44,15 @@ NETWORK = "network"  # where a checkpoint keeps the arguments of leaf.model.buil
 class LeafTask(Task):
     """A leaf classifier's training: cross-entropy, two learning rates, macro-F1 over all classes."""
 
-    def __init__(self, model: nn.Module, classes: int, recipe: Recipe, base_lr: float = 5e-5, head_lr: float = 5e-4,
-                 label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: int,
+        recipe: Recipe,
+        base_lr: float = 5e-5,
+        head_lr: float = 5e-4,
+        label_smoothing: float = 0.0,
+    ):
         super().__init__(model, recipe)
         self.base_lr, self.head_lr = base_lr, head_lr
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
@@ -50,13 +60,17 @@ class LeafTask(Task):
 
     def groups(self) -> list[Group]:
         """The backbone at base_lr, everything new at head_lr."""
-        return [Group("backbone", backbone_modules(self.model), lr=self.base_lr),
-                Group("new", new_modules(self.model), lr=self.head_lr)]
+        return [
+            Group("backbone", backbone_modules(self.model), lr=self.base_lr),
+            Group("new", new_modules(self.model), lr=self.head_lr),
+        ]
 
     def step(self, batch: dict) -> tuple[torch.Tensor, dict]:
         """Loss and accuracy of a batch {image (B, 3, S, S), label (B,)}."""
         logits = self.model(batch["image"])
-        return self.criterion(logits, batch["label"]), {"acc": (logits.argmax(1) == batch["label"]).float().mean()}
+        return self.criterion(logits, batch["label"]), {
+            "acc": (logits.argmax(1) == batch["label"]).float().mean()
+        }
 
     def valid_step(self, batch: dict) -> tuple[torch.Tensor, dict]:
         """The plain loss, without smoothing; predictions go into the confusion matrix."""
@@ -107,7 +121,10 @@ def logits_of(model: nn.Module, loader: DataLoader) -> tuple[torch.Tensor, torch
     """Logits (N, K), labels (N,) and ids of everything the loader holds, on the CPU."""
     was, device = model.training, next(model.parameters()).device
     model.eval()
-    found = [(model(batch["image"].to(device)).float().cpu(), batch["label"], batch["id"]) for batch in loader]
+    found = [
+        (model(batch["image"].to(device)).float().cpu(), batch["label"], batch["id"])
+        for batch in loader
+    ]
     model.train(was)
     logits, labels, ids = zip(*found)
     return torch.cat(logits), torch.cat(labels), [name for part in ids for name in part]
@@ -119,14 +136,19 @@ def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
     logits = logits.double()
     loss = lambda log_t: float(nn.functional.cross_entropy(logits / np.exp(log_t), labels))  # noqa: E731
-    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
+    return float(
+        np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x)
+    )
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
     """Expected calibration error: |confidence - accuracy| averaged over equal-width bins, weighted by their counts."""
     which = np.clip((np.asarray(confidence) * bins).astype(int), 0, bins - 1)
-    gaps = [abs(confidence[which == b].mean() - right[which == b].mean()) * (which == b).mean()
-            for b in range(bins) if (which == b).any()]
+    gaps = [
+        abs(confidence[which == b].mean() - right[which == b].mean()) * (which == b).mean()
+        for b in range(bins)
+        if (which == b).any()
+    ]
     return float(sum(gaps))
 
 # %% ../../../nbs/leaf/20_task.ipynb #eb2de8b7
@@ -149,17 +171,25 @@ def evaluate(model: nn.Module, loader: DataLoader, classes: int, t: float = 1.0)
         "f1": found.pop("f1"),
         "loss": float(nn.functional.cross_entropy(logits, labels)),
         "f1_per_class": list(found.values()),
-        "calibration_error": calibration_error(chance.values.numpy(), (predicted == labels).numpy()),
+        "calibration_error": calibration_error(
+            chance.values.numpy(), (predicted == labels).numpy()
+        ),
         "labels": labels.tolist(),
         "predicted": predicted.tolist(),
     }
 
 # %% ../../../nbs/leaf/20_task.ipynb #c68d93f7
-def apart(labels: Sequence[int], predicted: Sequence[int], copied: Sequence[bool], classes: int) -> dict[str, dict]:
+def apart(
+    labels: Sequence[int], predicted: Sequence[int], copied: Sequence[bool], classes: int
+) -> dict[str, dict]:
     """Images, accuracy and macro-F1 of the copied and of the uncopied ones; a kind that does not occur is left out."""
     found = {}
     for name, wanted in (("copied", True), ("uncopied", False)):
-        pairs = [(truth, guess) for truth, guess, copy in zip(labels, predicted, copied, strict=True) if copy == wanted]
+        pairs = [
+            (truth, guess)
+            for truth, guess, copy in zip(labels, predicted, copied, strict=True)
+            if copy == wanted
+        ]
         if pairs:
             score = scores(confusion(*zip(*pairs), classes))
             found[name] = {"images": len(pairs), "acc": score["acc"], "f1": score["f1"]}
@@ -171,6 +201,13 @@ def compare(labels: Sequence[int], first: Sequence[int], second: Sequence[int]) 
     from scipy.stats import binomtest
 
     labels, first, second = (np.asarray(values) for values in (labels, first, second))
-    a, b = int(((first == labels) & (second != labels)).sum()), int(((first != labels) & (second == labels)).sum())
-    return {"differ": int((first != second).sum()), "only_first": a, "only_second": b,
-            "p": float(binomtest(a, a + b).pvalue) if a + b else 1.0}
+    a, b = (
+        int(((first == labels) & (second != labels)).sum()),
+        int(((first != labels) & (second == labels)).sum()),
+    )
+    return {
+        "differ": int((first != second).sum()),
+        "only_first": a,
+        "only_second": b,
+        "p": float(binomtest(a, a + b).pvalue) if a + b else 1.0,
+    }
