@@ -1,4 +1,5 @@
 """The convolution whose weight gradient is made of matrix products: its definition, its choice, its fall-backs."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,10 @@ def maps(*shape: int) -> torch.Tensor:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.tuples(st.integers(1, 3), *[st.integers(1, 9)] * 2, *[st.integers(1, 7)] * 2), st.sampled_from([1, 3, 5, 7]))
+@given(
+    st.tuples(st.integers(1, 3), *[st.integers(1, 9)] * 2, *[st.integers(1, 7)] * 2),
+    st.sampled_from([1, 3, 5, 7]),
+)
 def test_weight_gradient_is_its_definition(shape, k):
     torch.manual_seed(0)
     B, C, O, h, w = shape
@@ -43,7 +47,9 @@ def test_both_routes_are_the_convolution(stride, wants):
     assert layer.state_dict().keys() == nn.Conv2d(64, 64, 3, bias=False).state_dict().keys()
 
 
-@pytest.mark.parametrize("kind, chosen", [("v3", "products"), ("v4", "torch"), ("generic", "torch")])
+@pytest.mark.parametrize(
+    "kind, chosen", [("v3", "products"), ("v4", "torch"), ("generic", "torch")]
+)
 def test_route_by_instruction_set(monkeypatch, kind, chosen):
     """oneDNN's weight gradient is slow with AVX2 only."""
     monkeypatch.setattr(record, "_BACKENDS", {})

@@ -1,4 +1,5 @@
 """Killed at any moment, in any way: nothing is left running, nothing is lost, and the same command goes on."""
+
 import contextlib
 import json
 import os
@@ -59,14 +60,22 @@ def test_marks():
     mine = process.mark()
     machine, pid, birth = mine.split()
     assert process.lives(mine) is True
-    assert process.lives(f"{machine} {pid} {int(birth) - 1000}") is False, "the number was given out again"
-    assert process.lives(f"elsewhere {pid} 1") is None and process.lives("") is None and process.lives("a b c") is None
+    assert process.lives(f"{machine} {pid} {int(birth) - 1000}") is False, (
+        "the number was given out again"
+    )
+    assert (
+        process.lives(f"elsewhere {pid} 1") is None
+        and process.lives("") is None
+        and process.lives("a b c") is None
+    )
 
 
 def test_a_grandchild_ends_with_its_grandparent():
     code = "import sys, time; from leansense.core.process import end_with; end_with(sys.argv[1]); time.sleep(600)"
     head = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    child = subprocess.Popen([sys.executable, "-c", code, process.mark(head.pid)], start_new_session=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, process.mark(head.pid)], start_new_session=True
+    )
     time.sleep(1)
     assert child.poll() is None
     head.kill()
@@ -77,7 +86,10 @@ def test_a_grandchild_ends_with_its_grandparent():
 @pytest.mark.parametrize("how", ["TERM", "HUP", "KILL", "snakemake"])
 def test_nothing_is_left_running(tmp_path, how):
     """A signal to the main process alone, or the loss of Snakemake: all others end, and the clone is free at once."""
-    clone = toy.make(tmp_path / "clone", toy.SMALL.replace("{label: One}", "{label: One, params: {sleep: 600.0}}"))
+    clone = toy.make(
+        tmp_path / "clone",
+        toy.SMALL.replace("{label: One}", "{label: One, params: {sleep: 600.0}}"),
+    )
     main = toy.start(clone)
     try:
         wait(lambda: toy.started(clone))
@@ -112,11 +124,21 @@ def test_ignored_hangup_stays_ignored():
 
 def test_make_is_a_parent_too(tmp_path):
     """kill -9 to make: the batch that it started ends."""
-    clone = toy.make(tmp_path / "clone", toy.SMALL.replace("{label: One}", "{label: One, params: {sleep: 600.0}}"))
-    (clone / "Makefile").write_text(f"SHELL := /bin/bash\ntables:\n\t@'{sys.executable}' -m leansense.core.batch "
-                                    '--system="$$SYSTEM"\n')
-    main = subprocess.Popen(["make", "tables"], cwd=clone, env=toy.environment(clone) | {"SYSTEM": "toy"},
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    clone = toy.make(
+        tmp_path / "clone",
+        toy.SMALL.replace("{label: One}", "{label: One, params: {sleep: 600.0}}"),
+    )
+    (clone / "Makefile").write_text(
+        f"SHELL := /bin/bash\ntables:\n\t@'{sys.executable}' -m leansense.core.batch "
+        '--system="$$SYSTEM"\n'
+    )
+    main = subprocess.Popen(
+        ["make", "tables"],
+        cwd=clone,
+        env=toy.environment(clone) | {"SYSTEM": "toy"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait(lambda: (clone / "runs/demo/toy/snakemake.log").exists())
     others = family(main)[1:]
     assert others
@@ -145,9 +167,20 @@ def test_lock_outlives_nobody(tmp_path, monkeypatch):
 
 def test_half_written_files_are_swept(tmp_path, monkeypatch):
     monkeypatch.setenv("LEANSENSE_ROOT", str(tmp_path))
-    swept = ["papers/toy/records/demo/main/.one.s0.json.x1y2z3.tmp", "papers/toy/.numbers.tex.abc.tmp", "figures/toy/.a.pdf.q.tmp",
-             ".README.md.abc.tmp", "runs/demo/toy/main/one.s0/.last.ckpt.tmp", "papers/toy/records/demo/main/.one.s0.json.a1b2c3d4"]
-    kept = ["papers/toy/.latexmkrc", "runs/by-hand/toy/x/.last.ckpt.tmp", "papers/toy/tables/main.tex", ".gitignore"]
+    swept = [
+        "papers/toy/records/demo/main/.one.s0.json.x1y2z3.tmp",
+        "papers/toy/.numbers.tex.abc.tmp",
+        "figures/toy/.a.pdf.q.tmp",
+        ".README.md.abc.tmp",
+        "runs/demo/toy/main/one.s0/.last.ckpt.tmp",
+        "papers/toy/records/demo/main/.one.s0.json.a1b2c3d4",
+    ]
+    kept = [
+        "papers/toy/.latexmkrc",
+        "runs/by-hand/toy/x/.last.ckpt.tmp",
+        "papers/toy/tables/main.tex",
+        ".gitignore",
+    ]
     for name in swept + kept:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -159,7 +192,11 @@ def test_half_written_files_are_swept(tmp_path, monkeypatch):
 def test_temporary_files_are_ignored_by_git(tmp_path):
     clone = toy.make(tmp_path / "clone")
     subprocess.run(["git", "init", "-q"], cwd=clone, check=True)
-    for name in ("papers/toy/records/demo/main/.one.s0.json.x1y2z3.tmp", "figures/toy/.a.pdf.q.tmp", ".README.md.abc.tmp"):
+    for name in (
+        "papers/toy/records/demo/main/.one.s0.json.x1y2z3.tmp",
+        "figures/toy/.a.pdf.q.tmp",
+        ".README.md.abc.tmp",
+    ):
         assert subprocess.run(["git", "check-ignore", "-q", name], cwd=clone).returncode == 0, name
 
 
@@ -173,7 +210,10 @@ def test_damaged_memory_of_snakemake_is_set_aside(tmp_path, monkeypatch, damage)
         (folder / f"{part}-good").write_text("{}")
     lines = batch.set_aside()
     assert len(lines) == 2 and all("set aside: .snakemake/" in line for line in lines)
-    assert sorted(p.name for p in (tmp_path / ".snakemake/damaged").iterdir()) == ["incomplete-bad", "metadata-bad"]
+    assert sorted(p.name for p in (tmp_path / ".snakemake/damaged").iterdir()) == [
+        "incomplete-bad",
+        "metadata-bad",
+    ]
     assert batch.set_aside() == []
 
 
@@ -228,7 +268,9 @@ def test_crash_drill(tmp_path):
     drill(clone, ["step", "record"])
     (record,) = toy.kept(clone).values()
     assert record["metrics"] == {"score": 10, "files": []} and "10.0" in toy.table(clone)
-    assert toy.started(clone) == ["one.s0.json start"] * 2, "killed once, ended once, and never again"
+    assert toy.started(clone) == ["one.s0.json start"] * 2, (
+        "killed once, ended once, and never again"
+    )
 
 
 @pytest.mark.slow
@@ -236,7 +278,10 @@ def test_crash_drill_of_eighteen(tmp_path, request):
     """Chosen and random moments of one batch; the records equal those of an undisturbed one."""
     if "slow" not in request.config.option.markexpr:
         pytest.skip("minutes: pytest -m slow tests/test_crash.py")
-    clone, calm = (toy.make(tmp_path / name, f"tables: {{main: {{rows: {{{ROWS[2]}}}}}}}\n") for name in ("clone", "calm"))
+    clone, calm = (
+        toy.make(tmp_path / name, f"tables: {{main: {{rows: {{{ROWS[2]}}}}}}}\n")
+        for name in ("clone", "calm")
+    )
     chance = random.Random(7)
     chosen = ["snakemake", "row", "step", "record"]
     drill(clone, [*chosen, *(chance.uniform(0, 25) for _ in range(12)), "row", "record"])

@@ -1,4 +1,5 @@
 """Files: written whole or not at all, remembered by what cannot be forged, kept with a list of their contents."""
+
 import errno
 import os
 import resource
@@ -36,7 +37,9 @@ def later(monkeypatch):
 def hashed(monkeypatch):
     """The names of the files that were read to be digested."""
     seen, digest = [], check.content_digest
-    monkeypatch.setattr(check, "content_digest", lambda path: seen.append(path.name) or digest(path))
+    monkeypatch.setattr(
+        check, "content_digest", lambda path: seen.append(path.name) or digest(path)
+    )
     return seen
 
 
@@ -45,7 +48,9 @@ def python(code: str, *arguments, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "lib")}
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=pipe, text=True, **options
+    )
 
 
 def flip(path: Path, at: int = -1) -> None:
@@ -95,7 +100,9 @@ def refuse(number: int):
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO]
+)
 def test_a_refused_write_names_its_file_and_keeps_the_old(tmp_path, monkeypatch, call, number):
     target = write_atomic(tmp_path / "deep" / "record.json", "old")
     monkeypatch.setattr(paths.os, call, refuse(number))
@@ -105,7 +112,9 @@ def test_a_refused_write_names_its_file_and_keeps_the_old(tmp_path, monkeypatch,
     error = caught.value
     assert error.errno == number and error.filename == str(target) and "; " in error.strerror
     assert str(target) in str(error) and "\n" not in str(error) and ".tmp" not in str(error)
-    assert target.read_text() == "old" and [p.name for p in target.parent.iterdir()] == ["record.json"]
+    assert target.read_text() == "old" and [p.name for p in target.parent.iterdir()] == [
+        "record.json"
+    ]
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
@@ -135,8 +144,11 @@ def test_a_file_too_large_names_itself(tmp_path):
 def test_what_stands_in_the_way_is_named(tmp_path):
     write_atomic(tmp_path / "file", "")
     (tmp_path / "folder").mkdir()
-    for target, fix in (("file/a.txt", "a file stands where a folder"), ("folder", "a folder stands where a file"),
-                        ("x" * 300, "shorter name")):
+    for target, fix in (
+        ("file/a.txt", "a file stands where a folder"),
+        ("folder", "a folder stands where a file"),
+        ("x" * 300, "shorter name"),
+    ):
         with pytest.raises(OSError, match=fix) as caught:
             write_atomic(tmp_path / target, "a")
         assert caught.value.filename == str(tmp_path / target)
@@ -170,10 +182,17 @@ def test_names_of_any_length_and_script(tmp_path):
 def test_many_writers_never_show_half_a_file(tmp_path):
     """Threads and a process write one name at once; whoever reads sees one of the contents, whole."""
     target = write_atomic(tmp_path / "a.bin", bytes(50_000))
-    other = python("import sys; from leansense.core.paths import write_atomic\n"
-                   "for k in range(40): write_atomic(sys.argv[1], bytes([200 + k % 8]) * 50_000)", target)
-    threads = [threading.Thread(target=lambda k=k: [write_atomic(target, bytes([k]) * 50_000) for _ in range(20)])
-               for k in range(1, 5)]
+    other = python(
+        "import sys; from leansense.core.paths import write_atomic\n"
+        "for k in range(40): write_atomic(sys.argv[1], bytes([200 + k % 8]) * 50_000)",
+        target,
+    )
+    threads = [
+        threading.Thread(
+            target=lambda k=k: [write_atomic(target, bytes([k]) * 50_000) for _ in range(20)]
+        )
+        for k in range(1, 5)
+    ]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -205,7 +224,11 @@ def test_a_killed_write_keeps_the_old_file_and_is_swept(tmp_path):
 
 def test_sweep_takes_nothing_else(tmp_path):
     """Not a living writer's file or folder, not a person's, not through a link; folders of dead writers go whole."""
-    kept = [tmp_path / ".notes.tmp", tmp_path / "a.0123456789ab.tmp", tmp_path / ".a.0123456789AB.tmp"]
+    kept = [
+        tmp_path / ".notes.tmp",
+        tmp_path / "a.0123456789ab.tmp",
+        tmp_path / ".a.0123456789AB.tmp",
+    ]
     for path in kept:
         path.write_text("mine")
     dead = tmp_path / "sub" / ".standin.0123456789ab.tmp"
@@ -285,10 +308,17 @@ def test_a_slow_digest_of_a_young_file_is_not_remembered(tmp_path, monkeypatch):
 def test_a_damaged_memory_is_none(tmp_path, later, hashed):
     write_atomic(tmp_path / "a.bin", b"one")
     first = check.file_digests(tmp_path, ["a.bin"])
-    memory, = (tmp_path / "data" / "cache" / "digests").glob("*.json")
+    (memory,) = (tmp_path / "data" / "cache" / "digests").glob("*.json")
     sound = memory.read_bytes()
     digest = first["a.bin"][1].encode()
-    for damage in (sound.replace(digest, digest[::-1]), sound[:-5], b"", b"[1, 2", b"\xff\xfe", b'x\n{"a.bin": 3}'):
+    for damage in (
+        sound.replace(digest, digest[::-1]),
+        sound[:-5],
+        b"",
+        b"[1, 2",
+        b"\xff\xfe",
+        b'x\n{"a.bin": 3}',
+    ):
         memory.write_bytes(damage)
         assert check.file_digests(tmp_path, ["a.bin"]) == first
     assert len(hashed) == 7
@@ -311,7 +341,9 @@ def draw(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture
@@ -330,18 +362,36 @@ def test_a_sound_folder_is_not_drawn_again(drawn, capsys, later, hashed):
 
 
 DAMAGE = {
-    "flipped": lambda folder: (flip(folder / "images/class_1/3.bin", 1500), "images/class_1/3.bin")[1],
+    "flipped": lambda folder: (flip(folder / "images/class_1/3.bin", 1500), "images/class_1/3.bin")[
+        1
+    ],
     "cut": lambda folder: (os.truncate(folder / "metadata.csv", 20), "metadata.csv")[1],
-    "empty": lambda folder: (os.truncate(folder / "images/class_0/0.bin", 0), "images/class_0/0.bin")[1],
-    "missing": lambda folder: ((folder / "images/class_0/2.bin").unlink(), "images/class_0/2.bin")[1],
-    "folder missing": lambda folder: (shutil.rmtree(folder / "images/class_1"), "images/class_1/1.bin")[1],
-    "swapped": lambda folder: (os.replace(folder / "images/class_0/0.bin", folder / "images/class_0/2.bin"),
-                               "images/class_0/0.bin")[1],
+    "empty": lambda folder: (
+        os.truncate(folder / "images/class_0/0.bin", 0),
+        "images/class_0/0.bin",
+    )[1],
+    "missing": lambda folder: ((folder / "images/class_0/2.bin").unlink(), "images/class_0/2.bin")[
+        1
+    ],
+    "folder missing": lambda folder: (
+        shutil.rmtree(folder / "images/class_1"),
+        "images/class_1/1.bin",
+    )[1],
+    "swapped": lambda folder: (
+        os.replace(folder / "images/class_0/0.bin", folder / "images/class_0/2.bin"),
+        "images/class_0/0.bin",
+    )[1],
     "digest": lambda folder: (flip(folder / LIST, 60), "")[1],
-    "a folder in its place": lambda folder: ((folder / "metadata.csv").unlink(), (folder / "metadata.csv").mkdir(),
-                                             "metadata.csv")[2],
-    "a dead link": lambda folder: ((folder / "metadata.csv").unlink(),
-                                   (folder / "metadata.csv").symlink_to("nowhere"), "metadata.csv")[2],
+    "a folder in its place": lambda folder: (
+        (folder / "metadata.csv").unlink(),
+        (folder / "metadata.csv").mkdir(),
+        "metadata.csv",
+    )[2],
+    "a dead link": lambda folder: (
+        (folder / "metadata.csv").unlink(),
+        (folder / "metadata.csv").symlink_to("nowhere"),
+        "metadata.csv",
+    )[2],
 }
 
 
@@ -374,7 +424,9 @@ def test_what_we_did_not_write_is_set_aside(drawn, name, capsys):
     assert line.count("\n") == 1 and "leaf-v1.aside1" in line
     (drawn / "extra.jpg").write_text("again")
     written_once(drawn, draw)
-    assert drawn.with_name("leaf-v1.aside2").is_dir() and aside.is_dir() and contents(drawn) == whole
+    assert (
+        drawn.with_name("leaf-v1.aside2").is_dir() and aside.is_dir() and contents(drawn) == whole
+    )
 
 
 def test_a_change_within_the_clocks_tick_is_seen(drawn):
@@ -429,7 +481,9 @@ else:
 def test_one_makes_it_and_the_others_wait(tmp_path, name):
     target, seen = tmp_path / "kept" / name, tmp_path / "seen"
     started = [python(DRAWER, target, seen) for _ in range(3)]
-    assert [process.wait(60) for process in started] == [0, 0, 0], [p.stderr.read() for p in started]
+    assert [process.wait(60) for process in started] == [0, 0, 0], [
+        p.stderr.read() for p in started
+    ]
     assert len(seen.read_text().split()) == 1 and not hidden(target.parent)
 
 
@@ -451,7 +505,9 @@ def test_threads_wait_for_each_other(tmp_path):
         time.sleep(0.2)
         array[:] = 5
 
-    work = lambda: stored_array(tmp_path / "a.npy", (4,), "uint8", fill).sum() == 20 or made.append("wrong")
+    work = lambda: (
+        stored_array(tmp_path / "a.npy", (4,), "uint8", fill).sum() == 20 or made.append("wrong")
+    )
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -472,7 +528,9 @@ def test_without_locks_work_is_done_twice_and_comes_out_whole(tmp_path, monkeypa
     def work():
         try:
             written_once(tmp_path / "leaf-v1", lambda folder: (draw(folder), together.wait(30)))
-            stored_array(tmp_path / "a.npy", (4,), "uint8", lambda array: (fill(array), together.wait(30)))
+            stored_array(
+                tmp_path / "a.npy", (4,), "uint8", lambda array: (fill(array), together.wait(30))
+            )
         except BaseException as error:
             failed.append(error)
             together.abort()
@@ -556,7 +614,9 @@ def test_a_damaged_array_is_made_again(tmp_path, name, capsys, later):
     path = tmp_path / "cache" / "pixels.npy"
     first = stored_array(path, (50, 4), "uint8", fill)
     assert first.filename and not first.flags.writeable and capsys.readouterr().err == ""
-    stored_array(path, (50, 4), "uint8", lambda array: pytest.fail("made again"))  # verified, and remembered
+    stored_array(
+        path, (50, 4), "uint8", lambda array: pytest.fail("made again")
+    )  # verified, and remembered
     wanted = bytes(range(200))
     del first
     WRONG[name](path)
@@ -569,7 +629,12 @@ def test_a_damaged_array_is_made_again(tmp_path, name, capsys, later):
 def test_another_shape_or_type_is_made_again(tmp_path, capsys):
     path = tmp_path / "pixels.npy"
     stored_array(path, (6, 2), "uint8", fill)
-    for shape, dtype in (((12,), "uint8"), ((6, 2), "int32"), ((6, 2), np.float32), ((0, 2), "uint8")):
+    for shape, dtype in (
+        ((12,), "uint8"),
+        ((6, 2), "int32"),
+        ((6, 2), np.float32),
+        ((0, 2), "uint8"),
+    ):
         array = stored_array(path, shape, dtype, fill)
         assert array.shape == shape and array.dtype == dtype
         assert f"not {np.dtype(dtype)} {shape}; made again" in capsys.readouterr().err
@@ -599,7 +664,9 @@ def test_no_space_for_an_array_names_it(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(OSError, match=r"too large; .*pixels\.npy") as caught:
-            stored_array(tmp_path / "pixels.npy", (200_000,), "uint8", lambda array: pytest.fail("filled"))
+            stored_array(
+                tmp_path / "pixels.npy", (200_000,), "uint8", lambda array: pytest.fail("filled")
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.filename == str(tmp_path / "pixels.npy") and not list(tmp_path.iterdir())
@@ -618,8 +685,11 @@ def test_space_for_an_array_is_taken_before_it_is_filled(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["leaf-v1", "pixels.npy"])
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, number, name):
     """What is there and sound is used; what is not there is one line with the place and the way out."""
-    make = (lambda path: stored_array(path, (50,), "uint8", fill)) if "." in name else (
-        lambda path: written_once(path, draw))
+    make = (
+        (lambda path: stored_array(path, (50,), "uint8", fill))
+        if "." in name
+        else (lambda path: written_once(path, draw))
+    )
     make(tmp_path / name)
     opened = os.open
 
@@ -632,13 +702,17 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, number, name):
     make(tmp_path / name)
     with pytest.raises(OSError, match="LEANSENSE_DATA") as caught:
         make(tmp_path / f"other-{name}")
-    assert caught.value.filename == str(tmp_path / f"other-{name}") and "\n" not in str(caught.value)
+    assert caught.value.filename == str(tmp_path / f"other-{name}") and "\n" not in str(
+        caught.value
+    )
 
 
 def test_no_space_for_a_folder_names_it(tmp_path):
     def full(folder):
         draw(folder)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what an image writer says, without a name
+        raise OSError(
+            errno.ENOSPC, os.strerror(errno.ENOSPC)
+        )  # what an image writer says, without a name
 
     with pytest.raises(OSError, match="No space left on device; free some space") as caught:
         written_once(tmp_path / "leaf-v1", full)

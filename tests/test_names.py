@@ -1,4 +1,5 @@
 """Names that people give to folders: data sets and clones may be called anything, and nothing of it is read as code."""
+
 import os
 import re
 import shutil
@@ -14,8 +15,27 @@ from conftest import ROOT, run
 from leansense.core.rows import RowsError, read_rows, set_name
 from leansense.core.tables import macro_part
 
-NAMES = ["2024_07", "007", "1e3", "field{1}", "it's", 'a "b"', "$HOME x", "x;touch m;", "$(shell touch m)", "`touch m`",
-         "${PATH}", "a [b] (c)", "写真", "#1 100%", "-x", "back\\slash", "a&b|c>m", "*", "~x"]
+NAMES = [
+    "2024_07",
+    "007",
+    "1e3",
+    "field{1}",
+    "it's",
+    'a "b"',
+    "$HOME x",
+    "x;touch m;",
+    "$(shell touch m)",
+    "`touch m`",
+    "${PATH}",
+    "a [b] (c)",
+    "写真",
+    "#1 100%",
+    "-x",
+    "back\\slash",
+    "a&b|c>m",
+    "*",
+    "~x",
+]
 ODD = "it's {1} $HOME;touch m;$(touch m) [写真]"
 
 
@@ -31,7 +51,17 @@ def here(tmp_path, monkeypatch):
 
 
 def test_set_names_are_unique_and_plain(here):
-    folders = NAMES + ["/data/2023/images", "/data/2024/images", "/data/写真", "/data/稲", "a b", "a_b", "a/b", "b/a", "x" * 200]
+    folders = NAMES + [
+        "/data/2023/images",
+        "/data/2024/images",
+        "/data/写真",
+        "/data/稲",
+        "a b",
+        "a_b",
+        "a/b",
+        "b/a",
+        "x" * 200,
+    ]
     names = {folder: set_name("demo", folder) for folder in folders}
     assert len(set(names.values())) == len(folders)
     for name in names.values():
@@ -45,7 +75,13 @@ def test_the_root_is_not_the_standin(here):
 
 def test_one_folder_has_one_name(here, tmp_path):
     (tmp_path / "link").symlink_to(here)
-    ways = ["data/rice", "data/rice/", "./data/../data/rice", str(here / "data/rice"), str(tmp_path / "link/data/rice")]
+    ways = [
+        "data/rice",
+        "data/rice/",
+        "./data/../data/rice",
+        str(here / "data/rice"),
+        str(tmp_path / "link/data/rice"),
+    ]
     assert len({set_name("demo", way) for way in ways}) == 1
 
 
@@ -60,21 +96,32 @@ def test_a_link_stands_for_its_place(here, tmp_path):
 
 def test_photographs_lie_in_their_set():
     for path in ROOT.glob("papers/*/records/*-*/"):
-        assert path.name.split("-", 1)[1] == set_name("demo", "data/" + path.name.split("-")[1]).split("-", 1)[1]
+        assert (
+            path.name.split("-", 1)[1]
+            == set_name("demo", "data/" + path.name.split("-")[1]).split("-", 1)[1]
+        )
 
 
 def test_macros_of_two_years_differ():
-    assert macro_part("demo-paddy2023-aaaaaa") == "PaddyTwoZeroTwoThree" != macro_part("demo-paddy2024-aaaaaa")
+    assert (
+        macro_part("demo-paddy2023-aaaaaa")
+        == "PaddyTwoZeroTwoThree"
+        != macro_part("demo-paddy2024-aaaaaa")
+    )
     assert macro_part("demo") == ""
 
 
-@pytest.mark.parametrize("name", ["a b", "$(touch m)", "a/b", "it's", "..", "{x}", "写真", "-x", ""])
+@pytest.mark.parametrize(
+    "name", ["a b", "$(touch m)", "a/b", "it's", "..", "{x}", "写真", "-x", ""]
+)
 @pytest.mark.parametrize("kind", ["table", "row"])
 def test_names_in_the_matrix_are_plain(here, name, kind):
     import yaml
 
     table, row = (name, "one") if kind == "table" else ("main", name)
-    (here / "papers/toy/rows.yaml").write_text(yaml.safe_dump({"tables": {table: {"rows": {row: {"label": "x"}}}}}))
+    (here / "papers/toy/rows.yaml").write_text(
+        yaml.safe_dump({"tables": {table: {"rows": {row: {"label": "x"}}}}})
+    )
     with pytest.raises(RowsError) as caught:
         read_rows("toy")
     assert f"{name!r} cannot name a {kind}" in str(caught.value) and "\n" not in str(caught.value)
@@ -89,19 +136,34 @@ def test_make_hands_on_what_was_given(tmp_path, way):
     shutil.copy2(ROOT / "Makefile", tmp_path)
     for name in ("settings.ini", "setup.py", "pyproject.toml"):
         shutil.copy2(ROOT / name, tmp_path)
-    ready = subprocess.run("cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1", shell=True, cwd=tmp_path,
-                           capture_output=True, text=True, check=True).stdout.strip()
+    ready = subprocess.run(
+        "cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >argv\n')
     python.chmod(0o755)
     (tmp_path / f".venv/ready-{ready}").touch()
     before = sorted(path.name for path in tmp_path.iterdir())
-    kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
     for name in NAMES + [ODD]:
         given, more = ([f"DATA={name}"], {}) if way == "word" else ([], {"DATA": name})
-        done = subprocess.run(["make", "tables", "SYSTEM=toy", *given], cwd=tmp_path, capture_output=True, text=True,
-                              env=kept | more)
+        done = subprocess.run(
+            ["make", "tables", "SYSTEM=toy", *given],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=kept | more,
+        )
         assert done.returncode == 0, (name, done.stdout + done.stderr)
         assert f"--data={name}" in (tmp_path / "argv").read_text().split("\n"), name
         (tmp_path / "argv").unlink()
@@ -113,9 +175,17 @@ def test_odd_clone_and_data(tmp_path):
     clone = toy.make(tmp_path / "my clone's {1} (copy)", toy.SMALL)
     venv.create(clone / ".venv", symlinks=True)
     site = next((clone / ".venv/lib").glob("python3*/site-packages"))
-    (site / "here.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
-    ready = subprocess.run("cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1", shell=True, cwd=clone,
-                           capture_output=True, text=True, check=True).stdout.strip()
+    (site / "here.pth").write_text(
+        "\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n"
+    )
+    ready = subprocess.run(
+        "cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1",
+        shell=True,
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     (clone / f".venv/ready-{ready}").touch()
     for i, name in enumerate(("007", ODD)):
         data = tmp_path / name
@@ -135,6 +205,19 @@ def test_snakemake_by_hand_refuses_a_number(tmp_path):
     """`--config data=007` is 7 by the time we see it: refused with the way that works, not a run on another folder."""
     clone = toy.make(tmp_path / "clone", toy.SMALL)
     (clone / "007").mkdir()
-    done = run(clone, "python", "-m", "snakemake", "--snakefile", "papers/Snakefile", "--cores", "1", "-n", "--config",
-               "system=toy", "scale=smoke", "data=007")
+    done = run(
+        clone,
+        "python",
+        "-m",
+        "snakemake",
+        "--snakefile",
+        "papers/Snakefile",
+        "--cores",
+        "1",
+        "-n",
+        "--config",
+        "system=toy",
+        "scale=smoke",
+        "data=007",
+    )
     assert done.returncode and "LEANSENSE_DATA_SET=folder" in done.stderr

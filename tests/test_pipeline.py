@@ -1,4 +1,5 @@
 """The batch engine on a toy system in a scratch checkout: current or not, failure, kill, cluster, typo."""
+
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from leansense.core.paths import write_atomic
 from leansense.core.tables import frame, over_seeds
 
 TWO = MATRIX.replace("seeds: [0, 1]", "seeds: [0]")
+
 
 @pytest.fixture
 def toy(tmp_path):
@@ -48,7 +50,9 @@ def test_rows_then_nothing_then_one(toy):
     one = tables(toy)
     assert one.returncode == 0 and "set aside: .snakemake/metadata/" in one.stdout
     assert "4 rows, 2 current, 2 to run" in one.stdout and "changed value" in one.stdout
-    assert started(toy) == sorted(["one.s0.json start", "one.s1.json start"] + ["two.s0.json start", "two.s1.json start"] * 2)
+    assert started(toy) == sorted(
+        ["one.s0.json start", "one.s1.json start"] + ["two.s0.json start", "two.s1.json start"] * 2
+    )
     assert r"\textbf{30.5}" in table(toy)
     assert all(p.read_bytes() == old for p, old in records.items() if p.name.startswith("one"))
 
@@ -58,24 +62,40 @@ def test_rows_then_nothing_then_one(toy):
 
     cut = toy / "papers/toy/tables/main.tex"
     cut.write_bytes(cut.read_bytes()[:60])
-    assert tables(toy).returncode == 0 and r"\textbf{30.5}" in table(toy), "half a table is no table"
+    assert tables(toy).returncode == 0 and r"\textbf{30.5}" in table(toy), (
+        "half a table is no table"
+    )
 
 
 def test_failed_row_is_a_dash_and_blocks_nobody(toy):
     write_atomic(toy / "papers/toy/rows.yaml", SMALL)
     assert tables(toy).returncode == 0
     kept = (toy / "papers/toy/records/demo/main/one.s0.json").read_bytes()
-    write_atomic(toy / "papers/toy/rows.yaml", TWO.replace("{label: One}", "{label: One, params: {fail: true}}"))
+    write_atomic(
+        toy / "papers/toy/rows.yaml",
+        TWO.replace("{label: One}", "{label: One, params: {fail: true}}"),
+    )
     done = tables(toy)
     assert done.returncode == 1
-    assert "toy main/one.s0: ValueError: heads=5 does not divide 144, see papers/toy/rows.yaml" in done.stderr
-    assert r"One\textsuperscript{a} & -- \\" in table(toy) and "heads=5 does not divide 144" in table(toy)
+    assert (
+        "toy main/one.s0: ValueError: heads=5 does not divide 144, see papers/toy/rows.yaml"
+        in done.stderr
+    )
+    assert r"One\textsuperscript{a} & -- \\" in table(
+        toy
+    ) and "heads=5 does not divide 144" in table(toy)
     assert r"Two & 20.0 \\" in table(toy)
     committed = [path.read_text() for path in (toy / "papers/toy").rglob("*") if path.is_file()]
-    assert not [text for text in committed if str(toy.parent) in text or "/opt" in text], "no folders of this machine"
-    assert (toy / "papers/toy/records/demo/main/one.s0.json").read_bytes() == kept, "but no table passes it off as this row's"
+    assert not [text for text in committed if str(toy.parent) in text or "/opt" in text], (
+        "no folders of this machine"
+    )
+    assert (toy / "papers/toy/records/demo/main/one.s0.json").read_bytes() == kept, (
+        "but no table passes it off as this row's"
+    )
     executed = (toy / "runs/demo/toy/main/one.s0.ipynb").read_text()
-    assert "heads=5 does not divide 144" in executed, "the executed notebook with its traceback is kept"
+    assert "heads=5 does not divide 144" in executed, (
+        "the executed notebook with its traceback is kept"
+    )
 
 
 def test_plain_snakemake_works_too(toy):
@@ -83,45 +103,87 @@ def test_plain_snakemake_works_too(toy):
     write_atomic(toy / "papers/toy/rows.yaml", SMALL)
 
     def files() -> set:
-        return {p for p in toy.rglob("*") if not {"runs", ".snakemake", "__pycache__"} & set(p.parts)}
+        return {
+            p for p in toy.rglob("*") if not {"runs", ".snakemake", "__pycache__"} & set(p.parts)
+        }
 
     before = files()
-    done = run(toy, "python", "-m", "snakemake", "--snakefile", "papers/Snakefile", "--profile", "papers/profiles/default",
-               "--cores", "2", "--config", "system=toy", "scale=smoke")
+    done = run(
+        toy,
+        "python",
+        "-m",
+        "snakemake",
+        "--snakefile",
+        "papers/Snakefile",
+        "--profile",
+        "papers/profiles/default",
+        "--cores",
+        "2",
+        "--config",
+        "system=toy",
+        "scale=smoke",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "One & 10.0" in (toy / "runs/smoke/papers/toy/tables/main.tex").read_text() and files() == before
+    assert (
+        "One & 10.0" in (toy / "runs/smoke/papers/toy/tables/main.tex").read_text()
+        and files() == before
+    )
 
 
 def test_typo_stops_everything_at_once(toy):
-    lines = "".join(f"      r{i}: {{params: {{value: {i}}}}}\n" for i in range(6)) + "      r7: {params: {valeu: 7}}\n"
+    lines = (
+        "".join(f"      r{i}: {{params: {{value: {i}}}}}\n" for i in range(6))
+        + "      r7: {params: {valeu: 7}}\n"
+    )
     write_atomic(toy / "papers/toy/rows.yaml", "tables:\n  main:\n    rows:\n" + lines)
     done = tables(toy)
     assert done.returncode == 2 and started(toy) == []
-    assert done.stderr.strip() == "papers/toy/rows.yaml: main/r7: unknown parameter 'valeu'; nearest is 'value'"
+    assert (
+        done.stderr.strip()
+        == "papers/toy/rows.yaml: main/r7: unknown parameter 'valeu'; nearest is 'value'"
+    )
 
 
 def test_two_at_once_are_refused(toy):
     import fcntl
+
     write_atomic(toy / "runs/lock", "12345\n")
     with (toy / "runs/lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         done = tables(toy)
-    assert done.returncode == 2 and "another run is at work in this clone (process 12345)" in done.stderr
+    assert (
+        done.returncode == 2
+        and "another run is at work in this clone (process 12345)" in done.stderr
+    )
 
 
 def test_cluster_through_a_fake_sbatch(toy):
     """The SLURM profile's settings, with the executor swapped for cluster-generic and `sbatch` for a script that runs the job."""
     write_atomic(toy / "papers/toy/rows.yaml", SMALL)
     tools = toy / "runs/bin"
-    write_atomic(tools / "sbatch", "#!/bin/sh\necho submitted >> \"$SUBMITTED\"\nsh \"$1\" >/dev/null 2>&1 &\necho 1\n")
+    write_atomic(
+        tools / "sbatch",
+        '#!/bin/sh\necho submitted >> "$SUBMITTED"\nsh "$1" >/dev/null 2>&1 &\necho 1\n',
+    )
     (tools / "sbatch").chmod(0o755 | stat.S_IXUSR)
     profile = (toy / "papers/profiles/slurm/config.yaml").read_text()
     assert "executor: slurm" in profile
-    write_atomic(toy / "papers/profiles/fake/config.yaml", profile.replace(
-        "executor: slurm", "executor: cluster-generic\ncluster-generic-submit-cmd: sbatch").replace(
-        "latency-wait: 60", "latency-wait: 20"))
-    done = tables(toy, "--profile", "fake", PATH=f"{tools}:{os.environ['PATH']}", SUBMITTED=str(toy / "runs/submitted"))
-    assert done.returncode == 0, done.stdout + done.stderr + (toy / "runs/demo/toy/snakemake.log").read_text()[-3000:]
+    write_atomic(
+        toy / "papers/profiles/fake/config.yaml",
+        profile.replace(
+            "executor: slurm", "executor: cluster-generic\ncluster-generic-submit-cmd: sbatch"
+        ).replace("latency-wait: 60", "latency-wait: 20"),
+    )
+    done = tables(
+        toy,
+        "--profile",
+        "fake",
+        PATH=f"{tools}:{os.environ['PATH']}",
+        SUBMITTED=str(toy / "runs/submitted"),
+    )
+    assert done.returncode == 0, (
+        done.stdout + done.stderr + (toy / "runs/demo/toy/snakemake.log").read_text()[-3000:]
+    )
     assert (toy / "runs/submitted").read_text().count("submitted") == 1
     assert "One & 10.0" in table(toy)
 
@@ -131,14 +193,15 @@ def test_unknown_profile(toy):
     assert done.returncode == 2 and "nearest is 'slurm'" in done.stderr
 
 
-
 # --- a row's own record ---
 
 
 def execution(folder, monkeypatch, act):
     """`run_row` of the toy's first row, with `act(row, values)` in the place of papermill; the row and the error's line."""
     row = rows.read_rows("toy")[0]
-    monkeypatch.setattr(rows, "execute", lambda notebook, executed, values, progress: act(row, values))
+    monkeypatch.setattr(
+        rows, "execute", lambda notebook, executed, values, progress: act(row, values)
+    )
     try:
         rows.run_row(row)
     except RuntimeError as error:
@@ -152,11 +215,29 @@ def record(row, values: dict) -> None:
     from leansense.core.parameters import declared
     from leansense.core.record import SCHEMA, portable, text
 
-    params = {name: parameter.default for name, parameter in declared(row.notebook).items()} | values
-    write_atomic(row.record, text({
-        "schema": SCHEMA, "system": "toy", "set": row.set, "scale": row.scale, "table": row.table, "row": row.name,
-        "seed": row.seed, "code": digest(row.notebook), "params": portable(params), "metrics": {"score": 1},
-        "cost": {"seconds": 1.0}, "data": {"name": "none", "fingerprint": ""}, "env": {"device": "cpu"}}))
+    params = {
+        name: parameter.default for name, parameter in declared(row.notebook).items()
+    } | values
+    write_atomic(
+        row.record,
+        text(
+            {
+                "schema": SCHEMA,
+                "system": "toy",
+                "set": row.set,
+                "scale": row.scale,
+                "table": row.table,
+                "row": row.name,
+                "seed": row.seed,
+                "code": digest(row.notebook),
+                "params": portable(params),
+                "metrics": {"score": 1},
+                "cost": {"seconds": 1.0},
+                "data": {"name": "none", "fingerprint": ""},
+                "env": {"device": "cpu"},
+            }
+        ),
+    )
 
 
 def test_row_without_a_record_fails(inside, monkeypatch):
@@ -164,12 +245,19 @@ def test_row_without_a_record_fails(inside, monkeypatch):
     assert "ended without writing its record" in why
     record(row, {})  # an old one, current by itself, is not this run's
     row, why = execution(inside, monkeypatch, lambda row, values: None)
-    assert "ended without writing its record" in why and rows.note_of(row).read_text().count("\n") == 1
+    assert (
+        "ended without writing its record" in why and rows.note_of(row).read_text().count("\n") == 1
+    )
 
 
 def test_row_with_another_rows_record_fails(inside, monkeypatch):
-    row, why = execution(inside, monkeypatch, lambda row, values: record(row, values | {"value": 7}))
-    assert why == "toy main/one.s0: RuntimeError: nbs/toy/80_row.ipynb wrote a record that is not this row's: changed value"
+    row, why = execution(
+        inside, monkeypatch, lambda row, values: record(row, values | {"value": 7})
+    )
+    assert (
+        why
+        == "toy main/one.s0: RuntimeError: nbs/toy/80_row.ipynb wrote a record that is not this row's: changed value"
+    )
     assert execution(inside, monkeypatch, lambda row, values: record(row, values)) == (row, "")
     assert not rows.note_of(row).exists()
 
@@ -204,7 +292,10 @@ def test_full_disk_names_the_file(inside, monkeypatch, capsys):
     monkeypatch.setattr(papermill, "execute_notebook", full)
     with pytest.raises(RuntimeError) as caught:
         rows.run_row(rows.read_rows("toy")[0])
-    assert str(caught.value) == "toy main/one.s0: runs/demo/toy/main/one.s0.ipynb: No space left on device"
+    assert (
+        str(caught.value)
+        == "toy main/one.s0: runs/demo/toy/main/one.s0.ipynb: No space left on device"
+    )
 
     def full_too(*args):
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x.json")
@@ -215,18 +306,45 @@ def test_full_disk_names_the_file(inside, monkeypatch, capsys):
 
 
 DAMAGE = {
-    "empty": b"", "cut": lambda good: good[:len(good) // 2], "zeros": bytes(700), "no UTF-8": lambda good: good[:50] + b"\xff" + good[51:],
-    "list": b"[]", "null": b"null", "number": b"7", "only schema": b'{"schema": 1}', "conflict": lambda good: b"<<<<<<< HEAD\n" + good,
-    "folder": None}
-DAMAGE |= {f"no {word}": (lambda good, word=word: without(good, word)) for word in
-           ("params", "code", "data", "metrics", "cost", "env", "schema")}
-DAMAGE |= {f"{word} = {value!r}": (lambda good, word=word, value=value: json.dumps(json.loads(good) | {word: value}).encode())
-           for word, value in (("params", [1]), ("params", None), ("data", None), ("schema", "1"), ("schema", 0), ("schema", 99),
-                               ("metrics", {}), ("metrics", None), ("cost", {"seconds": "x"}), ("cost", None), ("cost", []))}
+    "empty": b"",
+    "cut": lambda good: good[: len(good) // 2],
+    "zeros": bytes(700),
+    "no UTF-8": lambda good: good[:50] + b"\xff" + good[51:],
+    "list": b"[]",
+    "null": b"null",
+    "number": b"7",
+    "only schema": b'{"schema": 1}',
+    "conflict": lambda good: b"<<<<<<< HEAD\n" + good,
+    "folder": None,
+}
+DAMAGE |= {
+    f"no {word}": (lambda good, word=word: without(good, word))
+    for word in ("params", "code", "data", "metrics", "cost", "env", "schema")
+}
+DAMAGE |= {
+    f"{word} = {value!r}": (
+        lambda good, word=word, value=value: json.dumps(json.loads(good) | {word: value}).encode()
+    )
+    for word, value in (
+        ("params", [1]),
+        ("params", None),
+        ("data", None),
+        ("schema", "1"),
+        ("schema", 0),
+        ("schema", 99),
+        ("metrics", {}),
+        ("metrics", None),
+        ("cost", {"seconds": "x"}),
+        ("cost", None),
+        ("cost", []),
+    )
+}
 
 
 def without(good: bytes, word: str) -> bytes:
-    return json.dumps({key: value for key, value in json.loads(good).items() if key != word}).encode()
+    return json.dumps(
+        {key: value for key, value in json.loads(good).items() if key != word}
+    ).encode()
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -243,7 +361,12 @@ def test_odd_record_runs_again(inside, name):
     else:
         odd.record.write_bytes(damage(good) if callable(damage) else damage)
     steps = batch.plan("toy")
-    assert [bool(step.reason) for step in steps] == [True, False, False, False] and "\n" not in steps[0].reason
+    assert [bool(step.reason) for step in steps] == [
+        True,
+        False,
+        False,
+        False,
+    ] and "\n" not in steps[0].reason
     assert isinstance(batch.announce("toy", steps, "demo", "", 2), str)
     assert batch.results_key("toy", [odd, *rest])
     lines = over_seeds(frame([odd, *rest]), ["metrics.score"])
@@ -259,9 +382,15 @@ def test_results_are_current_by_content(inside):
     ours, key = rows.read_rows("toy"), batch.results_key("toy", rows.read_rows("toy"))
     write_atomic(stamp, json.dumps({"key": key, "files": batch._contents([made])}))
     assert batch.results_current("toy", ours, "demo")
-    for damage in (lambda: made.write_text("who"), lambda: made.write_text("Whole\n"), made.unlink,
-                   lambda: stamp.write_bytes(stamp.read_bytes()[:9]), lambda: stamp.write_bytes(b"\xff"),
-                   lambda: stamp.write_text('{"key": 1, "files": ["papers/toy/tables/main.tex"]}'), lambda: stamp.write_text("[]")):
+    for damage in (
+        lambda: made.write_text("who"),
+        lambda: made.write_text("Whole\n"),
+        made.unlink,
+        lambda: stamp.write_bytes(stamp.read_bytes()[:9]),
+        lambda: stamp.write_bytes(b"\xff"),
+        lambda: stamp.write_text('{"key": 1, "files": ["papers/toy/tables/main.tex"]}'),
+        lambda: stamp.write_text("[]"),
+    ):
         before = stamp.read_bytes()
         damage()
         assert not batch.results_current("toy", ours, "demo")
@@ -288,9 +417,14 @@ def test_pdf_is_of_todays_text(inside, monkeypatch):
     assert not batch.pdf_wanted("toy", "smoke") and batch.pdf_current("toy", "smoke")
     stamp = batch.results_stamp("toy", "demo", name="pdf")
     stamp.parent.mkdir(parents=True)
-    for change in (lambda: None, lambda: write_atomic(paper / "main.tex", "two\n"), (paper / "main.pdf").unlink,
-                   lambda: (paper / "main.pdf").write_text("of another text"), lambda: write_atomic(paper / "tables/x.tex", "1"),
-                   lambda: write_atomic(inside / "figures/toy/x.pdf", "%PDF")):
+    for change in (
+        lambda: None,
+        lambda: write_atomic(paper / "main.tex", "two\n"),
+        (paper / "main.pdf").unlink,
+        lambda: (paper / "main.pdf").write_text("of another text"),
+        lambda: write_atomic(paper / "tables/x.tex", "1"),
+        lambda: write_atomic(inside / "figures/toy/x.pdf", "%PDF"),
+    ):
         change()
         assert not batch.pdf_current("toy", "demo")
         assert batch._step("pdf", "toy", "demo", "") == 0 and batch.pdf_current("toy", "demo")
@@ -298,7 +432,8 @@ def test_pdf_is_of_todays_text(inside, monkeypatch):
     write_atomic(paper / "main.tex", "broken\n")
     assert batch._step("pdf", "toy", "demo", "") == 1 and not batch.pdf_current("toy", "demo")
     assert stamp.with_suffix(".error").read_text() == (
-        "no PDF: papers/toy/main.tex: Undefined control sequence. (main.tex or its input, l.7); see runs/demo/toy/latex.log\n")
+        "no PDF: papers/toy/main.tex: Undefined control sequence. (main.tex or its input, l.7); see runs/demo/toy/latex.log\n"
+    )
 
 
 def test_reasons_reach_the_screen(toy):
@@ -309,19 +444,43 @@ def test_reasons_reach_the_screen(toy):
     write_atomic(toy / "papers/toy/main.tex", "broken\n")
     path = f"{tool.parent}:{os.environ['PATH']}"
     done = tables(toy, PATH=path)
-    assert done.returncode == 1 and "failed: toy: no PDF: papers/toy/main.tex: Undefined control sequence." in done.stderr
+    assert (
+        done.returncode == 1
+        and "failed: toy: no PDF: papers/toy/main.tex: Undefined control sequence." in done.stderr
+    )
     write_atomic(toy / "papers/toy/main.tex", "sound\n")
     results = toy / "nbs/toy/90_results.ipynb"
-    write_atomic(results, results.read_text().replace("paper = Paper", "raise KeyError('no such column')\\npaper = Paper"))
+    write_atomic(
+        results,
+        results.read_text().replace(
+            "paper = Paper", "raise KeyError('no such column')\\npaper = Paper"
+        ),
+    )
     done = tables(toy, PATH=path)
-    assert done.returncode == 1 and "failed: toy: no tables and figures: KeyError: 'no such column'" in done.stderr
+    assert (
+        done.returncode == 1
+        and "failed: toy: no tables and figures: KeyError: 'no such column'" in done.stderr
+    )
 
 
-@pytest.mark.parametrize("log, why", [
-    ("Building DAG\nerror: DATA=007: no such folder\nExiting because a job execution failed.\n", "DATA=007: no such folder"),
-    ("Traceback\n  File x\nre.error: bad group\nCalledProcessError: Command x: y\n", "re.error: bad group"),
-    ("OSError: [Errno 28] No space left on device\n", "OSError: [Errno 28] No space left on device"),
-    ("\xff\n", "its process ended without a word; was it killed?")])
+@pytest.mark.parametrize(
+    "log, why",
+    [
+        (
+            "Building DAG\nerror: DATA=007: no such folder\nExiting because a job execution failed.\n",
+            "DATA=007: no such folder",
+        ),
+        (
+            "Traceback\n  File x\nre.error: bad group\nCalledProcessError: Command x: y\n",
+            "re.error: bad group",
+        ),
+        (
+            "OSError: [Errno 28] No space left on device\n",
+            "OSError: [Errno 28] No space left on device",
+        ),
+        ("\xff\n", "its process ended without a word; was it killed?"),
+    ],
+)
 def test_last_words(inside, log, why):
     path = inside / "runs/x.log"
     path.parent.mkdir(exist_ok=True)
@@ -338,7 +497,10 @@ def test_the_estimate_never_rises():
         bar.show(done, at_work=f"main/r{done}.s0")
         shown.append(bar.left)
     assert shown == sorted(shown, reverse=True) and shown[0] <= 40
-    assert "3/10, 1 min 00 s so far" in bar.stream.getvalue() and "at work: main/r3.s0" in bar.stream.getvalue()
+    assert (
+        "3/10, 1 min 00 s so far" in bar.stream.getvalue()
+        and "at work: main/r3.s0" in bar.stream.getvalue()
+    )
 
 
 def test_data_are_keyed_by_declared_parameters(inside):
@@ -353,7 +515,10 @@ def test_data_are_keyed_by_declared_parameters(inside):
     module.PARAMETERS = ("data", "value")
     module.identify = lambda params: f"{params['value']}"
     try:
-        sys.modules["leansense.toy"], sys.modules["leansense.toy.data"] = types.ModuleType("leansense.toy"), module
+        sys.modules["leansense.toy"], sys.modules["leansense.toy.data"] = (
+            types.ModuleType("leansense.toy"),
+            module,
+        )
         assert rows.fingerprints(rows.read_rows("toy")) == ["1", "1", "2", "2"]
         module.PARAMETERS = ("data",)
         assert rows.data_values(row) == {"data": ""}
@@ -370,16 +535,30 @@ def test_committed_records_are_current():
     found = []
     for system in systems():
         known = {row.record: row for row in read_rows(system, "demo")}
-        real = {row.id: row for row in read_rows(system, "demo", str(ROOT / "nbs"))}  # any folder: the rows are the same
+        real = {
+            row.id: row for row in read_rows(system, "demo", str(ROOT / "nbs"))
+        }  # any folder: the rows are the same
         for path in sorted((ROOT / "papers" / system / "records").rglob("*.json")):
             if path in known:
                 row = known[path]
-                found.append((path.name, stale(path, row.params, digest(row.notebook), fingerprint(row))))
+                found.append(
+                    (path.name, stale(path, row.params, digest(row.notebook), fingerprint(row)))
+                )
                 continue
-            record = read(path)  # of a real data set, which this machine may not have: its code and parameters, then
+            record = read(
+                path
+            )  # of a real data set, which this machine may not have: its code and parameters, then
             row = real.get(f"{record['table']}/{record['row']}.s{record['seed']}")
-            why = "no such row" if row is None else stale(path, row.params | {"data": record["params"]["data"]},
-                                                          digest(row.notebook), record["data"]["fingerprint"])
+            why = (
+                "no such row"
+                if row is None
+                else stale(
+                    path,
+                    row.params | {"data": record["params"]["data"]},
+                    digest(row.notebook),
+                    record["data"]["fingerprint"],
+                )
+            )
             found.append((f"{record['set']}/{path.name}", why))
     assert [line for line in found if line[1]] == []
     assert not systems() or found

@@ -1,4 +1,5 @@
 """The SimBEV row end to end: determinism, layouts, kill and resume, the seed's files, bad input, use of the result."""
+
 import json
 import math
 import os
@@ -33,21 +34,50 @@ from leansense.simbev.task import (
 )
 from leansense.simbev.use import load_checkpoint, main
 
-SMALL = {"standin": 20, "standin_size": "240x112", "nepochs": 1, "bsz": 4, "nworkers": 0,
-         "trunk": "mobilenetv3_small_050", "camC": 8, "up_width": 16, "bev_width": 8,
-         "H": 64, "W": 144, "final_h": 32, "final_w": 96,
-         "xbound": [-32.0, 32.0, 4.0], "ybound": [-32.0, 32.0, 4.0], "augment": "matched", "val_step": 0,
-         "save_step": 0, "progress": False}
+SMALL = {
+    "standin": 20,
+    "standin_size": "240x112",
+    "nepochs": 1,
+    "bsz": 4,
+    "nworkers": 0,
+    "trunk": "mobilenetv3_small_050",
+    "camC": 8,
+    "up_width": 16,
+    "bev_width": 8,
+    "H": 64,
+    "W": 144,
+    "final_h": 32,
+    "final_w": 96,
+    "xbound": [-32.0, 32.0, 4.0],
+    "ybound": [-32.0, 32.0, 4.0],
+    "augment": "matched",
+    "val_step": 0,
+    "save_step": 0,
+    "progress": False,
+}
 LONGER = {"nepochs": 3, "val_step": 3, "save_step": 2, "panels": 2}
 PAPERMILL = str(Path(sys.executable).with_name("papermill"))
 
 
 def command(out: Path, **values) -> list[str]:
     """papermill as a user would type it, writing below `out`; lists go through a YAML text."""
-    given = SMALL | {"folder": str(out / "folder"), "seed": 3,
-                     "out": str(out / "papers/simbev/records/demo/t/r.s3.json")} | values
+    given = (
+        SMALL
+        | {
+            "folder": str(out / "folder"),
+            "seed": 3,
+            "out": str(out / "papers/simbev/records/demo/t/r.s3.json"),
+        }
+        | values
+    )
     words = ["-y", json.dumps(given)]
-    return [PAPERMILL, str(ROOT / "nbs/simbev/80_row.ipynb"), str(out / "row.ipynb"), "--no-progress-bar", *words]
+    return [
+        PAPERMILL,
+        str(ROOT / "nbs/simbev/80_row.ipynb"),
+        str(out / "row.ipynb"),
+        "--no-progress-bar",
+        *words,
+    ]
 
 
 def row(out: Path, **values) -> subprocess.CompletedProcess:
@@ -57,12 +87,15 @@ def row(out: Path, **values) -> subprocess.CompletedProcess:
 
 def same(out: Path, *less: str) -> str:
     record = json.loads((out / "papers/simbev/records/demo/t/r.s3.json").read_text())
-    return json.dumps({k: v for k, v in record.items() if k not in ("cost", "env", *less)}, sort_keys=True)
+    return json.dumps(
+        {k: v for k, v in record.items() if k not in ("cost", "env", *less)}, sort_keys=True
+    )
 
 
 @pytest.fixture(scope="session")
 def trained(shared) -> Path:
     """One row, three epochs of four steps, validated and saved within them, without disturbance."""
+
     def make(out: Path) -> None:
         done = row(out, **LONGER)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -72,7 +105,10 @@ def trained(shared) -> Path:
 
 def test_files_and_record(trained):
     names = sorted(path.name for path in (trained / "folder").glob("*.pt"))
-    assert {f"model_{s:06d}.pt" for s in range(2, 13, 2)} | {"model_best.pt", "model_final.pt"} <= set(names)
+    assert {f"model_{s:06d}.pt" for s in range(2, 13, 2)} | {
+        "model_best.pt",
+        "model_final.pt",
+    } <= set(names)
     kept = read_checkpoint(trained / "folder/model_000006.pt")
     assert {"model_state_dict", "optimizer_state_dict", "counter", "epoch", "val_iou"} <= set(kept)
     assert kept["counter"] == 6
@@ -81,7 +117,10 @@ def test_files_and_record(trained):
     assert [step for step, *_ in record["metrics"]["validations"]] == [3, 4, 6, 8, 9, 12]
     assert [record["data"][part] for part in ("train", "valid", "test")] == [16, 2, 2]
     assert len(record["metrics"]["panels"]) == 2 and record["metrics"]["steps"] == 12
-    assert 0 < record["metrics"]["test_share"] <= record["metrics"]["prior_ap"] < 1 and record["metrics"]["test_ap"] > 0
+    assert (
+        0 < record["metrics"]["test_share"] <= record["metrics"]["prior_ap"] < 1
+        and record["metrics"]["test_ap"] > 0
+    )
     assert str(ROOT) not in json.dumps(record)
 
 
@@ -91,23 +130,37 @@ def test_resume_from_a_numbered_file_is_an_undisturbed_run(trained, tmp_path, st
     done = row(tmp_path, **LONGER, resume=str(trained / f"folder/model_{step:06d}.pt"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(same(tmp_path))["metrics"] == json.loads(same(trained))["metrics"]
-    ours, theirs = (read_checkpoint(where / "folder/model_final.pt") for where in (tmp_path, trained))
-    assert all(torch.equal(a, b) for a, b in zip(ours["state_dict"].values(), theirs["state_dict"].values()))
+    ours, theirs = (
+        read_checkpoint(where / "folder/model_final.pt") for where in (tmp_path, trained)
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ours["state_dict"].values(), theirs["state_dict"].values())
+    )
 
 
 def test_killed_and_run_again_is_an_undisturbed_run(trained, tmp_path):
-    process = subprocess.Popen(command(tmp_path, **LONGER), cwd=ROOT,
-                               env=os.environ | {"LEANSENSE_ROOT": str(ROOT)}, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(tmp_path, **LONGER),
+        cwd=ROOT,
+        env=os.environ | {"LEANSENSE_ROOT": str(ROOT)},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     for _ in range(2400):
         if (tmp_path / "folder/last.ckpt").exists():
             break
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)  # the kernel has a session of its own
+    subprocess.run(
+        ["pkill", "-9", "-f", str(tmp_path)], check=False
+    )  # the kernel has a session of its own
     time.sleep(0.5)
-    assert (tmp_path / "folder/last.ckpt").exists() and not list(tmp_path.rglob("r.s3.json")), "killed in the middle"
+    assert (tmp_path / "folder/last.ckpt").exists() and not list(tmp_path.rglob("r.s3.json")), (
+        "killed in the middle"
+    )
     assert row(tmp_path, **LONGER).returncode == 0
     assert same(tmp_path) == same(trained)
 
@@ -130,15 +183,20 @@ def test_three_layouts_in_the_same_notebook(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         found[layout] = json.loads(same(tmp_path / layout))["metrics"]
     assert found["published"]["history"] == found["converted"]["history"]
-    for name, values in found["published"]["history"].items():  # native matrices come through quaternions: 1e-16 apart
+    for name, values in found["published"][
+        "history"
+    ].items():  # native matrices come through quaternions: 1e-16 apart
         assert found["native"]["history"][name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"resume": "runs/nothing_here.pt"}, "runs/nothing_here.pt: no such file"),
-    ({"data": "nothing/here"}, "nothing/here"),
-    ({"cams": ["front", "fornt_left"], "trunk": "resnet999"}, "fornt_left"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"resume": "runs/nothing_here.pt"}, "runs/nothing_here.pt: no such file"),
+        ({"data": "nothing/here"}, "nothing/here"),
+        ({"cams": ["front", "fornt_left"], "trunk": "resnet999"}, "fornt_left"),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, values, message):
     done = row(tmp_path, **values)
     last = done.stderr.strip().splitlines()[-1]
@@ -157,10 +215,15 @@ def test_resume_of_another_model(trained, tmp_path):
 
 
 def test_predict_on_a_folder(trained, tmp_path, capsys):
-    checkpoint, folder = trained / "folder/model_best.pt", dataset(SMALL | {"data": "standin"}).folder
+    checkpoint, folder = (
+        trained / "folder/model_best.pt",
+        dataset(SMALL | {"data": "standin"}).folder,
+    )
     assert main([str(checkpoint), str(folder), "--out", str(tmp_path), "--limit", "2"]) == 0
     answers = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
-    assert len(answers) == 2 and all(path.with_suffix(".png").exists() for path in tmp_path.glob("*.json"))
+    assert len(answers) == 2 and all(
+        path.with_suffix(".png").exists() for path in tmp_path.glob("*.json")
+    )
     model, params = load_checkpoint(checkpoint)
     assert params["bev_width"] == 8 and not model.training
     assert main([str(tmp_path / "no.pt"), str(folder)]) == 1
@@ -173,20 +236,33 @@ def test_predict_on_a_folder(trained, tmp_path, capsys):
 def test_loss_and_iou_vectors():
     maps = lambda *rows: torch.tensor(rows, dtype=torch.float32)[None, None]
     assert abs(float(bev_loss(maps([0, 0]), maps([1, 1]))) - 1.476404) < 1e-5
-    pairs = ((maps([1, -1], [1, -1]), maps([1, 0], [0, 0])), (maps([1, 1], [1, 1]), maps([1, 1], [1, 1])))
+    pairs = (
+        (maps([1, -1], [1, -1]), maps([1, 0], [0, 0])),
+        (maps([1, 1], [1, 1]), maps([1, 1], [1, 1])),
+    )
     late = (maps([-1, -1], [-1, 1]), maps([0, 0], [1, 0]))
-    losses = [float(bev_loss(torch.cat([pairs[0][0], pairs[1][0]]), torch.cat([pairs[0][1], pairs[1][1]]))) * 2,
-              float(bev_loss(*late))]
+    losses = [
+        float(
+            bev_loss(torch.cat([pairs[0][0], pairs[1][0]]), torch.cat([pairs[0][1], pairs[1][1]]))
+        )
+        * 2,
+        float(bev_loss(*late)),
+    ]
     assert abs(sum(losses) / 3 - 0.834421) < 1e-5
     assert float(iou(sum(overlap(*pair) for pair in (*pairs, late)))) == 0.625
 
 
 def test_mask_equals_leaving_cells_out():
     draw = torch.Generator().manual_seed(0)
-    logits, target = torch.randn(2, 1, 6, 8, generator=draw), (torch.rand(2, 1, 6, 8, generator=draw) > 0.7).float()
+    logits, target = (
+        torch.randn(2, 1, 6, 8, generator=draw),
+        (torch.rand(2, 1, 6, 8, generator=draw) > 0.7).float(),
+    )
     mask = torch.ones(2, 1, 6, 8)
     mask[..., 4:] = 0
-    torch.testing.assert_close(bev_loss(logits, target, mask), bev_loss(logits[..., :4], target[..., :4]))
+    torch.testing.assert_close(
+        bev_loss(logits, target, mask), bev_loss(logits[..., :4], target[..., :4])
+    )
     assert torch.equal(overlap(logits, target, mask), overlap(logits[..., :4], target[..., :4]))
 
 
@@ -214,7 +290,10 @@ class Frames(torch.utils.data.Dataset):
     def __getitem__(self, key):
         draw = torch.Generator().manual_seed(key[1])
         imgs = torch.randn(1, 4, 4, generator=draw)
-        item = {name: torch.zeros(1) for name in INPUTS} | {"imgs": imgs, "target": (imgs > 0.5).float()}
+        item = {name: torch.zeros(1) for name in INPUTS} | {
+            "imgs": imgs,
+            "target": (imgs > 0.5).float(),
+        }
         return item | {"mask": torch.ones(1, 4, 4), "id": f"f{key[1]}"}
 
 
@@ -222,12 +301,26 @@ def toy(folder, val_step=0, save_step=0, resume="", **more):
     task = SimBEVTask(Mean(), recipe(lr=0.05, **more.pop("recipe", {})))
     train, valid = (loader(Frames(), 2, seed=0, shuffle=shuffle) for shuffle in (True, False))
     keeper = SimBEVKeeper(folder, valid, val_step, save_step)
-    fit(task, train, valid, epochs=4, folder=folder, seed=0, monitor="valid_iou", patience=0, progress=False,
-        resume=stage_resume(resume, folder), callbacks=(keeper,), **more)
+    fit(
+        task,
+        train,
+        valid,
+        epochs=4,
+        folder=folder,
+        seed=0,
+        monitor="valid_iou",
+        patience=0,
+        progress=False,
+        resume=stage_resume(resume, folder),
+        callbacks=(keeper,),
+        **more,
+    )
     return task, keeper
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulate": 2}, {"recipe": {"schedule": "onecycle"}}, {"ema": 0.9}])
+@pytest.mark.parametrize(
+    "more", [{}, {"accumulate": 2}, {"recipe": {"schedule": "onecycle"}}, {"ema": 0.9}]
+)
 def test_resume_from_every_file(tmp_path, more):
     whole, kept = toy(tmp_path / "whole", 2, 1, **dict(more))
     files = sorted((tmp_path / "whole").glob("model_0*.pt"))
@@ -235,7 +328,10 @@ def test_resume_from_every_file(tmp_path, more):
     for file in files[::3]:
         again, other = toy(tmp_path / file.stem, 2, 1, str(file), **dict(more))
         assert again.history == whole.history and other.validations == kept.validations, file.name
-        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values()))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(again.state_dict().values(), whole.state_dict().values())
+        )
         assert read_checkpoint(tmp_path / file.stem / "model_final.pt")[MARK]["position"] == [4, 0]
 
 
@@ -251,7 +347,9 @@ def test_what_a_file_says_of_its_score_its_weights_do(tmp_path, more):
         if "val_iou" in kept:
             assert found["iou"] == kept["val_iou"], file.name
             scored += 1
-        assert ("val_iou" in kept) == (kept["counter"] % 2 == 0 or kept[MARK]["position"][1] == 0), file.name
+        assert ("val_iou" in kept) == (
+            kept["counter"] % 2 == 0 or kept[MARK]["position"][1] == 0
+        ), file.name
     assert scored >= 6 and "val_iou" in read_checkpoint(tmp_path / "model_best.pt")
 
 
@@ -265,12 +363,20 @@ def test_files_of_another_run_do_not_stay(tmp_path):
 def test_a_finished_run_gives_everything_back(tmp_path):
     """last.ckpt is final, and what came after it was lost: all of it comes back, without training."""
     _, kept = toy(tmp_path, 2, 2)
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".csv")}
+    files = {
+        path.name: path.read_bytes()
+        for path in tmp_path.iterdir()
+        if path.suffix in (".pt", ".csv")
+    }
     for name in ("model_best.pt", "model_final.pt", "history.csv"):
         (tmp_path / name).unlink()
     _, again = toy(tmp_path, 2, 2, "auto")
     assert again.validations == kept.validations and again.best == kept.best
-    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".pt", ".csv")}
+    assert files == {
+        path.name: path.read_bytes()
+        for path in tmp_path.iterdir()
+        if path.suffix in (".pt", ".csv")
+    }
 
 
 def test_average_precision_is_that_of_torchmetrics():
@@ -284,8 +390,12 @@ def test_average_precision_is_that_of_torchmetrics():
     mask[..., 10:] = 0
     for part in (mask, None):
         keep = slice(None) if part is None else part > 0
-        wanted = binary_average_precision(logits[keep].flatten().sigmoid().double(), target[keep].flatten().int())
-        assert float(average_precision(ranked(logits, target, part))) == pytest.approx(float(wanted), abs=1e-6)
+        wanted = binary_average_precision(
+            logits[keep].flatten().sigmoid().double(), target[keep].flatten().int()
+        )
+        assert float(average_precision(ranked(logits, target, part))) == pytest.approx(
+            float(wanted), abs=1e-6
+        )
     parts = ranked(logits[:1], target[:1]) + ranked(logits[1:], target[1:])
     assert torch.equal(parts, ranked(logits, target)), "the same from any number of processes"
     assert float(average_precision(ranked(logits, 0 * target))) == 0
@@ -300,5 +410,10 @@ def test_evaluate_keeps_the_mode_and_counts_false_alarms():
     batch["target"] = torch.zeros(2, 1, 4, 4)
     batch["target"][0, 0, 0] = 1
     found = evaluate(model, [batch], (-2, 2, 1), (-2, 2, 1))
-    assert model.training and found["empty_frames"] == 1 and found["false_alarms"] == 1.0 and found["iou"] == 4 / 32
+    assert (
+        model.training
+        and found["empty_frames"] == 1
+        and found["false_alarms"] == 1.0
+        and found["iou"] == 4 / 32
+    )
     assert int(model.norm.num_batches_tracked) == 0

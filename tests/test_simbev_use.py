@@ -1,4 +1,5 @@
 """A SimBEV checkpoint is rebuilt from itself alone, or refused in one line; the invocations that are printed run."""
+
 import json
 import math
 import re
@@ -15,11 +16,30 @@ from leansense.simbev.model import DEMO, build
 from leansense.simbev.task import stage_resume
 from leansense.simbev.use import load_checkpoint, main
 
-SETTINGS = dict(DEMO, outC=1, final_dim=[32, 96], camC=8, up_width=16, bev_width=8,
-                grid_conf={"xbound": [-32.0, 32.0, 4.0], "ybound": [-32.0, 32.0, 4.0], "zbound": [-10.0, 10.0, 20.0],
-                           "dbound": [4.0, 45.0, 4.1]})
-PARAMS = {"H": 64, "W": 144, "final_h": 32, "final_w": 96, "classes": ["vehicle"], "xbound": [-32.0, 32.0, 4.0],
-          "ybound": [-32.0, 32.0, 4.0], "dbound": [4.0, 45.0, 4.1]}
+SETTINGS = dict(
+    DEMO,
+    outC=1,
+    final_dim=[32, 96],
+    camC=8,
+    up_width=16,
+    bev_width=8,
+    grid_conf={
+        "xbound": [-32.0, 32.0, 4.0],
+        "ybound": [-32.0, 32.0, 4.0],
+        "zbound": [-10.0, 10.0, 20.0],
+        "dbound": [4.0, 45.0, 4.1],
+    },
+)
+PARAMS = {
+    "H": 64,
+    "W": 144,
+    "final_h": 32,
+    "final_w": 96,
+    "classes": ["vehicle"],
+    "xbound": [-32.0, 32.0, 4.0],
+    "ybound": [-32.0, 32.0, 4.0],
+    "dbound": [4.0, 45.0, 4.1],
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,38 +50,72 @@ def weights() -> dict:
 
 @pytest.fixture(scope="module")
 def folder() -> str:
-    return dataset({"data": "standin", "standin": 8, "standin_size": "240x112", "layout": "native"}).folder
+    return dataset(
+        {"data": "standin", "standin": 8, "standin_size": "240x112", "layout": "native"}
+    ).folder
 
 
 def write(path: Path, weights: dict, model: dict = SETTINGS, params: dict = PARAMS, **more) -> Path:
     settings = json.dumps({"model": model, "params": params})
-    torch.save({"leansense": {}, "state_dict": {}, "model_state_dict": weights, "settings": settings} | more, path)
+    torch.save(
+        {"leansense": {}, "state_dict": {}, "model_state_dict": weights, "settings": settings}
+        | more,
+        path,
+    )
     return path
 
 
 def one(weights: dict, value: float) -> dict:
-    name = next(name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.ndim > 1)
+    name = next(
+        name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.ndim > 1
+    )
     bad = weights[name].clone()
     bad[(0,) * bad.ndim] = value
     return weights | {name: bad}
 
 
 FAULTS = {
-    "a key is missing": (lambda w: {"weights": dict(list(w.items())[1:])}, "weights of another model"),
-    "a key too many": (lambda w: {"weights": w | {"extra": torch.zeros(1)}}, "weights of another model"),
-    "all NaN": (lambda w: {"weights": {k: v * math.nan if v.is_floating_point() else v for k, v in w.items()}}, "hold NaN"),
+    "a key is missing": (
+        lambda w: {"weights": dict(list(w.items())[1:])},
+        "weights of another model",
+    ),
+    "a key too many": (
+        lambda w: {"weights": w | {"extra": torch.zeros(1)}},
+        "weights of another model",
+    ),
+    "all NaN": (
+        lambda w: {
+            "weights": {k: v * math.nan if v.is_floating_point() else v for k, v in w.items()}
+        },
+        "hold NaN",
+    ),
     "one NaN": (lambda w: {"weights": one(w, math.nan)}, "hold NaN"),
     "one infinity": (lambda w: {"weights": one(w, math.inf)}, "hold Inf"),
     "no weights": (lambda w: {"weights": 3}, "no checkpoint of SimBEV training"),
-    "a setting is unknown": (lambda w: {"model": SETTINGS | {"splat": "old"}}, "not known here (splat)"),
+    "a setting is unknown": (
+        lambda w: {"model": SETTINGS | {"splat": "old"}},
+        "not known here (splat)",
+    ),
     "a setting is wrong": (lambda w: {"model": SETTINGS | {"camC": 0}}, "cannot be built: camC=0"),
-    "another trunk": (lambda w: {"model": SETTINGS | {"trunk": "resnet10t"}}, "weights of another model"),
-    "no parameters": (lambda w: {"settings": json.dumps({"model": SETTINGS})}, "nothing sound of its network"),
+    "another trunk": (
+        lambda w: {"model": SETTINGS | {"trunk": "resnet10t"}},
+        "weights of another model",
+    ),
+    "no parameters": (
+        lambda w: {"settings": json.dumps({"model": SETTINGS})},
+        "nothing sound of its network",
+    ),
     "no JSON": (lambda w: {"settings": "{"}, "nothing sound of its network"),
     "no text": (lambda w: {"settings": 7}, "nothing sound of its network"),
-    "another grid": (lambda w: {"params": PARAMS | {"xbound": [-40.0, 40.0, 0.5]}}, "xbound is [-40.0, 40.0, 0.5]"),
+    "another grid": (
+        lambda w: {"params": PARAMS | {"xbound": [-40.0, 40.0, 0.5]}},
+        "xbound is [-40.0, 40.0, 0.5]",
+    ),
     "another picture": (lambda w: {"params": PARAMS | {"final_h": 64}}, "final_h is 64"),
-    "more classes": (lambda w: {"params": PARAMS | {"classes": ["car", "bus"]}}, "2 classes in its parameters, 1"),
+    "more classes": (
+        lambda w: {"params": PARAMS | {"classes": ["car", "bus"]}},
+        "2 classes in its parameters, 1",
+    ),
 }
 
 
@@ -80,7 +134,9 @@ def test_good_checkpoints_answer(tmp_path, weights, folder):
     wrapped = {f"module.{name}": value for name, value in weights.items()}
     less = {name: value for name, value in PARAMS.items() if not name.endswith("bound")}
     answers = set()
-    for k, path in enumerate((write(tmp_path / "a.pt", weights), write(tmp_path / "b.pt", wrapped, params=less))):
+    for k, path in enumerate(
+        (write(tmp_path / "a.pt", weights), write(tmp_path / "b.pt", wrapped, params=less))
+    ):
         out = tmp_path / f"out{k}"
         assert main([str(path), folder, "--out", str(out), "--limit", "1", "--split", "test"]) == 0
         answers |= {file.read_text() for file in out.glob("*.json")}
@@ -103,8 +159,14 @@ def test_weights_to_start_from_must_be_numbers(tmp_path, weights, value):
 
 # --- what the row notebook prints for a shell
 
-PRINTED = re.findall(r"^papermill (.*)$", "\n".join(
-    "".join(cell["source"]) for cell in json.loads((ROOT / "nbs/simbev/80_row.ipynb").read_text())["cells"]), re.M)
+PRINTED = re.findall(
+    r"^papermill (.*)$",
+    "\n".join(
+        "".join(cell["source"])
+        for cell in json.loads((ROOT / "nbs/simbev/80_row.ipynb").read_text())["cells"]
+    ),
+    re.M,
+)
 
 
 def given(line: str) -> dict:
@@ -112,7 +174,9 @@ def given(line: str) -> dict:
     words, known = shlex.split(line), declared("nbs/simbev/80_row.ipynb")
     pairs = [words[k + 1 : k + 3] for k, word in enumerate(words) if word == "-p"]
     assert all(name in known for name, _ in pairs)
-    return {name: p.default for name, p in known.items()} | {n: type(known[n].default)(v) for n, v in pairs}
+    return {name: p.default for name, p in known.items()} | {
+        n: type(known[n].default)(v) for n, v in pairs
+    }
 
 
 @pytest.mark.parametrize("line", PRINTED)
@@ -122,5 +186,7 @@ def test_printed_invocations_fit_the_default_stand_in(line):
     made = loaders(dataset(params), params | {"nworkers": 0})
     assert set(made) == {"train", "valid", "test"} and all(len(part) >= 1 for part in made.values())
     resumed = params["resume"] not in ("auto", "")
-    assert not resumed or any(Path(params["resume"]).parent == Path(given(other)["logdir"]) for other in PRINTED)
+    assert not resumed or any(
+        Path(params["resume"]).parent == Path(given(other)["logdir"]) for other in PRINTED
+    )
     assert stage_resume("auto", ROOT) == "auto" and len(PRINTED) == 4

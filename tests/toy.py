@@ -1,4 +1,5 @@
 """A toy system in a small scratch checkout: rows that take no time, stop with an error, wait, or go on after a kill."""
+
 import json
 import os
 import shutil
@@ -10,22 +11,31 @@ from conftest import ROOT, run
 
 from leansense.core.paths import write_atomic
 
-ROW = [("parameters", """seed: int = 0  # every draw
+ROW = [
+    (
+        "parameters",
+        """seed: int = 0  # every draw
 value: int = 1  # what the metric is made of
 sleep: float = 0.0  # seconds of pretended work
 fail: bool = False  # stop with an error
 data: str = ""  # folder whose files are counted
 out: str = ""  # record
 folder: str = ""  # where to leave things
-progress: bool = False  # bar"""),
-       ("", """import json
+progress: bool = False  # bar""",
+    ),
+    (
+        "",
+        """import json
 import time
 from pathlib import Path
 from leansense.core.paths import root, write_atomic
 from leansense.core.record import Run
 run = Run(globals(), "nbs/toy/80_row.ipynb")
-home = run.claim("toy")"""),
-       ("", """with open(home.parent / "log", "a") as file:
+home = run.claim("toy")""",
+    ),
+    (
+        "",
+        """with open(home.parent / "log", "a") as file:
     file.write(f"{out.split('/')[-1]} start\\n")
 if fail:
     raise ValueError(f"heads=5 does not divide 144, see {root()}/papers/toy/rows.yaml and /opt/some where/x.csv")
@@ -39,17 +49,26 @@ while step < 3:
     write_atomic(state, json.dumps([step, total, value]))
 found = sorted(path.name for path in Path(data).iterdir()) if data else []
 score = value * 10 + seed + total - value * 6
-run.finish({"score": score, "files": found}, {}, {"name": "none", "fingerprint": ""}, {"device": "cpu", "threads": 1})"""),
-       ]
-RESULTS = [("parameters", """scale: str = "demo"  # which records
+run.finish({"score": score, "files": found}, {}, {"name": "none", "fingerprint": ""}, {"device": "cpu", "threads": 1})""",
+    ),
+]
+RESULTS = [
+    (
+        "parameters",
+        """scale: str = "demo"  # which records
 data: str = ""  # data set
-out: str = ""  # where the list of files goes"""),
-           ("", """from leansense.core.tables import Column, Paper, over_seeds
+out: str = ""  # where the list of files goes""",
+    ),
+    (
+        "",
+        """from leansense.core.tables import Column, Paper, over_seeds
 paper = Paper("toy", scale, data)
 lines = over_seeds(paper.runs("main"), ["metrics.score"])
 paper.table("main", lines, [Column("metrics.score", "score", digits=1, best=max)])
 paper.number("Best", float(lines["metrics.score"].max()), 1)
-paper.finish(out)""")]
+paper.finish(out)""",
+    ),
+]
 MATRIX = """title: a toy
 headline: {table: main, row: one, metric: score, name: score}
 seeds: [0, 1]
@@ -60,22 +79,61 @@ tables:
       two: {label: Two, params: {value: 2}}
 """
 SMALL = "tables: {main: {rows: {one: {label: One}}}}\n"  # one row, one seed
-PARTS = ("lib", "nbs/core", "papers/Snakefile", "papers/profiles", "settings.ini", "setup.py", "pyproject.toml",
-         "Makefile", ".gitignore")
+PARTS = (
+    "lib",
+    "nbs/core",
+    "papers/Snakefile",
+    "papers/profiles",
+    "settings.ini",
+    "setup.py",
+    "pyproject.toml",
+    "Makefile",
+    ".gitignore",
+)
 
 
 def save(path: Path, cells) -> None:
-    write_atomic(path, json.dumps({
-        "cells": [{"cell_type": "code", "id": f"c{i}", "metadata": {"tags": [tag]} if tag else {}, "source": code,
-                   "outputs": [], "execution_count": None} for i, (tag, code) in enumerate(cells)],
-        "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
-        "nbformat": 4, "nbformat_minor": 5}))
+    write_atomic(
+        path,
+        json.dumps(
+            {
+                "cells": [
+                    {
+                        "cell_type": "code",
+                        "id": f"c{i}",
+                        "metadata": {"tags": [tag]} if tag else {},
+                        "source": code,
+                        "outputs": [],
+                        "execution_count": None,
+                    }
+                    for i, (tag, code) in enumerate(cells)
+                ],
+                "metadata": {
+                    "kernelspec": {
+                        "name": "python3",
+                        "display_name": "python3",
+                        "language": "python",
+                    }
+                },
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        ),
+    )
 
 
 def make(target: Path, matrix: str = MATRIX) -> Path:
     """A checkout at `target` with core and the toy as its only system."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z", *PARTS], cwd=ROOT, capture_output=True,
-                           check=True).stdout.decode().split("\0")
+    names = (
+        subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard", "-z", *PARTS],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        )
+        .stdout.decode()
+        .split("\0")
+    )
     for name in filter(None, names):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -95,14 +153,39 @@ def environment(folder: Path) -> dict:
 
 def start(folder: Path, *more: str, **options) -> subprocess.Popen:
     """The batch in the background, in a process group of its own."""
-    command = [sys.executable, "-m", "leansense.core.batch", "--system", "toy", "--cores", "2", *more]
-    return subprocess.Popen(command, cwd=folder, env=environment(folder), start_new_session=True,
-                            **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options)
+    command = [
+        sys.executable,
+        "-m",
+        "leansense.core.batch",
+        "--system",
+        "toy",
+        "--cores",
+        "2",
+        *more,
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(folder),
+        start_new_session=True,
+        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options,
+    )
 
 
 def tables(folder: Path, *more: str, **env):
     """The batch, to its end."""
-    return run(folder, "python", "-m", "leansense.core.batch", "--system", "toy", "--cores", "2", *more, **env)
+    return run(
+        folder,
+        "python",
+        "-m",
+        "leansense.core.batch",
+        "--system",
+        "toy",
+        "--cores",
+        "2",
+        *more,
+        **env,
+    )
 
 
 def started(folder: Path, scale: str = "demo") -> list[str]:
@@ -120,5 +203,7 @@ def kept(folder: Path) -> dict:
     found = {}
     for path in sorted((folder / "papers/toy/records").rglob("*.json")):
         record = json.loads(path.read_text())
-        found[path.name] = {key: value for key, value in record.items() if key not in ("cost", "env")}
+        found[path.name] = {
+            key: value for key, value in record.items() if key not in ("cost", "env")
+        }
     return found

@@ -56,7 +56,7 @@ def usable_isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The widest of `usable_isas`, or the one chosen by `use_isa` or LEANSENSE_ISA; NativeError if it cannot run here."""
+    """The widest of `usable_isas`, or the choice of `use_isa` or LEANSENSE_ISA; NativeError if it cannot run."""
     wanted = _block[-1] if _block else os.environ.get("LEANSENSE_ISA", "")
     if wanted and wanted not in INSTRUCTIONS:
         raise NativeError(f"LEANSENSE_ISA={wanted}: choose from {', '.join(INSTRUCTIONS)}")

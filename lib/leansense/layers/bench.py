@@ -40,7 +40,7 @@ class Problem:
         wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in self.inputs.items()}
         return replace(self, inputs=wide, gradient=self.gradient.double())
 
-
+# %% ../../../nbs/layers/60_bench.ipynb #f9c92e1f
 @dataclass(frozen=True)
 class Contender:
     """One way to compute an operator."""

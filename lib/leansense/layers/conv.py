@@ -94,7 +94,7 @@ def conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, backend: str 
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution without bias, with an odd kernel k and zero padding k // 2: nn.Conv2d by another weight gradient."""
+    """A convolution without bias, odd kernel k, zero padding k // 2: nn.Conv2d by another weight gradient."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
         super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)

@@ -134,7 +134,7 @@ def _load(name: str, source: str, extra: tuple[str, ...], kind: str, environment
     except OSError as error:
         return f"{name}: the compiled library cannot be loaded: {str(error).splitlines()[0][:200]}"
 
-
+# %% ../../../nbs/layers/04_native.ipynb #009ab1d8
 def library(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     """The C `source` as a loaded library, compiled unless the cache holds it; NativeError (one line) if that fails.
 

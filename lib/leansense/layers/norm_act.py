@@ -81,7 +81,8 @@ void moments(const float *restrict x, const float *shift, double *restrict total
 }
 /* from the totals of n parts: mean, 1 / deviation, both also in single precision as a caller needs them, a and b */
 void statistics(const double *total, long n, double rows, double eps, const float *shift, const float *weight,
-                const float *bias, double *mean, double *rstd, float *mean_, float *variance_, float *a, float *b, long C) {
+                const float *bias, double *mean, double *rstd, float *mean_, float *variance_, ''' \
+    r'''float *a, float *b, long C) {
     for (long c = 0; c < C; c++) {
         double first = 0, second = 0;
         for (long k = 0; k < n; k++) { first += total[2 * k * C + c]; second += total[(2 * k + 1) * C + c]; }
@@ -167,6 +168,8 @@ void ACT_backward(const float *restrict x, const float *g, const float *scale, c
     }
 }
 '''
+
+# %% ../../../nbs/layers/25_norm_act.ipynb #a98969e4
 _CHANNELS = r'''
 /* from the totals of n parts: the gradients of weight and bias, p and q */
 void gradients(const double *total, long n, double rows, const double *mean, const float *mean_, const double *rstd,
@@ -183,14 +186,14 @@ void gradients(const double *total, long n, double rows, const double *mean, con
     }
 }
 '''
-
-# %% ../../../nbs/layers/25_norm_act.ipynb #7a96c85c
 KEEPING = ("silu",)  # activations whose derivative is too dear to be computed twice
 
 
 def _loops(act: str) -> str:
     kept = act in KEEPING
-    return (_ACTIVATED.replace("KEEP", "o[i] = d;" if kept else "") + (_KEPT if kept else _RECOMPUTED)).replace("ACT", act)
+    return (
+        _ACTIVATED.replace("KEEP", "o[i] = d;" if kept else "") + (_KEPT if kept else _RECOMPUTED)
+    ).replace("ACT", act)
 
 
 SOURCE, FLAGS = ACTS + MOMENTS + _CHANNELS + "".join(map(_loops, ACTIVATIONS)), ("-fno-trapping-math",)
@@ -238,7 +241,8 @@ class _NormAct(torch.autograd.Function):
         _over(compiled.moments, rows, C, [at_x, at_shift], at_totals)
         of_channels = _addresses(narrow, 4)
         compiled.statistics(at_totals[0], ctypes.c_long(parts), ctypes.c_double(rows), ctypes.c_double(eps), at_shift,
-                            *_addresses(weight), *_addresses(bias), *_addresses(wide, 2), *of_channels, ctypes.c_long(C))
+                            *_addresses(weight), *_addresses(bias), *_addresses(wide, 2), *of_channels,
+                            ctypes.c_long(C))
         _over(getattr(compiled, f"{act}_forward"), rows, C, [at_x, *of_channels[2:], *_addresses(y)])
         ctx.save_for_backward(x, wide, narrow)
         ctx.act = act
