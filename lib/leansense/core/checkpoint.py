@@ -192,10 +192,10 @@ def check_finite(weights: object, path: str | Path) -> None:
                 f"weights of {path} hold {what} ({name}): train again or name another file"
             )
 
-# %% ../../../nbs/core/26_checkpoint.ipynb #5b74291c
+
 MARK = "leansense"  # the key under which a checkpoint of ours keeps what Lightning does not
 
-
+# %% ../../../nbs/core/26_checkpoint.ipynb #5b74291c
 def load_file(path: str | Path, finite: bool = False) -> object:
     """What torch.save or safetensors wrote to `path`, on the CPU; ValueError: not whole."""
     path = Path(path)
