@@ -258,7 +258,8 @@ class _NormAct(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         dx, totals = torch.empty_like(x), x.new_empty(parts, 2, C, dtype=torch.float64)
         weight, bias, slopes = x.new_empty(C), x.new_empty(C), x.new_empty(2, C)
-        (mean, _, a, b), (wide_mean, rstd), at_totals = _addresses(narrow, 4), _addresses(wide, 2), _addresses(totals, parts)
+        (mean, _, a, b), (wide_mean, rstd), at_totals = (
+            _addresses(narrow, 4), _addresses(wide, 2), _addresses(totals, parts))
         maps, (at_dx,), at_slopes = [*_addresses(x), *_addresses(grad)], _addresses(dx), _addresses(slopes, 2)
         _over(getattr(compiled, f"{ctx.act}_sums"), rows, C, [*maps, a, b, mean, at_dx], at_totals)
         compiled.gradients(at_totals[0], ctypes.c_long(parts), ctypes.c_double(rows), wide_mean, mean, rstd,
