@@ -553,6 +553,7 @@ def test_run_all_ends_in_a_model_that_has_learned(tmp_path):
         "-p",
         "progress",
         "False",
+        MPLBACKEND="module://matplotlib_inline.backend_inline",  # as Jupyter has it
     )
     assert done.returncode == 0, done.stderr[-2000:]
     cells = json.loads((tmp_path / "row.ipynb").read_text())["cells"]
