@@ -627,7 +627,6 @@ def test_predict_and_onnx(trained, leaves, tmp_path):
     assert not (tmp_path / "never.onnx").exists()
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("variant", ["bot_linear", "hybrid"])
 def test_the_older_onnx_exporter_gives_a_file_that_runs(tmp_path, variant):
     import onnxruntime
