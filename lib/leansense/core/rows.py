@@ -87,7 +87,7 @@ class Row:
     params: dict = field(hash=False)
     claim: dict = field(
         default_factory=dict, hash=False
-    )  # the seed document's values, for the table
+    )  # the guide's values, for the table
 
     @property
     def set(self) -> str:
