@@ -3,11 +3,12 @@
 Same process, in turns, CPU time of one thread, medians; never an absolute time. The recorded ratio is held to where processor and instruction
 set are those of the record. Elsewhere only the order is: ours must not be slower than the rival.
 """
+
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from leansense.core.cost import hardware, ratio, set_threads, throughput
 from leansense.core.record import read
 from leansense.core.rows import read_rows
@@ -15,27 +16,53 @@ from leansense.layers.backend import INSTRUCTIONS, MEASURED, isa, usable_isas
 from leansense.layers.bench import errors, runnable, step
 
 ROWS = {f"{row.table}/{row.name}": row for row in read_rows("layers")}
-GOALS = [g for g in yaml.safe_load((ROOT / "papers/layers/goals.yaml").read_text()) if g["kind"] == "ratio"]
+GOALS = [
+    g
+    for g in yaml.safe_load((ROOT / "papers/layers/goals.yaml").read_text())
+    if g["kind"] == "ratio"
+]
 SHARE = 0.6
 
 
 def operator(table: str):
-    from leansense.layers import attention_peers, deformable_peers, norm_peers, pool_peers, scan_peers
+    from leansense.layers import (
+        attention_peers,
+        deformable_peers,
+        norm_peers,
+        pool_peers,
+        scan_peers,
+    )
 
-    modules = {"scan": scan_peers, "bev_pool": pool_peers, "deformable": deformable_peers,
-               "linear_attention": attention_peers, "norm_act": norm_peers}
+    modules = {
+        "scan": scan_peers,
+        "bev_pool": pool_peers,
+        "deformable": deformable_peers,
+        "linear_attention": attention_peers,
+        "norm_act": norm_peers,
+    }
     return modules[table].OPERATOR
 
 
 def build(record: dict) -> str:
     """The instruction set of the widest build that made a record; empty where it does not say."""
-    return next((kind for kind in INSTRUCTIONS if kind in record["env"].get("isa", "").replace("/", " ").split()), "")
+    return next(
+        (
+            kind
+            for kind in INSTRUCTIONS
+            if kind in record["env"].get("isa", "").replace("/", " ").split()
+        ),
+        "",
+    )
 
 
 def recorded_ratio(row, rival: str, ours: str) -> float | None:
     """The ratio in the committed record of a row; None unless it was made by this processor and instruction set."""
     record = read(row.record) if row.record.exists() else None
-    if record is None or record["env"]["cpu"] != hardware()["cpu"] or build(record) not in ("", isa()):
+    if (
+        record is None
+        or record["env"]["cpu"] != hardware()["cpu"]
+        or build(record) not in ("", isa())
+    ):
         return None
     found = record["cost"]["cpu1"]["train"]["ratio"].get(rival, {}).get(ours)
     return found["p50"] if found else None
@@ -64,7 +91,9 @@ def test_ratio_is_kept(goal):
         found = ratio(timings[goal["rival"]], timings[goal["ours"]])["ratio"]
         if found >= wanted:
             return
-    assert found >= wanted, f"{found:.2f} times faster than {goal['rival']}, at least {wanted:.2f} was expected"
+    assert found >= wanted, (
+        f"{found:.2f} times faster than {goal['rival']}, at least {wanted:.2f} was expected"
+    )
 
 
 @pytest.mark.gate
@@ -74,19 +103,31 @@ def test_auto_takes_c_where_the_benchmark_says_so(table):
     names = {"scan": "selective_scan", "deformable": "deformable_attention"}
     for row in (row for row in ROWS.values() if row.table == table and row.record.exists()):
         record = read(row.record)
-        entry = MEASURED[f"norm_act/{row.params['size']['act']}" if table == "norm_act" else names.get(table, table)]
+        entry = MEASURED[
+            f"norm_act/{row.params['size']['act']}"
+            if table == "norm_act"
+            else names.get(table, table)
+        ]
         for ours, kind in (("cc", build(record)), ("cc_v3", "v3")):
             found = record["cost"]["cpu1"]["train"]["ratio"].get("torch", {}).get(ours)
             if found and kind in entry:
-                assert (entry[kind] > 1) == (found["p50"] > 1) or 0.9 < found["p50"] < 1.1, (row.id, ours, found["p50"])
+                assert (entry[kind] > 1) == (found["p50"] > 1) or 0.9 < found["p50"] < 1.1, (
+                    row.id,
+                    ours,
+                    found["p50"],
+                )
 
 
 @pytest.mark.parametrize("table", sorted({row.table for row in ROWS.values()}))
 def test_all_contenders_compute_the_same(table):
     """On a size of its own, with odd numbers: whoever can run here, against the float64 formula."""
-    sizes = {"scan": {"B": 2, "D": 24, "L": 37}, "bev_pool": {"B": 2, "H": 3, "W": 5},
-             "deformable": {"Q": 61, "shapes": [[7, 9], [4, 5]]}, "linear_attention": {"B": 2, "N": 35},
-             "norm_act": {"B": 2, "C": 19, "H": 5, "W": 7, "act": "silu"}}
+    sizes = {
+        "scan": {"B": 2, "D": 24, "L": 37},
+        "bev_pool": {"B": 2, "H": 3, "W": 5},
+        "deformable": {"Q": 61, "shapes": [[7, 9], [4, 5]]},
+        "linear_attention": {"B": 2, "N": 35},
+        "norm_act": {"B": 2, "C": 19, "H": 5, "W": 7, "act": "silu"},
+    }
     chosen = operator(table)
     names, _ = runnable(chosen, list(chosen.contenders), "cpu")
     found = errors(chosen, chosen.problem(sizes[table], 3, torch.float32, "cpu"), names)
@@ -102,7 +143,9 @@ def test_matrix_names_contenders_that_exist():
     for row in ROWS.values():
         chosen = operator(row.params["operator"])
         assert set(row.params["contenders"]) <= set(chosen.contenders), row.id
-        assert row.params["base"] in row.params["contenders"] and row.table == row.params["operator"]
+        assert (
+            row.params["base"] in row.params["contenders"] and row.table == row.params["operator"]
+        )
 
 
 def test_both_builds_are_in_every_table():

@@ -1,4 +1,5 @@
 """BEV pooling: oracles, the algebra of the sum, derivatives, layouts, types, tracing, C, Triton, fall-backs, errors."""
+
 import math
 import os
 import subprocess
@@ -27,7 +28,9 @@ def strip(x=3, y=4, z=1) -> Grid:
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def numbers(shape, total, seed=0):
@@ -46,18 +49,39 @@ def naive(depth, feat, cells, grid):
             sums[b][cell] = sums[b][cell] + depth[b, n, d, h, w] * feat[b, n, :, h, w]
     rows = torch.stack([torch.stack(s) for s in sums])  # B, cells, C
     X, Y, Z = grid.nx
-    return rows.view(B, X, Y, Z, C).permute(0, 3, 4, 1, 2).reshape(B, Z * C, X, Y)  # level z: channels z C + c
+    return (
+        rows.view(B, X, Y, Z, C).permute(0, 3, 4, 1, 2).reshape(B, Z * C, X, Y)
+    )  # level z: channels z C + c
 
 
-shapes = st.fixed_dictionaries({name: st.integers(1, high) for name, high in
-                                {"B": 2, "N": 3, "D": 5, "H": 3, "W": 4, "C": 5, "X": 4, "Y": 5, "Z": 3}.items()})
+shapes = st.fixed_dictionaries(
+    {
+        name: st.integers(1, high)
+        for name, high in {
+            "B": 2,
+            "N": 3,
+            "D": 5,
+            "H": 3,
+            "W": 4,
+            "C": 5,
+            "X": 4,
+            "Y": 5,
+            "Z": 3,
+        }.items()
+    }
+)
 
 
 def make(s, seed=0, dtype=torch.float64):
     """(depth, feat, cells, grid) of a drawn size."""
     grid, points = strip(s["X"], s["Y"], s["Z"]), (s["B"], s["N"], s["D"], s["H"], s["W"])
     feat = draw(s["B"], s["N"], s["C"], s["H"], s["W"], seed=seed + 1, dtype=dtype)
-    return draw(*points, seed=seed, dtype=dtype), feat, numbers(points, math.prod(grid.nx), seed), grid
+    return (
+        draw(*points, seed=seed, dtype=dtype),
+        feat,
+        numbers(points, math.prod(grid.nx), seed),
+        grid,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -70,18 +94,31 @@ def test_equals_the_loop_with_gradients(backend, s, seed):
     expected = naive(*inputs, cells, grid)
     torch.testing.assert_close(found, expected)
     gradient = draw(*expected.shape, seed=7)
-    for a, b in zip(torch.autograd.grad(found, inputs, gradient),
-                    torch.autograd.grad(expected + 0 * (depth.sum() + feat.sum()), inputs, gradient)):
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, gradient),
+        torch.autograd.grad(expected + 0 * (depth.sum() + feat.sum()), inputs, gradient),
+    ):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("binning, expected", [("lss", [[3, 8], [32, 4]]), ("floor", [[3, 0], [0, 4]])])
+@pytest.mark.parametrize(
+    "binning, expected", [("lss", [[3, 8], [32, 4]]), ("floor", [[3, 0], [0, 4]])]
+)
 def test_seven_points(backend, binning, expected):
-    points = torch.tensor([[-.5, -.5, 0], [-.2, -.9, 5], [.5, .5, 0], [-1.4, .5, 0], [.3, 1.2, 0], [.9, -.1, -12],
-                           [.2, .2, -31]]).view(1, 1, 1, 1, 7, 3)
+    points = torch.tensor(
+        [
+            [-0.5, -0.5, 0],
+            [-0.2, -0.9, 5],
+            [0.5, 0.5, 0],
+            [-1.4, 0.5, 0],
+            [0.3, 1.2, 0],
+            [0.9, -0.1, -12],
+            [0.2, 0.2, -31],
+        ]
+    ).view(1, 1, 1, 1, 7, 3)
     plan = PoolPlan.build(points, Grid((-1, 1, 1), (-1, 1, 1), (-10, 10, 20)), binning)
-    value = torch.tensor([1., 2, 4, 8, 16, 32, 64]).view(1, 1, 1, 1, 7)
+    value = torch.tensor([1.0, 2, 4, 8, 16, 32, 64]).view(1, 1, 1, 1, 7)
     assert bev_pool(torch.ones(1, 1, 1, 1, 7), value, plan, backend)[0, 0].tolist() == expected
 
 
@@ -89,12 +126,16 @@ def test_seven_points(backend, binning, expected):
 def test_published_runs(backend):
     """The ranks and rows of the cumulative-sum trick, and their gradients."""
     plan = PoolPlan.build(torch.tensor([0, 0, 8, 12, 12]).view(1, 1, 1, 1, 5), strip(13, 1))
-    rows = torch.tensor([[1., 10], [2, 20], [3, 30], [4, 40], [5, 50]]).T.reshape(1, 1, 2, 1, 5).requires_grad_()
+    rows = (
+        torch.tensor([[1.0, 10], [2, 20], [3, 30], [4, 40], [5, 50]])
+        .T.reshape(1, 1, 2, 1, 5)
+        .requires_grad_()
+    )
     out = bev_pool(torch.ones(1, 1, 1, 1, 5), rows, plan, backend)
     assert out[0, :, [0, 8, 12], 0].T.tolist() == [[3, 30], [3, 30], [9, 90]] and out.sum() == 165
     gradient = torch.zeros_like(out)
-    gradient[0, :, [0, 8, 12], 0] = torch.tensor([[1., 2], [10, 20], [100, 200]]).T
-    found, = torch.autograd.grad(out, rows, gradient)
+    gradient[0, :, [0, 8, 12], 0] = torch.tensor([[1.0, 2], [10, 20], [100, 200]]).T
+    (found,) = torch.autograd.grad(out, rows, gradient)
     assert found.view(2, 5).T.tolist() == [[1, 2], [1, 2], [10, 20], [100, 200], [100, 200]]
 
 
@@ -107,12 +148,20 @@ def test_linear_and_conserving(s, seed):
     depth, feat, cells, grid = make(s, seed)
     other_depth, other_feat, *_ = make(s, seed + 1000)
     plan = PoolPlan.build(cells, grid)
-    pool = lambda d, f: bev_pool(d, f, plan)
-    torch.testing.assert_close(pool(2 * depth - other_depth, feat), 2 * pool(depth, feat) - pool(other_depth, feat))
-    torch.testing.assert_close(pool(depth, 2 * feat - other_feat), 2 * pool(depth, feat) - pool(depth, other_feat))
+
+    def pool(d, f):
+        return bev_pool(d, f, plan)
+
+    torch.testing.assert_close(
+        pool(2 * depth - other_depth, feat), 2 * pool(depth, feat) - pool(other_depth, feat)
+    )
+    torch.testing.assert_close(
+        pool(depth, 2 * feat - other_feat), 2 * pool(depth, feat) - pool(depth, other_feat)
+    )
     inside = (cells >= 0) & (cells < math.prod(grid.nx))
-    torch.testing.assert_close(pool(depth, feat).sum(),
-                               torch.einsum("bndhw,bnchw->", depth * inside, feat))
+    torch.testing.assert_close(
+        pool(depth, feat).sum(), torch.einsum("bndhw,bnchw->", depth * inside, feat)
+    )
     assert plan.counts().sum() == inside.sum() and plan.counts().shape == (s["B"], *grid.nx)
 
 
@@ -126,7 +175,9 @@ def test_order_of_cameras_and_samples_does_not_matter(s, seed):
     torch.testing.assert_close(swapped, whole)
     for b in range(s["B"]):
         one = slice(b, b + 1)
-        torch.testing.assert_close(bev_pool(depth[one], feat[one], PoolPlan.build(cells[one], grid)), whole[one])
+        torch.testing.assert_close(
+            bev_pool(depth[one], feat[one], PoolPlan.build(cells[one], grid)), whole[one]
+        )
 
 
 @quick
@@ -140,7 +191,9 @@ def test_a_step_of_one_cell_shifts_the_map(seed, step):
     moved = points + 0.5 * torch.tensor([*step, 0.0])
     there = bev_pool(depth, feat, PoolPlan.build(moved, grid))
     assert (PoolPlan.build(moved, grid).inside < 0).all()
-    if torch.equal(torch.floor((moved + 8) / 0.5), torch.floor((points + 8) / 0.5) + torch.tensor([*step, 0.0])):
+    if torch.equal(
+        torch.floor((moved + 8) / 0.5), torch.floor((points + 8) / 0.5) + torch.tensor([*step, 0.0])
+    ):
         torch.testing.assert_close(there, here.roll(step, (2, 3)))
 
 
@@ -157,20 +210,32 @@ def test_all_points_in_one_cell_or_nowhere(where):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(0, 1, 2, 2, 2), (1, 0, 2, 2, 2), (2, 1, 0, 2, 2), (1, 1, 2, 0, 2), (1, 2, 2, 2, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 1, 2, 2, 2), (1, 0, 2, 2, 2), (2, 1, 0, 2, 2), (1, 1, 2, 0, 2), (1, 2, 2, 2, 0)]
+)
 def test_empty(backend, shape):
     B, N, D, H, W = shape
-    depth, feat = torch.ones(shape, requires_grad=True), torch.ones(B, N, 3, H, W, requires_grad=True)
-    out = bev_pool(depth, feat, PoolPlan.build(torch.zeros(shape, dtype=torch.int64), strip()), backend)
+    depth, feat = (
+        torch.ones(shape, requires_grad=True),
+        torch.ones(B, N, 3, H, W, requires_grad=True),
+    )
+    out = bev_pool(
+        depth, feat, PoolPlan.build(torch.zeros(shape, dtype=torch.int64), strip()), backend
+    )
     assert out.shape == (B, 3, 3, 4) and not out.any()
-    assert [g.shape for g in torch.autograd.grad(out.sum(), (depth, feat))] == [depth.shape, feat.shape]
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (depth, feat))] == [
+        depth.shape,
+        feat.shape,
+    ]
 
 
 # ---- which cell
 
 
-@pytest.mark.parametrize("grid", [Grid(), Grid((-3, 5, 0.4), (-2, 2, 0.8), (-5, 3, 0.5)),
-                                  Grid((0, 3, 0.1), (-1, 2, 0.3))])
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(), Grid((-3, 5, 0.4), (-2, 2, 0.8), (-5, 3, 0.5)), Grid((0, 3, 0.1), (-1, 2, 0.3))],
+)
 @pytest.mark.parametrize("binning", ["floor", "lss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("allowed", ["", "torch"])
@@ -178,8 +243,12 @@ def test_cells_are_rounded_as_said(grid, binning, dtype, allowed, monkeypatch):
     monkeypatch.setenv("LEANSENSE_BACKENDS", allowed)
     size = torch.tensor([g[1] - g[0] for g in (grid.xbound, grid.ybound, grid.zbound)], dtype=dtype)
     points = size * draw(1, 2, 7, 5, 9, 3, dtype=dtype)
-    points[0, 0, 0, 0, 0] = torch.tensor([g[0] for g in (grid.xbound, grid.ybound, grid.zbound)])  # on the lower corner
-    points[0, 0, 0, 0, 1] = torch.tensor([g[1] for g in (grid.xbound, grid.ybound, grid.zbound)])  # on the upper one
+    points[0, 0, 0, 0, 0] = torch.tensor(
+        [g[0] for g in (grid.xbound, grid.ybound, grid.zbound)]
+    )  # on the lower corner
+    points[0, 0, 0, 0, 1] = torch.tensor(
+        [g[1] for g in (grid.xbound, grid.ybound, grid.zbound)]
+    )  # on the upper one
     points[0, 0, 0, 0, 2:5] = torch.tensor([float("nan"), float("inf"), -float("inf")])[:, None]
     low = np.array([g[0] for g in (grid.xbound, grid.ybound, grid.zbound)], points.numpy().dtype)
     with np.errstate(invalid="ignore"):
@@ -211,7 +280,10 @@ def test_any_memory_order_of_positions():
 @pytest.mark.parametrize("batch, depths", [(1, 1), (1, 7), (3, 4)])
 def test_all_ways_to_build_agree(batch, depths, monkeypatch):
     """C, the counting sort of SciPy, and the sort and search of GPUs and tracers; from cells and from positions."""
-    for points in (numbers((batch, 2, depths, 3, 4), 12), 2 + 2 * draw(batch, 2, depths, 3, 4, 3, dtype=torch.float32)):
+    for points in (
+        numbers((batch, 2, depths, 3, 4), 12),
+        2 + 2 * draw(batch, 2, depths, 3, 4, 3, dtype=torch.float32),
+    ):
         monkeypatch.undo()
         plans = [PoolPlan.build(points, strip())]
         monkeypatch.setenv("LEANSENSE_BACKENDS", "torch")
@@ -220,15 +292,20 @@ def test_all_ways_to_build_agree(batch, depths, monkeypatch):
         plans.append(PoolPlan.build(points, strip()))
         assert 0 < plans[0].counts().sum() < plans[0].cells.numel()
         for other in plans[1:]:
-            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(plans[0].arrays, other.arrays))
+            assert all(
+                torch.equal(a, b) and a.dtype == b.dtype
+                for a, b in zip(plans[0].arrays, other.arrays)
+            )
         assert {a.dtype for a in plans[0].arrays} == {torch.int32}
 
 
 # ---- derivatives, layouts, types
 
 
-@pytest.mark.parametrize("shape, grid", [((1, 2, 3, 2, 2), strip()), ((2, 1, 2, 1, 3), strip(2, 2, 2)),
-                                         ((1, 1, 9, 2, 1), strip(2, 2))])  # the last has more depths than cells
+@pytest.mark.parametrize(
+    "shape, grid",
+    [((1, 2, 3, 2, 2), strip()), ((2, 1, 2, 1, 3), strip(2, 2, 2)), ((1, 1, 9, 2, 1), strip(2, 2))],
+)  # the last has more depths than cells
 def test_gradcheck(shape, grid):
     plan = PoolPlan.build(numbers(shape, math.prod(grid.nx)), grid)
     feat = draw(*shape[:2], 3, *shape[3:], seed=1)
@@ -239,7 +316,7 @@ def test_gradcheck(shape, grid):
 def test_second_derivative_is_refused():
     depth, feat, cells, grid = make(dict(B=1, N=1, D=2, H=2, W=2, C=2, X=2, Y=2, Z=1))
     out = bev_pool(depth.requires_grad_(), feat, PoolPlan.build(cells, grid), "torch")
-    first, = torch.autograd.grad(out.square().sum(), depth, create_graph=True)
+    (first,) = torch.autograd.grad(out.square().sum(), depth, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
@@ -262,9 +339,12 @@ def test_layouts_of_inputs(merged, layout):
     expected = naive(depth, feat, cells, grid)
     if merged:
         depth, feat = depth.flatten(0, 1), feat.flatten(0, 1)
-    change = {"contiguous": lambda x: x, "channels_last": lambda x: x.movedim(-3, -1).contiguous().movedim(-1, -3),
-              "slice": lambda x: torch.cat((x, x), -3).narrow(-3, 0, x.shape[-3]),
-              "transposed": lambda x: x.mT.contiguous().mT}[layout]
+    change = {
+        "contiguous": lambda x: x,
+        "channels_last": lambda x: x.movedim(-3, -1).contiguous().movedim(-1, -3),
+        "slice": lambda x: torch.cat((x, x), -3).narrow(-3, 0, x.shape[-3]),
+        "transposed": lambda x: x.mT.contiguous().mT,
+    }[layout]
     inputs = [change(x).requires_grad_() for x in (depth, feat)]
     out = bev_pool(*inputs, PoolPlan.build(cells, grid))
     torch.testing.assert_close(out, expected)
@@ -276,9 +356,12 @@ def test_layouts_of_gradients(gradient):
     depth, feat, cells, grid = make(dict(B=2, N=2, D=3, H=2, W=2, C=4, X=3, Y=5, Z=1))
     inputs = depth.requires_grad_(), feat.requires_grad_()
     g = draw(2, 4, 3, 5, seed=3)
-    g = {"contiguous": lambda: g, "channels_last": lambda: g.to(memory_format=torch.channels_last),
-         "expanded": lambda: g[:, :1, :1, :1].expand(2, 4, 3, 5),
-         "strided": lambda: torch.stack((g, g), -1)[..., 0]}[gradient]()
+    g = {
+        "contiguous": lambda: g,
+        "channels_last": lambda: g.to(memory_format=torch.channels_last),
+        "expanded": lambda: g[:, :1, :1, :1].expand(2, 4, 3, 5),
+        "strided": lambda: torch.stack((g, g), -1)[..., 0],
+    }[gradient]()
     plan = PoolPlan.build(cells, grid)
     found = torch.autograd.grad(bev_pool(*inputs, plan), inputs, g)
     for a, b in zip(found, torch.autograd.grad(bev_pool(*inputs, plan, "reference"), inputs, g)):
@@ -292,7 +375,9 @@ def test_result_is_channels_last():
         assert out.shape == (2, 8, 3, 5) and out.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float32, 1e-6)]
+)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_types(dtype, bound, autocast):
     """The result has the features' type; the error is one rounding, however many points a cell has."""
@@ -325,10 +410,19 @@ def test_nothing_comes_in_from_outside(backend):
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cc", marks=needs_cc)])
 def test_same_bits_every_time_on_any_number_of_threads(backend):
-    depth, feat = draw(2, 6, 20, 4, 6, dtype=torch.float32).requires_grad_(), draw(2, 6, 16, 4, 6, seed=1).float()
+    depth, feat = (
+        draw(2, 6, 20, 4, 6, dtype=torch.float32).requires_grad_(),
+        draw(2, 6, 16, 4, 6, seed=1).float(),
+    )
     feat.requires_grad_()
     plan = PoolPlan.build(numbers(depth.shape, 12), strip())
-    run = lambda: (out := bev_pool(depth, feat, plan, backend), *torch.autograd.grad(out.square().sum(), (depth, feat)))
+
+    def run():
+        return (
+            out := bev_pool(depth, feat, plan, backend),
+            *torch.autograd.grad(out.square().sum(), (depth, feat)),
+        )
+
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
@@ -342,9 +436,13 @@ def test_a_plan_from_validation_serves_training():
         plan = PoolPlan.build(20 * torch.randn(1, 2, 3, 2, 2, 3), Grid())
     depth = torch.rand(1, 2, 3, 2, 2, requires_grad=True)
     bev_pool(depth, torch.ones(1, 2, 4, 2, 2), plan).sum().backward()
-    assert torch.equal(depth.grad != 0, (plan.inside < 0).view(1, 2, 2, 2, 3).permute(0, 1, 4, 2, 3))
+    assert torch.equal(
+        depth.grad != 0, (plan.inside < 0).view(1, 2, 2, 2, 3).permute(0, 1, 4, 2, 3)
+    )
     moved = plan.to("cpu")
-    assert moved.sizes == plan.sizes and all(torch.equal(a, b) for a, b in zip(moved.arrays, plan.arrays))
+    assert moved.sizes == plan.sizes and all(
+        torch.equal(a, b) for a, b in zip(moved.arrays, plan.arrays)
+    )
 
 
 # ---- tracing
@@ -361,13 +459,21 @@ class Pool(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", ["torch", "auto", "index_add"])
 def test_compile_and_export(backend):
-    depth, feat, cells, grid = make(dict(B=2, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=2), dtype=torch.float32)
-    pool, inputs = Pool(PoolPlan.build(cells, grid), backend), (depth.requires_grad_(), feat.requires_grad_())
+    depth, feat, cells, grid = make(
+        dict(B=2, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=2), dtype=torch.float32
+    )
+    pool, inputs = (
+        Pool(PoolPlan.build(cells, grid), backend),
+        (depth.requires_grad_(), feat.requires_grad_()),
+    )
     expected = pool(*inputs)
     gradient = draw(*expected.shape, seed=5, dtype=torch.float32)
     compiled = torch.compile(pool, backend="aot_eager", fullgraph=True)(*inputs)
     torch.testing.assert_close(compiled, expected)
-    for a, b in zip(torch.autograd.grad(compiled, inputs, gradient), torch.autograd.grad(expected, inputs, gradient)):
+    for a, b in zip(
+        torch.autograd.grad(compiled, inputs, gradient),
+        torch.autograd.grad(expected, inputs, gradient),
+    ):
         torch.testing.assert_close(a, b)
     program = torch.export.export(pool, tuple(x.detach() for x in inputs))
     names = [str(node.target) for node in program.graph.nodes]
@@ -376,7 +482,9 @@ def test_compile_and_export(backend):
 
 
 def test_compiled_code_takes_any_plan():
-    depth, feat, cells, grid = make(dict(B=2, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=2), dtype=torch.float32)
+    depth, feat, cells, grid = make(
+        dict(B=2, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=2), dtype=torch.float32
+    )
     compiled = torch.compile(bev_pool, backend="aot_eager", fullgraph=True)
     for seed in (1, 2):
         plan = PoolPlan.build(numbers(cells.shape, 30, seed), grid)
@@ -387,8 +495,14 @@ def test_compiled_code_takes_any_plan():
 def test_building_a_plan_is_traced_too(backend):
     points = 3 * draw(2, 2, 3, 2, 4, 3, dtype=torch.float32)
     grid = Grid((-3, 3, 1), (-2, 2, 1), (-2, 2, 2))
-    depth, feat = draw(2, 2, 3, 2, 4, dtype=torch.float32), draw(2, 2, 5, 2, 4, seed=1, dtype=torch.float32)
-    whole = lambda points, depth, feat: bev_pool(depth, feat, PoolPlan.build(points, grid), backend)
+    depth, feat = (
+        draw(2, 2, 3, 2, 4, dtype=torch.float32),
+        draw(2, 2, 5, 2, 4, seed=1, dtype=torch.float32),
+    )
+
+    def whole(points, depth, feat):
+        return bev_pool(depth, feat, PoolPlan.build(points, grid), backend)
+
     found = torch.compile(whole, backend="aot_eager", fullgraph=True)(points, depth, feat)
     torch.testing.assert_close(found, whole(points, depth, feat))
 
@@ -399,7 +513,10 @@ def test_operator_is_registered_well():
     inputs = depth.requires_grad_(), feat.requires_grad_()
     torch.library.opcheck(module._operator, (*inputs, plan.arrays, plan.sizes, "torch"))
     with torch._subclasses.FakeTensorMode():
-        shapes = torch.empty(1, 2, 3, 2, 4, dtype=torch.float16), torch.empty(1, 2, 5, 2, 4, dtype=torch.float16)
+        shapes = (
+            torch.empty(1, 2, 3, 2, 4, dtype=torch.float16),
+            torch.empty(1, 2, 5, 2, 4, dtype=torch.float16),
+        )
         half = module._operator(*shapes, [], plan.sizes, "torch")
     assert half.shape == (1, 5, 3, 5) and half.dtype == torch.float16
 
@@ -420,10 +537,19 @@ def test_flops():
 def test_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    depth, feat, cells, grid = make(dict(B=1, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=2), dtype=torch.float32)
-    pool, path = Pool(PoolPlan.build(cells, grid, ordered=False), "index_add").eval(), tmp_path / "pool.onnx"
-    torch.onnx.export(pool, (depth, feat), path, dynamo=True, input_names=["depth", "feat"], verbose=False)
-    found, = runtime.InferenceSession(path).run(None, {"depth": depth.numpy(), "feat": feat.numpy()})
+    depth, feat, cells, grid = make(
+        dict(B=1, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=2), dtype=torch.float32
+    )
+    pool, path = (
+        Pool(PoolPlan.build(cells, grid, ordered=False), "index_add").eval(),
+        tmp_path / "pool.onnx",
+    )
+    torch.onnx.export(
+        pool, (depth, feat), path, dynamo=True, input_names=["depth", "feat"], verbose=False
+    )
+    (found,) = runtime.InferenceSession(path).run(
+        None, {"depth": depth.numpy(), "feat": feat.numpy()}
+    )
     torch.testing.assert_close(torch.from_numpy(found), pool(depth, feat))
 
 
@@ -445,20 +571,30 @@ def test_compiled_equals_reference(isa, s, channels, seed):
         results = []
         for backend in ("cc", "reference"):
             out = bev_pool(*inputs, plan, backend)
-            results.append((out, *torch.autograd.grad(out, inputs, draw(*out.shape, seed=3, dtype=torch.float32))))
+            results.append(
+                (
+                    out,
+                    *torch.autograd.grad(
+                        out, inputs, draw(*out.shape, seed=3, dtype=torch.float32)
+                    ),
+                )
+            )
         for a, b in zip(*results):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
         for need in ((True, False), (False, True)):
             x = [t.detach().requires_grad_(n) for t, n in zip(inputs, need)]
             which, gradient = need.index(True), draw(*out.shape, seed=3).float()
-            found, = torch.autograd.grad(bev_pool(*x, plan, "cc"), x[which], gradient)
+            (found,) = torch.autograd.grad(bev_pool(*x, plan, "cc"), x[which], gradient)
             assert torch.equal(found, results[0][1 + which])
 
 
 @needs_cc
 def test_results_beyond_32_mib():
     """Where large pages are asked for."""
-    depth, feat = draw(4, 1, 3, 2, 3, dtype=torch.float32), draw(4, 1, 64, 2, 3, seed=1, dtype=torch.float32)
+    depth, feat = (
+        draw(4, 1, 3, 2, 3, dtype=torch.float32),
+        draw(4, 1, 64, 2, 3, seed=1, dtype=torch.float32),
+    )
     plan = PoolPlan.build(30 * draw(4, 1, 3, 2, 3, 3, dtype=torch.float32), Grid())
     out = bev_pool(depth, feat, plan, "cc")
     assert out.nbytes > native.FRESH
@@ -466,10 +602,14 @@ def test_results_beyond_32_mib():
 
 
 def test_without_a_compiler(monkeypatch):
-    depth, feat, cells, grid = make(dict(B=1, N=1, D=2, H=2, W=2, C=2, X=2, Y=2, Z=1), dtype=torch.float32)
+    depth, feat, cells, grid = make(
+        dict(B=1, N=1, D=2, H=2, W=2, C=2, X=2, Y=2, Z=1), dtype=torch.float32
+    )
     monkeypatch.setenv("LEANSENSE_CC", "0")
     plan = PoolPlan.build(cells, grid)
-    torch.testing.assert_close(bev_pool(depth, feat, plan), bev_pool(depth, feat, plan, "reference"))
+    torch.testing.assert_close(
+        bev_pool(depth, feat, plan), bev_pool(depth, feat, plan, "reference")
+    )
     with pytest.raises(RuntimeError, match="'cc' cannot run here: switched off by LEANSENSE_CC=0"):
         bev_pool(depth, feat, plan, "cc")
     monkeypatch.delenv("LEANSENSE_CC")
@@ -514,8 +654,13 @@ print("agree")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=1800,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", **environment})
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 def test_triton_kernels_interpreted():
@@ -558,13 +703,17 @@ def test_triton_kernels_compile_for_a_gpu(tmp_path):
 def test_cuda_agrees_with_cpu(backend, dtype):
     points = 30 * torch.randn(2, 6, 41, 8, 22, 3, generator=torch.Generator().manual_seed(0))
     plan = PoolPlan.build(points.cuda(), Grid())
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(plan.arrays, PoolPlan.build(points, Grid()).arrays))
+    assert all(
+        torch.equal(a.cpu(), b) for a, b in zip(plan.arrays, PoolPlan.build(points, Grid()).arrays)
+    )
     depth, feat = torch.rand(2, 6, 41, 8, 22), torch.randn(2, 6, 64, 8, 22)
     results = []
     for place, name in (("cuda", backend), ("cpu", "reference")):
         inputs = [x.to(dtype).to(place).requires_grad_() for x in (depth, feat)]
         out = bev_pool(*inputs, plan.to(place), name)
-        results.append([x.cpu().double() for x in (out, *torch.autograd.grad(out.square().sum(), inputs))])
+        results.append(
+            [x.cpu().double() for x in (out, *torch.autograd.grad(out.square().sum(), inputs))]
+        )
     for a, b in zip(*results):
         assert (a - b).abs().max() <= (1e-5 if dtype == torch.float32 else 3e-2) * b.abs().max()
 
@@ -577,7 +726,10 @@ def test_cuda_needs_no_synchronisation():
     lift, rig = LiftSplat().cuda().train(), [m.cuda() for m in surround_rig()]
     logits = torch.randn(1, 6, 41, 8, 22, device="cuda", requires_grad=True)
     feat = torch.randn(1, 6, 64, 8, 22, device="cuda", requires_grad=True)
-    step = lambda: lift(logits, feat, *rig).sum().backward()  # geometry, plan, pooling, gradients
+
+    def step():
+        return lift(logits, feat, *rig).sum().backward()  # geometry, plan, pooling, gradients
+
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -593,16 +745,22 @@ def test_backends_without_triton(monkeypatch):
     depth, feat, cells, grid = make(dict(B=1, N=1, D=2, H=2, W=2, C=2, X=2, Y=2, Z=1))
     plan = PoolPlan.build(cells, grid)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="bev_pool: backend 'triton' cannot run here: tensors are on cpu") as caught:
+    with pytest.raises(
+        RuntimeError, match="bev_pool: backend 'triton' cannot run here: tensors are on cpu"
+    ) as caught:
         bev_pool(depth, feat, plan, "triton")
     assert "\n" not in str(caught.value)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     assert "not installed" in module._triton_why_not("cuda")
-    torch.testing.assert_close(bev_pool(depth, feat, plan), bev_pool(depth, feat, plan, "reference"))
+    torch.testing.assert_close(
+        bev_pool(depth, feat, plan), bev_pool(depth, feat, plan, "reference")
+    )
     monkeypatch.setenv("LEANSENSE_BACKENDS", "torch")
-    torch.testing.assert_close(bev_pool(depth, feat, plan), bev_pool(depth, feat, plan, "reference"))
+    torch.testing.assert_close(
+        bev_pool(depth, feat, plan), bev_pool(depth, feat, plan, "reference")
+    )
 
 
 good = dict(B=2, N=2, D=3, H=2, W=4, C=5, X=3, Y=5, Z=1)
@@ -613,27 +771,61 @@ def call(change=lambda d, f, p: (d, f, p), backend="auto"):
     return bev_pool(*change(depth, feat, PoolPlan.build(cells, grid)), backend)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (lambda: call(lambda d, f, p: (d[:1], f, p)), r"depth is torch.float32 \(1, 2, 3, 2, 4\); the plan has"),
-    (lambda: call(lambda d, f, p: (d[:, :, :2], f, p)), "depth is"),
-    (lambda: call(lambda d, f, p: (d, f[..., :3], p)), r"feat is torch.float32 \(2, 2, 5, 2, 3\)"),
-    (lambda: call(lambda d, f, p: (d, f[0, 0, 0], p)), "feat is"),
-    (lambda: call(lambda d, f, p: (d.int(), f, p)), "depth is torch.int32"),
-    (lambda: call(lambda d, f, p: (d, f.to("meta"), p)), r"feat on meta, the plan on cpu: plan.to\(device\) moves it"),
-    (lambda: call(lambda d, f, p: (d, f, PoolPlan.build(make(good)[2], p.grid, ordered=False))), "ordered=False"),
-    (lambda: call(backend="tritn"), "unknown backend 'tritn'; nearest is 'triton'"),
-    (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 3), Grid()), r"positions \(B, N, D, H, W, 3\) or integer"),
-    (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 2), Grid()), "positions"),
-    (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool), Grid()), "positions"),
-    (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3).half(), Grid()), "compute the geometry in float32"),
-    (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3), Grid(), "round"), "binning='round' is unknown"),
-    (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3).expand(60_000, 1, 1, 1, 1, 3), Grid()), "split the batch"),
-    (lambda: Grid((-1, 1, 0.3)), r"xbound=\(-1.0, 1.0, 0.3\): from -1.0 to 1.0 is 6.66667 steps of 0.3; make it whole"),
-    (lambda: Grid(ybound=(1, -1, 1)), "ybound="),
-    (lambda: Grid(zbound=(0, 1, 0)), "zbound="),
-    (lambda: Grid(dbound=(4, 45)), r"dbound=\(4.0, 45.0\): give three finite numbers"),
-    (lambda: Grid(dbound=(4, float("inf"), 1)), "three finite numbers"),
-])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (
+            lambda: call(lambda d, f, p: (d[:1], f, p)),
+            r"depth is torch.float32 \(1, 2, 3, 2, 4\); the plan has",
+        ),
+        (lambda: call(lambda d, f, p: (d[:, :, :2], f, p)), "depth is"),
+        (
+            lambda: call(lambda d, f, p: (d, f[..., :3], p)),
+            r"feat is torch.float32 \(2, 2, 5, 2, 3\)",
+        ),
+        (lambda: call(lambda d, f, p: (d, f[0, 0, 0], p)), "feat is"),
+        (lambda: call(lambda d, f, p: (d.int(), f, p)), "depth is torch.int32"),
+        (
+            lambda: call(lambda d, f, p: (d, f.to("meta"), p)),
+            r"feat on meta, the plan on cpu: plan.to\(device\) moves it",
+        ),
+        (
+            lambda: call(
+                lambda d, f, p: (d, f, PoolPlan.build(make(good)[2], p.grid, ordered=False))
+            ),
+            "ordered=False",
+        ),
+        (lambda: call(backend="tritn"), "unknown backend 'tritn'; nearest is 'triton'"),
+        (
+            lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 3), Grid()),
+            r"positions \(B, N, D, H, W, 3\) or integer",
+        ),
+        (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 2), Grid()), "positions"),
+        (lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool), Grid()), "positions"),
+        (
+            lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3).half(), Grid()),
+            "compute the geometry in float32",
+        ),
+        (
+            lambda: PoolPlan.build(torch.zeros(1, 1, 1, 1, 1, 3), Grid(), "round"),
+            "binning='round' is unknown",
+        ),
+        (
+            lambda: PoolPlan.build(
+                torch.zeros(1, 1, 1, 1, 1, 3).expand(60_000, 1, 1, 1, 1, 3), Grid()
+            ),
+            "split the batch",
+        ),
+        (
+            lambda: Grid((-1, 1, 0.3)),
+            r"xbound=\(-1.0, 1.0, 0.3\): from -1.0 to 1.0 is 6.66667 steps of 0.3; make it whole",
+        ),
+        (lambda: Grid(ybound=(1, -1, 1)), "ybound="),
+        (lambda: Grid(zbound=(0, 1, 0)), "zbound="),
+        (lambda: Grid(dbound=(4, 45)), r"dbound=\(4.0, 45.0\): give three finite numbers"),
+        (lambda: Grid(dbound=(4, float("inf"), 1)), "three finite numbers"),
+    ],
+)
 def test_errors_are_one_line(wrong, message):
     with pytest.raises(ValueError, match=message) as caught:
         wrong()
@@ -647,8 +839,11 @@ def test_peers_agree_and_ours_is_exact():
     from leansense.layers.bench import errors
     from leansense.layers.pool_peers import OPERATOR, problem
 
-    names = [name for name, contender in OPERATOR.contenders.items()
-             if "cpu" in contender.devices and not contender.why_not()]
+    names = [
+        name
+        for name, contender in OPERATOR.contenders.items()
+        if "cpu" in contender.devices and not contender.why_not()
+    ]
     found = errors(OPERATOR, problem({"B": 2, "H": 8, "W": 22}, 0, torch.float32, "cpu"), names)
     for phase, by_name in found.items():
         assert all(by_name[name] <= 1e-6 for name in names if name != "lss"), found
@@ -663,26 +858,51 @@ def test_faster_than_published():
     from leansense.layers.pool_peers import OPERATOR, problem
 
     example = problem({"B": 1, "H": 8, "W": 22}, 0, torch.float32, "cpu")
-    steps = {name: step(OPERATOR.contenders[name], example, "train")
-             for name in ("lss", "bev_pool_v2", "torch", "rebuilt")}
+    steps = {
+        name: step(OPERATOR.contenders[name], example, "train")
+        for name in ("lss", "bev_pool_v2", "torch", "rebuilt")
+    }
     timings = throughput(steps, repeats=9, warmup=2)
-    against = lambda a, b: ratio(timings[a], timings[b])["ratio"]
-    assert against("lss", "torch") > 18 and against("lss", "rebuilt") > 12 and against("bev_pool_v2", "torch") > 2.5
+
+    def against(a, b):
+        return ratio(timings[a], timings[b])["ratio"]
+
+    assert (
+        against("lss", "torch") > 18
+        and against("lss", "rebuilt") > 12
+        and against("bev_pool_v2", "torch") > 2.5
+    )
 
 
 def test_traced_by_the_older_exporter():
     """torch.jit.trace computes the same for other inputs, with a plan made inside and with one that is given."""
     grid = Grid((-20, 20, 1), (-20, 20, 1), (-10, 10, 20), (4, 20, 1))
-    draw = lambda seed: torch.rand(1, 2, 16, 4, 6, 3, generator=torch.Generator().manual_seed(seed)) * 60 - 30
+
+    def draw(seed):
+        return (
+            torch.rand(1, 2, 16, 4, 6, 3, generator=torch.Generator().manual_seed(seed)) * 60 - 30
+        )
+
     torch.manual_seed(0)
-    maps = lambda: (torch.rand(1, 2, 16, 4, 6), torch.randn(1, 2, 8, 4, 6))
+
+    def maps():
+        return (torch.rand(1, 2, 16, 4, 6), torch.randn(1, 2, 8, 4, 6))
+
     plan = PoolPlan.build(draw(0), grid)
-    cases = [(lambda p, d, f: bev_pool(d, f, PoolPlan.build(p, grid)), lambda n: (draw(n), *maps()))]
-    cases += [(lambda d, f, b=b: bev_pool(d, f, plan, b), lambda n: maps()) for b in ("auto", "torch", "index_add")]
+    cases = [
+        (lambda p, d, f: bev_pool(d, f, PoolPlan.build(p, grid)), lambda n: (draw(n), *maps()))
+    ]
+    cases += [
+        (lambda d, f, b=b: bev_pool(d, f, plan, b), lambda n: maps())
+        for b in ("auto", "torch", "index_add")
+    ]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for function, make in cases:
             first, second = make(1), make(2)
-            found, wanted = torch.jit.trace(function, first, check_trace=False)(*second), function(*second)
+            found, wanted = (
+                torch.jit.trace(function, first, check_trace=False)(*second),
+                function(*second),
+            )
             assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
             assert not torch.equal(wanted, function(*first))

@@ -1,23 +1,43 @@
 """Contracts of core: parameters, rows, digests, records, tables, figures."""
+
 import json
 import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from leansense.core import digest, parameters, record, rows, tables
 from leansense.core.paths import write_atomic
 
 
 def notebook(folder, name, cell, *more):
-    cells = [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": cell, "id": "a", "outputs": [],
-              "execution_count": None}]
-    cells += [{"cell_type": "code", "metadata": {}, "source": code, "id": f"c{i}", "outputs": [], "execution_count": None}
-              for i, code in enumerate(more)]
+    cells = [
+        {
+            "cell_type": "code",
+            "metadata": {"tags": ["parameters"]},
+            "source": cell,
+            "id": "a",
+            "outputs": [],
+            "execution_count": None,
+        }
+    ]
+    cells += [
+        {
+            "cell_type": "code",
+            "metadata": {},
+            "source": code,
+            "id": f"c{i}",
+            "outputs": [],
+            "execution_count": None,
+        }
+        for i, code in enumerate(more)
+    ]
     path = folder / f"nbs/toy/{name}.ipynb"
-    write_atomic(path, json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    write_atomic(
+        path, json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    )
     return path
 
 
@@ -45,8 +65,16 @@ def matrix(house, text):
     write_atomic(house / "papers/toy/rows.yaml", text)
 
 
-@pytest.mark.parametrize("value, wrong", [(5, ""), (5.0, "must be int, got float 5.0"), (True, "must be int, got bool"),
-                                          ("5", "must be int, got str '5'"), (None, "must be int, got NoneType")])
+@pytest.mark.parametrize(
+    "value, wrong",
+    [
+        (5, ""),
+        (5.0, "must be int, got float 5.0"),
+        (True, "must be int, got bool"),
+        ("5", "must be int, got str '5'"),
+        (None, "must be int, got NoneType"),
+    ],
+)
 def test_int_is_strict(value, wrong):
     lines = parameters.complaints({"epochs": value}, parameters.parse(CELL))
     assert (lines == []) if not wrong else wrong in lines[0]
@@ -89,24 +117,31 @@ def test_layers_and_paths(house):
     assert [row.id for row in found] == ["main/one.s0", "main/one.s1", "main/two.s0", "main/two.s1"]
     assert {row.params["epochs"] for row in found} == {7}
     smoke = rows.read_rows("toy", "smoke")
-    assert [(row.id, row.params["epochs"]) for row in smoke] == [("main/one.s0", 5), ("main/one.s1", 5), ("main/two.s4", 1)]
+    assert [(row.id, row.params["epochs"]) for row in smoke] == [
+        ("main/one.s0", 5),
+        ("main/one.s1", 5),
+        ("main/two.s4", 1),
+    ]
     assert found[0].record == house / "papers/toy/records/demo/main/one.s0.json"
     assert smoke[0].record == house / "runs/smoke/papers/toy/records/smoke/main/one.s0.json"
     assert len({row.record for row in found + smoke}) == 7
 
 
-@pytest.mark.parametrize("bad, needles", [
-    ("      two: {params: {epoch: 7}}", ["main/two", "unknown parameter 'epoch'", "'epochs'"]),
-    ("      two: {params: {epochs: 1.5}}", ["main/two", "'epochs' must be int", "1.5"]),
-    ("      two: {params: {lr: 1e-3}}", ["main/two", "1.0e-3"]),
-    ("      two: {parms: {lr: 1}}", ["main/two", "unknown word 'parms'", "'params'"]),
-    ("      two: {seeds: 3}", ["main/two", "seeds must be a list"]),
-    ("      two: {params: {out: x}}", ["main/two", "'out' is set by the runner"]),
-    ("      two: {scales: {dmeo: {}}}", ["main/two", "unknown scale 'dmeo'", "'demo'"]),
-    ("      two: {cores: many}", ["main/two", "cores must be"]),
-    ("      two: [1]", ["main/two", "expected `name: value`"]),
-    ("      two: {params: {lr: 1}", ["rows.yaml", "line"]),
-])
+@pytest.mark.parametrize(
+    "bad, needles",
+    [
+        ("      two: {params: {epoch: 7}}", ["main/two", "unknown parameter 'epoch'", "'epochs'"]),
+        ("      two: {params: {epochs: 1.5}}", ["main/two", "'epochs' must be int", "1.5"]),
+        ("      two: {params: {lr: 1e-3}}", ["main/two", "1.0e-3"]),
+        ("      two: {parms: {lr: 1}}", ["main/two", "unknown word 'parms'", "'params'"]),
+        ("      two: {seeds: 3}", ["main/two", "seeds must be a list"]),
+        ("      two: {params: {out: x}}", ["main/two", "'out' is set by the runner"]),
+        ("      two: {scales: {dmeo: {}}}", ["main/two", "unknown scale 'dmeo'", "'demo'"]),
+        ("      two: {cores: many}", ["main/two", "cores must be"]),
+        ("      two: [1]", ["main/two", "expected `name: value`"]),
+        ("      two: {params: {lr: 1}", ["rows.yaml", "line"]),
+    ],
+)
 def test_unsound_matrix(house, bad, needles):
     matrix(house, "tables:\n  main:\n    rows:\n      one: {label: One}\n" + bad + "\n")
     with pytest.raises(rows.RowsError) as error:
@@ -117,7 +152,10 @@ def test_unsound_matrix(house, bad, needles):
 
 
 def test_all_complaints_at_once(house):
-    matrix(house, "tables:\n  main:\n    rows:\n      one: {params: {epoch: 1}}\n      two: {params: {lr: 1e-3}}\n")
+    matrix(
+        house,
+        "tables:\n  main:\n    rows:\n      one: {params: {epoch: 1}}\n      two: {params: {lr: 1e-3}}\n",
+    )
     with pytest.raises(rows.RowsError) as error:
         rows.read_rows("toy", "demo")
     assert len(str(error.value).splitlines()) == 2
@@ -144,10 +182,20 @@ def test_tables_for_real_data_only(house):
 def test_digest_counts_what_counts(house):
     (house / "lib").unlink()
     lib = house / "lib/leansense"
-    for name, text in {"__init__": "", "core/__init__": "", "core/a": "from .b import f", "core/b": "def f(): return 1",
-                       "leaf/__init__": "", "leaf/m": "X = 1", "beam/__init__": "", "beam/m": "from ..core import a"}.items():
+    for name, text in {
+        "__init__": "",
+        "core/__init__": "",
+        "core/a": "from .b import f",
+        "core/b": "def f(): return 1",
+        "leaf/__init__": "",
+        "leaf/m": "X = 1",
+        "beam/__init__": "",
+        "beam/m": "from ..core import a",
+    }.items():
         write_atomic(lib / f"{name}.py", text)
-    path = notebook(house, "80_row", CELL, "from leansense.core.a import f", "%matplotlib inline\nf()")
+    path = notebook(
+        house, "80_row", CELL, "from leansense.core.a import f", "%matplotlib inline\nf()"
+    )
     first = digest.digest(path)
 
     def after(name, text):
@@ -159,7 +207,13 @@ def test_digest_counts_what_counts(house):
     assert after("beam/m", "from ..core import b") == first
     assert after("core/b", "def f(): return 2") != first
     assert after("core/b", "def f(): return 1") == first
-    notebook(house, "80_row", CELL.replace("3", "4"), "from leansense.core.a import f", "%matplotlib inline\nf()  # same")
+    notebook(
+        house,
+        "80_row",
+        CELL.replace("3", "4"),
+        "from leansense.core.a import f",
+        "%matplotlib inline\nf()  # same",
+    )
     assert digest.digest(path) == first, "defaults are in the record's params"
     notebook(house, "80_row", CELL, "from leansense.core.a import f", "f() + 1")
     assert digest.digest(path) != first
@@ -167,7 +221,9 @@ def test_digest_counts_what_counts(house):
 
 def test_record_round_trip_and_staleness(house):
     out = house / "papers/toy/records/demo/main/one.s2.json"
-    run = record.Run({"epochs": 3, "lr": 1e-3, "seed": 2, "out": str(out), "folder": "x"}, "nbs/toy/80_row.ipynb")
+    run = record.Run(
+        {"epochs": 3, "lr": 1e-3, "seed": 2, "out": str(out), "folder": "x"}, "nbs/toy/80_row.ipynb"
+    )
     run.finish({"f1": 0.1 + 0.2}, {}, {"name": "d", "fingerprint": "f0"}, {"device": "cpu"})
     kept = record.read(out)
     assert kept["metrics"]["f1"] == 0.1 + 0.2 and kept["table"] == "main" and kept["seed"] == 2
@@ -196,12 +252,21 @@ def test_row_notebook_refuses_unknown_and_wrong(house):
         record.Run({"epochs": "two"}, path)
 
 
-LINES = pd.DataFrame({"label": ["A_1", "B", "C"], "name": list("abc"), "missing": ["", "", "failed: 50% of $x_1$ & {y}"],
-                      "f1": [0.90001, 0.90004, math.nan], "f1 sd": [0.01, math.nan, math.nan]})
+LINES = pd.DataFrame(
+    {
+        "label": ["A_1", "B", "C"],
+        "name": list("abc"),
+        "missing": ["", "", "failed: 50% of $x_1$ & {y}"],
+        "f1": [0.90001, 0.90004, math.nan],
+        "f1 sd": [0.01, math.nan, math.nan],
+    }
+)
 
 
 def test_table_is_escaped_bold_and_dashed():
-    tex = tables.booktabs(LINES, [tables.Column("f1", "F1 (%)", digits=1, scale=100, best=max, sd=True)], "model")
+    tex = tables.booktabs(
+        LINES, [tables.Column("f1", "F1 (%)", digits=1, scale=100, best=max, sd=True)], "model"
+    )
     assert r"A\_1 & 90.0 $\pm$ 1.0 \\" in tex and r"B & \textbf{90.0} \\" in tex
     assert r"C\textsuperscript{a} & -- \\" in tex and r"50\% of \$x\_1\$ \& \{y\}" in tex
 
@@ -216,14 +281,28 @@ def test_ties_are_all_bold():
 
 
 def test_over_seeds_by_hand():
-    runs = pd.DataFrame({"table": "t", "name": ["a"] * 3, "label": "A", "seed": [0, 1, 2], "missing": ["", "", "not run"],
-                         "m": [1.0, 3.0, math.nan]})
+    runs = pd.DataFrame(
+        {
+            "table": "t",
+            "name": ["a"] * 3,
+            "label": "A",
+            "seed": [0, 1, 2],
+            "missing": ["", "", "not run"],
+            "m": [1.0, 3.0, math.nan],
+        }
+    )
     line = tables.over_seeds(runs, ["m"]).iloc[0]
     assert (line["m"], line["m sd"], line["m n"], line["seeds"]) == (2.0, math.sqrt(2), 2, 2)
 
 
-@pytest.mark.parametrize("claimed, measured, tolerance, word", [
-    (99.35, 99.30, 0.1, "reproduced"), (99.35, 99.0, 0.1, "not reproduced"), (4216, None, 1, "cannot be judged here: no GPU")])
+@pytest.mark.parametrize(
+    "claimed, measured, tolerance, word",
+    [
+        (99.35, 99.30, 0.1, "reproduced"),
+        (99.35, 99.0, 0.1, "not reproduced"),
+        (4216, None, 1, "cannot be judged here: no GPU"),
+    ],
+)
 def test_verdict(claimed, measured, tolerance, word):
     assert tables.verdict(claimed, measured, tolerance, "no GPU") == word
 

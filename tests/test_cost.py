@@ -208,9 +208,11 @@ def test_throughput_errors(settings, message):
 
 
 def test_ratio_is_paired():
-    make = lambda *s, **kw: Timing(
-        s, **dict(batch=1, clock="wall", device="cpu", dtype="float32", threads=1) | kw
-    )
+    def make(*s, **kw):
+        return Timing(
+            s, **dict(batch=1, clock="wall", device="cpu", dtype="float32", threads=1) | kw
+        )
+
     drifting = make(1.0, 10.0, 100.0), make(2.0, 20.0, 200.0)
     assert ratio(*drifting) == {"ratio": 0.5, "p25": 0.5, "p75": 0.5}
     wide = ratio(make(1.0, 3.0), make(2.0, 2.0))

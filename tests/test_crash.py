@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 import toy
 from conftest import run
-
 from leansense.core import batch, process, rows
 
 PATIENCE = 300  # seconds until a busy machine has got so far

@@ -1,4 +1,5 @@
 """Deformable attention: the usual formula as oracle, kinks, every back end, edge cases, tracing, the layer, cost."""
+
 import os
 import subprocess
 import sys
@@ -14,7 +15,12 @@ from leansense.core.cost import peak_memory, ratio, set_threads, throughput
 from leansense.layers import deformable as module
 from leansense.layers import deformable_native as native
 from leansense.layers.bench import errors, runnable
-from leansense.layers.deformable import DeformableAttention, deformable_attention, reference_points, star
+from leansense.layers.deformable import (
+    DeformableAttention,
+    deformable_attention,
+    reference_points,
+    star,
+)
 from leansense.layers.deformable_peers import OPERATOR
 
 needs_c = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler")
@@ -27,9 +33,14 @@ def draw(shapes, dtype=torch.float32, seed=0, margin=0.05, B=2, Q=11, heads=3, d
     """value, locations, weights and a gradient; locations reach off the map, and keep `margin` pixels from kinks."""
     g = torch.Generator().manual_seed(seed)
     size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
-    pixel = torch.rand(B, Q, heads, len(shapes), P, 2, generator=g, dtype=torch.float64) * (size + 4) - 2.5
+    pixel = (
+        torch.rand(B, Q, heads, len(shapes), P, 2, generator=g, dtype=torch.float64) * (size + 4)
+        - 2.5
+    )
     pixel = pixel.floor() + (pixel - pixel.floor()).clamp(margin, 1 - margin)
-    value = torch.randn(B, sum(h * w for h, w in shapes), heads, d, generator=g, dtype=torch.float64)
+    value = torch.randn(
+        B, sum(h * w for h, w in shapes), heads, d, generator=g, dtype=torch.float64
+    )
     weights = torch.randn(B, Q, heads, len(shapes), P, generator=g, dtype=torch.float64)
     gradient = torch.randn(B, Q, heads * d, generator=g, dtype=torch.float64)
     return [x.to(dtype) for x in (value, (pixel + 0.5) / size, weights, gradient)]
@@ -39,7 +50,9 @@ def run(inputs, shapes, backend, gradient, needed=(True, True, True)):
     """The output and the gradients of those inputs that need one."""
     inputs = [x.detach().clone().requires_grad_(n) for x, n in zip(inputs, needed)]
     out = deformable_attention(inputs[0], shapes, *inputs[1:], backend=backend)
-    return out.detach(), torch.autograd.grad(out, [x for x, n in zip(inputs, needed) if n], gradient)
+    return out.detach(), torch.autograd.grad(
+        out, [x for x, n in zip(inputs, needed) if n], gradient
+    )
 
 
 def agree(shapes, backend, dtype=torch.float32, rtol=1e-4, atol=1e-4, **sizes):
@@ -48,7 +61,9 @@ def agree(shapes, backend, dtype=torch.float32, rtol=1e-4, atol=1e-4, **sizes):
     exact, expected = run([x.double() for x in inputs], shapes, "reference", gradient.double())
     torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=atol)
     for a, b in zip(found, expected):
-        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol * max(1, float(b.abs().max())))
+        torch.testing.assert_close(
+            a.double(), b, rtol=rtol, atol=atol * max(1, float(b.abs().max()))
+        )
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -83,8 +98,15 @@ def test_bags_around_the_size_of_a_group(levels, points, backend):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4), st.integers(1, 2),
-       st.integers(1, 40), st.integers(1, 4), st.integers(1, 40), st.integers(1, 9), st.integers(0, 10**6))
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(1, 2),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(0, 10**6),
+)
 def test_any_shapes(shapes, B, Q, heads, d, P, seed):
     for backend in ("torch", *(["cc"] if not native.why_not() else [])):
         agree(shapes, backend, seed=seed, B=B, Q=Q, heads=heads, d=d, P=P)
@@ -100,8 +122,12 @@ def test_gradcheck(shapes):
     *inputs, _ = draw(shapes, torch.float64, B=1, Q=3, heads=2, d=3, P=2, margin=0.1)
     inputs = [x.requires_grad_() for x in inputs]
     for backend in ("torch", "reference"):
-        assert torch.autograd.gradcheck(lambda v, at, a: deformable_attention(v, shapes, at, a, backend), inputs)
-    assert torch.autograd.gradgradcheck(lambda v, at, a: deformable_attention(v, shapes, at, a, "reference"), inputs)
+        assert torch.autograd.gradcheck(
+            lambda v, at, a: deformable_attention(v, shapes, at, a, backend), inputs
+        )
+    assert torch.autograd.gradgradcheck(
+        lambda v, at, a: deformable_attention(v, shapes, at, a, "reference"), inputs
+    )
 
 
 def exact_pixels(shape, dtype, d=4):
@@ -111,7 +137,13 @@ def exact_pixels(shape, dtype, d=4):
     at = (torch.stack([x, y], -1).view(-1, 2) + 0.5) / torch.tensor([w, h])
     g = torch.Generator().manual_seed(1)
     value = torch.randn(1, h * w, 1, d, generator=g, dtype=torch.float64)
-    return value.to(dtype), at.view(1, -1, 1, 1, 1, 2).to(dtype), torch.ones(1, at.shape[0], 1, 1, 1, dtype=dtype), x, y
+    return (
+        value.to(dtype),
+        at.view(1, -1, 1, 1, 1, 2).to(dtype),
+        torch.ones(1, at.shape[0], 1, 1, 1, dtype=dtype),
+        x,
+        y,
+    )
 
 
 @pytest.mark.parametrize("backend", [*OURS, "reference"])
@@ -120,10 +152,14 @@ def test_derivative_from_the_right_on_pixel_centres(shape, backend):
     value, at, weights, x, y = exact_pixels(shape, torch.float32)
     gradient = torch.ones(1, x.numel(), 4)
     out, (_, dat, _) = run((value, at, weights), [shape], backend, gradient)
-    padded = F.pad(value[0, :, 0].sum(-1).view(shape), (2, 3, 2, 3))  # zeros around: two before, three behind
+    padded = F.pad(
+        value[0, :, 0].sum(-1).view(shape), (2, 3, 2, 3)
+    )  # zeros around: two before, three behind
     here = padded[:-1, :-1]
     torch.testing.assert_close(out[0].sum(-1).view(here.shape), here)
-    expected = torch.stack([(padded[:-1, 1:] - here) * shape[1], (padded[1:, :-1] - here) * shape[0]], -1)
+    expected = torch.stack(
+        [(padded[:-1, 1:] - here) * shape[1], (padded[1:, :-1] - here) * shape[0]], -1
+    )
     torch.testing.assert_close(dat.view(expected.shape), expected, rtol=1e-4, atol=1e-4)
     assert dat.abs().sum() > 0
 
@@ -140,7 +176,9 @@ def test_far_outside_and_not_a_number(backend):
         assert not grads[1][:, 1:3].any() and not grads[2][:, 1:3].any()
     at[0, 0, 0, 0, 0, 0] = float("nan")
     out, grads = run((value, at, weights), shapes, backend, gradient)
-    assert out[0, 0, :5].isnan().all() and out[1].isfinite().all() and out[0, 0, 5:].isfinite().all()
+    assert (
+        out[0, 0, :5].isnan().all() and out[1].isfinite().all() and out[0, 0, 5:].isfinite().all()
+    )
     assert grads[0][1].isfinite().all() and grads[0][:, :, 1:].isfinite().all()
 
 
@@ -154,7 +192,10 @@ def test_nothing_to_do(sizes, backend):
 
 
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
+@pytest.mark.parametrize(
+    "needed",
+    [(True, False, False), (False, True, False), (False, False, True), (True, True, False)],
+)
 def test_some_gradients(needed, backend):
     *inputs, gradient = draw([(5, 4), (2, 3)])
     _, every = run(inputs, [(5, 4), (2, 3)], backend, gradient)
@@ -175,7 +216,9 @@ def test_strided_inputs(backend):
     assert torch.equal(again, out)
     for a, b in zip(torch.autograd.grad(again, inputs, gradient.mT.contiguous().mT), grads):
         assert torch.equal(a, b)
-    deformable_attention(inputs[0], shapes, *inputs[1:], backend=backend).sum().backward()  # an expanded gradient
+    deformable_attention(
+        inputs[0], shapes, *inputs[1:], backend=backend
+    ).sum().backward()  # an expanded gradient
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -242,19 +285,22 @@ def test_choice_of_back_end(monkeypatch):
         agree([(4, 5)], "cc")
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(value=torch.zeros(2, 12, 15)), "value must be"),
-    (dict(locations=torch.zeros(2, 11, 3, 1, 3, 3)), "value must be"),
-    (dict(weights=torch.zeros(2, 11, 3, 1, 2)), "weights must be"),
-    (dict(value=torch.zeros(2, 12, 4, 5)), "batch and heads"),
-    (dict(value=torch.zeros(1, 12, 3, 5)), "batch and heads"),
-    (dict(shapes=[(3, 4), (1, 1)]), "for each of the 1 levels"),
-    (dict(shapes=[(0, 4)]), "at least 1 each"),
-    (dict(shapes=[(3, 5)]), "have 15 pixels, value has 12"),
-    (dict(value=torch.zeros(2, 12, 3, 5, dtype=torch.int32)), "floating point on one device"),
-    (dict(value=torch.zeros(2, 12, 3, 5, device="meta")), "floating point on one device"),
-    (dict(backend="triton_"), "nearest is 'triton'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(value=torch.zeros(2, 12, 15)), "value must be"),
+        (dict(locations=torch.zeros(2, 11, 3, 1, 3, 3)), "value must be"),
+        (dict(weights=torch.zeros(2, 11, 3, 1, 2)), "weights must be"),
+        (dict(value=torch.zeros(2, 12, 4, 5)), "batch and heads"),
+        (dict(value=torch.zeros(1, 12, 3, 5)), "batch and heads"),
+        (dict(shapes=[(3, 4), (1, 1)]), "for each of the 1 levels"),
+        (dict(shapes=[(0, 4)]), "at least 1 each"),
+        (dict(shapes=[(3, 5)]), "have 15 pixels, value has 12"),
+        (dict(value=torch.zeros(2, 12, 3, 5, dtype=torch.int32)), "floating point on one device"),
+        (dict(value=torch.zeros(2, 12, 3, 5, device="meta")), "floating point on one device"),
+        (dict(backend="triton_"), "nearest is 'triton'"),
+    ],
+)
 def test_one_line_errors(change, message):
     value, locations, weights, _ = draw([(3, 4)])
     given = dict(value=value, shapes=[(3, 4)], locations=locations, weights=weights) | change
@@ -268,7 +314,9 @@ def test_operator_contract(backend):
     """PyTorch's own checks: schema, fake implementation, autograd registration, tracing with dynamic shapes."""
     value, locations, weights, _ = draw([(4, 3), (2, 2)], B=1, Q=5)
     inputs = [x.requires_grad_() for x in (value, locations, weights)]
-    torch.library.opcheck(torch.ops.leansense.deformable_attention.default, (*inputs, [4, 3, 2, 2], backend))
+    torch.library.opcheck(
+        torch.ops.leansense.deformable_attention.default, (*inputs, [4, 3, 2, 2], backend)
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", *OURS])
@@ -278,16 +326,32 @@ def test_compile_and_export(backend):
     with torch.no_grad():
         layer.sampling_offsets.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     x, reference = torch.randn(2, 39, 16), reference_points(shapes)
-    call = lambda x: layer(x, reference, x, shapes)
+
+    def call(x):
+        return layer(x, reference, x, shapes)
+
     expected = call(x)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(compiled, expected)
     weight = layer.sampling_offsets.weight
-    torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), weight),
-                               torch.autograd.grad(expected.square().sum(), weight), rtol=1e-4, atol=1e-4)
-    dynamic = ({0: torch.export.Dim("batch")}, None, {0: torch.export.Dim("batch")}, [(None, None)] * 2)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled.square().sum(), weight),
+        torch.autograd.grad(expected.square().sum(), weight),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    dynamic = (
+        {0: torch.export.Dim("batch")},
+        None,
+        {0: torch.export.Dim("batch")},
+        [(None, None)] * 2,
+    )
     program = torch.export.export(layer, (x, reference, x.clone(), shapes), dynamic_shapes=dynamic)
-    ours = [n for n in program.graph.nodes if n.target == torch.ops.leansense.deformable_attention.default]
+    ours = [
+        n
+        for n in program.graph.nodes
+        if n.target == torch.ops.leansense.deformable_attention.default
+    ]
     assert len(ours) == 1 and not any("grid_sampl" in str(n.target) for n in program.graph.nodes)
     three = x[:1].expand(3, -1, -1).contiguous()
     torch.testing.assert_close(program.module()(three, reference, three, shapes), call(three))
@@ -344,8 +408,13 @@ print("kernels agree")
 def test_triton_interpreted():
     pytest.importorskip("triton")
     code = TRITON.format(tests=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800,
-                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0 and "kernels agree" in done.stdout, done.stderr[-2000:]
 
 
@@ -378,20 +447,33 @@ print("compiled")
 def test_triton_compiles_for_a_gpu():
     """All the way to machine code for a Hopper GPU, which needs no GPU."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=1800,
-                          env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-2000:]
 
 
 def test_layer_counts_names_and_star():
     layer = DeformableAttention(256, 8, levels=1, points=8)
     assert {n: p.numel() for n, p in layer.named_parameters()} == {
-        "sampling_offsets.weight": 32_768, "sampling_offsets.bias": 128, "attention_weights.weight": 16_384,
-        "attention_weights.bias": 64, "value_proj.weight": 65_536, "value_proj.bias": 256,
-        "output_proj.weight": 65_536, "output_proj.bias": 256}
+        "sampling_offsets.weight": 32_768,
+        "sampling_offsets.bias": 128,
+        "attention_weights.weight": 16_384,
+        "attention_weights.bias": 64,
+        "value_proj.weight": 65_536,
+        "value_proj.bias": 256,
+        "output_proj.weight": 65_536,
+        "output_proj.bias": 256,
+    }
     assert not layer.sampling_offsets.weight.any() and not layer.attention_weights.weight.any()
     bias = layer.sampling_offsets.bias.view(8, 1, 8, 2)
-    torch.testing.assert_close(bias[0, 0, :, 0], torch.arange(1.0, 9)) and torch.equal(bias, star(8, 1, 8))
+    torch.testing.assert_close(bias[0, 0, :, 0], torch.arange(1.0, 9)) and torch.equal(
+        bias, star(8, 1, 8)
+    )
     torch.testing.assert_close(bias[1, 0, 2], torch.tensor([3.0, 3.0]))  # 45 degrees, third point
     torch.testing.assert_close(bias[2, 0, 0], torch.tensor([0.0, 1.0]))
     for wrong in (dict(dim=10, heads=3), dict(points=0), dict(levels=0)):
@@ -409,7 +491,9 @@ def test_layer_without_offsets_is_the_identity(backend):
             projection.weight.copy_(torch.eye(16))
     for h, w in ((10, 20), (1, 5), (16, 16)):
         x = torch.randn(2, h * w, 16)
-        torch.testing.assert_close(layer(x, reference_points([(h, w)]), x, [(h, w)]), x, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            layer(x, reference_points([(h, w)]), x, [(h, w)]), x, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_layer_mask_boxes_and_autocast():
@@ -420,7 +504,9 @@ def test_layer_mask_boxes_and_autocast():
     mask[:, 20:] = True
     hidden = x.clone()
     hidden[:, 20:] = 100
-    torch.testing.assert_close(layer(query, points, x, shapes, mask), layer(query, points, hidden, shapes, mask))
+    torch.testing.assert_close(
+        layer(query, points, x, shapes, mask), layer(query, points, hidden, shapes, mask)
+    )
     assert layer(query, torch.cat([points, points], -1), x, shapes).shape == (2, 7, 16)
     with pytest.raises(ValueError, match="reference must be"):
         layer(query, points[..., :1, :], x, shapes)
@@ -431,8 +517,15 @@ def test_layer_mask_boxes_and_autocast():
     torch.testing.assert_close(out.float(), layer(query, points, x, shapes), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("size", [{"Q": 150, "shapes": [(12, 13)]}, {"Q": 40, "shapes": [[8, 8], [4, 4]], "spread": 0},
-                                  {"Q": 9, "shapes": [[5, 5]], "B": 2, "heads": 2, "d": 12, "P": 3}], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"Q": 150, "shapes": [(12, 13)]},
+        {"Q": 40, "shapes": [[8, 8], [4, 4]], "spread": 0},
+        {"Q": 9, "shapes": [[5, 5]], "B": 2, "heads": 2, "d": 12, "P": 3},
+    ],
+    ids=str,
+)
 def test_contenders_agree(size):
     names, missing = runnable(OPERATOR, list(OPERATOR.contenders), "cpu")
     assert {"grid_sample", "gather", "torch"} <= set(names) and all(missing.values())
@@ -445,8 +538,10 @@ def steps_on_one_level(Q: int) -> dict:
     problem = OPERATOR.problem({"Q": Q, "shapes": [(64, 64)]}, 0, torch.float32, "cpu")
     names = ["grid_sample", "torch", *(["cc"] if not native.why_not() else [])]
     computes = {name: OPERATOR.contenders[name].prepare(problem) for name in names}
-    return {name: lambda f=f: torch.autograd.grad(f(), problem.wanted(), problem.gradient)
-            for name, f in computes.items()}
+    return {
+        name: lambda f=f: torch.autograd.grad(f(), problem.wanted(), problem.gradient)
+        for name, f in computes.items()
+    }
 
 
 def test_smaller_than_grid_sample():
@@ -462,7 +557,9 @@ def test_faster_than_grid_sample():
     """On one thread, in turns: 60 % of what was measured at 10 000 queries (5.7 and 18 times)."""
     timings = throughput(steps_on_one_level(4096), repeats=5, warmup=1)
     for name, least in {"torch": 2.7, "cc": 7.2}.items():
-        assert name not in timings or ratio(timings["grid_sample"], timings[name])["ratio"] > least, name
+        assert (
+            name not in timings or ratio(timings["grid_sample"], timings[name])["ratio"] > least
+        ), name
 
 
 @pytest.mark.cuda
@@ -483,6 +580,8 @@ def test_cuda(backend, dtype):
         torch.use_deterministic_algorithms(False)
         torch.testing.assert_close(out.float().cpu(), exact, rtol=tolerance, atol=tolerance)
         for a, b in zip(grads, expected):
-            torch.testing.assert_close(a.float().cpu(), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+            torch.testing.assert_close(
+                a.float().cpu(), b, rtol=tolerance, atol=tolerance * float(b.abs().max())
+            )
         if deterministic:
             assert all(map(torch.equal, grads, again))

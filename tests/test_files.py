@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from leansense.core import check, paths, store
 from leansense.core.paths import atomic_file, sweep, temporary, write_atomic
 from leansense.core.store import LIST, alone, stored_array, written_once
@@ -85,7 +85,10 @@ def test_write_leaves_the_umask_alone(tmp_path, monkeypatch):
 def test_bytes_are_on_disk_before_the_name(tmp_path, monkeypatch):
     """fsync of the file, rename, fsync of the folder, in this order."""
     told, sync, replace = [], os.fsync, os.replace
-    kind = lambda handle: "folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"
+
+    def kind(handle):
+        return "folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"
+
     monkeypatch.setattr(os, "fsync", lambda handle: (told.append(kind(handle)), sync(handle)))
     monkeypatch.setattr(os, "replace", lambda *names: (told.append("rename"), replace(*names)))
     write_atomic(tmp_path / "a.txt", "a")
@@ -352,7 +355,9 @@ def drawn(tmp_path):
 
 
 def test_a_sound_folder_is_not_drawn_again(drawn, capsys, later, hashed):
-    refuse = lambda folder: pytest.fail("drawn again")
+    def refuse(folder):
+        return pytest.fail("drawn again")
+
     for _ in range(3):
         assert written_once(drawn, refuse) == drawn
     assert len(hashed) == 7, "read once, later only asked for its times"
@@ -505,9 +510,11 @@ def test_threads_wait_for_each_other(tmp_path):
         time.sleep(0.2)
         array[:] = 5
 
-    work = lambda: (
-        stored_array(tmp_path / "a.npy", (4,), "uint8", fill).sum() == 20 or made.append("wrong")
-    )
+    def work():
+        return stored_array(tmp_path / "a.npy", (4,), "uint8", fill).sum() == 20 or made.append(
+            "wrong"
+        )
+
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()

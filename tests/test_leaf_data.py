@@ -27,9 +27,11 @@ from leansense.leaf.split import (
     group,
     hashes,
     leaks,
-    main as split_main,
     near_copies,
     split,
+)
+from leansense.leaf.split import (
+    main as split_main,
 )
 from leansense.leaf.standin import CLASSES, LOOKS, plan, planted, standin
 
@@ -366,7 +368,10 @@ def test_both_layouts_give_equal_tensors(tmp_path):
 
 def test_kaggle_split_depends_on_its_seed_only(tmp_path):
     kaggle = standin(**SMALL, layout="kaggle")
-    named = lambda data: {s.id: s.split for s in data.samples}
+
+    def named(data):
+        return {s.id: s.split for s in data.samples}
+
     first = named(leaf.load(kaggle, valid=0.2, test=0.2))
     moved = Path(shutil.copytree(kaggle, tmp_path / "elsewhere"))
     lines = (moved / "train.csv").read_text().splitlines()
@@ -523,7 +528,10 @@ def test_stratified_shares_and_independence_of_order():
     ids = [f"{label}_{k}" for label, n in (("a", 100), ("b", 37), ("c", 3)) for k in range(n)]
     labels = [name[0] for name in ids]
     result = dict(zip(ids, assign(ids, labels, valid=0.1, test=0.2)))
-    count = lambda label, part: sum(result[k] == part for k in ids if k[0] == label)
+
+    def count(label, part):
+        return sum(result[k] == part for k in ids if k[0] == label)
+
     assert [count("a", p) for p in leaf.SPLITS] == [70, 10, 20] and [
         count("b", p) for p in leaf.SPLITS
     ] == [26, 4, 7]
@@ -550,7 +558,10 @@ def photographs(folder, rng, count=12):
 def test_copies_are_found_whatever_the_pose(tmp_path):
     photographs(tmp_path, np.random.default_rng(0))
     data = from_folders(tmp_path)
-    name = lambda s: Path(s.id).stem.split("_")[0]
+
+    def name(s):
+        return Path(s.id).stem.split("_")[0]
+
     pairs = near_copies(hashes(data))
     assert {(i, j) for i, j, _ in pairs} == {
         (i, j)
@@ -573,7 +584,10 @@ def test_grouped_never_crosses(tmp_path):
 
 def test_hamming_distance_is_exact():
     hashed = np.random.default_rng(0).integers(0, 2**63, (40, 8, 4), dtype=np.uint64)
-    bits = lambda a, b: sum(int(x ^ y).bit_count() for x, y in zip(a.tolist(), b.tolist()))
+
+    def bits(a, b):
+        return sum(int(x ^ y).bit_count() for x, y in zip(a.tolist(), b.tolist()))
+
     wanted = []
     for i in range(40):
         for j in range(i + 1, 40):
@@ -695,7 +709,10 @@ def test_standin_written_by_several_at_once(tmp_path):
 def test_standin_has_three_parts_and_a_large_test(classes):
     """Half, a fifth, three tenths of each class; the rows' default has over two hundred test pictures."""
     pictures = plan(200, classes, 0, 192)
-    count = lambda part: sum(p.split == part for p in pictures)
+
+    def count(part):
+        return sum(p.split == part for p in pictures)
+
     assert [count(part) // classes for part in leaf.SPLITS] == [100, 40, 60] and count(
         "test"
     ) >= 200
@@ -731,7 +748,10 @@ def test_a_damaged_standin_is_named_and_drawn_again(tmp_path, capsys):
 def test_a_set_without_test_part_gets_one(copy):
     rewrite(copy, [r for r in rows_of(copy) if r["split"] != "test"])
     given, data = leaf.load(copy), leaf.dataset({"data": str(copy)})
-    ids = lambda d, part: {s.id for s in d.part(part)}
+
+    def ids(d, part):
+        return {s.id for s in d.part(part)}
+
     assert ids(data, "test") == ids(given, "valid") and "given valid is the test" in data.name
     assert (
         ids(data, "train") | ids(data, "valid") == ids(given, "train")
@@ -755,10 +775,13 @@ def test_declared_parameters_are_those_that_decide_the_data(copy):
     base = {name: p.default for name, p in declared("nbs/leaf/80_row.ipynb").items()} | {
         "standin": 8
     }
-    seen = lambda params: (
-        leaf.identify(params),
-        [(s.id, s.split) for s in leaf.dataset(params).samples],
-    )
+
+    def seen(params):
+        return (
+            leaf.identify(params),
+            [(s.id, s.split) for s in leaf.dataset(params).samples],
+        )
+
     other = {
         "data": str(copy),
         "metadata": str(copy / "metadata.csv"),
@@ -791,7 +814,10 @@ def test_identity_of_real_data_needs_no_split_and_nothing_heavy(copy):
 
 def test_copied_marks_test_pictures_with_a_copy_in_training(tmp_path):
     photographs(tmp_path, np.random.default_rng(2))
-    name = lambda s: Path(s.id).stem.split("_")[0]
+
+    def name(s):
+        return Path(s.id).stem.split("_")[0]
+
     for seed in range(3):
         data = split(tmp_path, 0.2, 0.3, seed=seed)
         trained = {name(s) for s in data.part("train")}
@@ -849,12 +875,14 @@ def test_doctor_warns_of_a_copy_under_another_label(copy):
 
 
 def test_doctor_command(folder, tmp_path):
-    run = lambda *words: subprocess.run(
-        [sys.executable, "-m", "leansense.core.check", *words],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "leansense.core.check", *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+
     good, bad, unknown = (
         run("leaf", str(folder)),
         run("leaf", str(tmp_path)),

@@ -203,7 +203,10 @@ def test_attention_stride(variant, stride, channels):
 
 def test_stride_makes_the_choice_matter():
     x = image(1, 224)
-    count_of = lambda variant, stride: flops(build(variant, 4, attn_stride=stride), x)
+
+    def count_of(variant, stride):
+        return flops(build(variant, 4, attn_stride=stride), x)
+
     shares = [count_of("bot", stride) / count_of("bot_linear", stride) for stride in (32, 16, 8)]
     assert shares[0] < 1.01 and shares[1] > 1.1 and shares[2] > 2
 

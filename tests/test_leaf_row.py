@@ -16,8 +16,8 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run
 
+from conftest import ROOT, run
 from leansense.core.checkpoint import load_file
 from leansense.core.loader import loader
 from leansense.core.parameters import OWNED, declared

@@ -1,4 +1,5 @@
 """Linear and softmax attention: derivatives, oracles, edge cases, half precision, tracing, cost."""
+
 import copy
 import io
 import os
@@ -28,13 +29,14 @@ from leansense.layers.linear_attention import (
     softmax_attention,
 )
 
-
 needs_c = pytest.mark.skipif(bool(native.why_not()), reason="no C compiler")
 OURS = ["torch", pytest.param("cc", marks=needs_c), "reference"]
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-FLASH_FLOPS = {FLASH: lambda q, k, v, *rest, **_: sdpa_flop_count(q, k, v),
-               FLASH_BACKWARD: lambda g, q, k, v, *rest, **_: sdpa_flop_count(q, k, v) * 5 // 2}
+FLASH_FLOPS = {
+    FLASH: lambda q, k, v, *rest, **_: sdpa_flop_count(q, k, v),
+    FLASH_BACKWARD: lambda g, q, k, v, *rest, **_: sdpa_flop_count(q, k, v) * 5 // 2,
+}
 
 
 def counter():
@@ -44,7 +46,9 @@ def counter():
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def qkv(*shape, dtype=torch.float64, grad=False):
@@ -59,20 +63,29 @@ def explicit(q, k, v, feature_map, eps):
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 4, 36, 49), (1, 3, 2, 7), (2, 1, 5, 64), (3, 2, 8, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 4, 36, 49), (1, 3, 2, 7), (2, 1, 5, 64), (3, 2, 8, 1)]
+)
 @pytest.mark.parametrize("fused", [True, False])
 def test_equals_explicit_matrix_with_gradients(feature_map, shape, fused):
     x = qkv(*shape, grad=True)
     gradient = draw(*shape, seed=9)
-    found, expected = linear_attention(*x, feature_map, fused=fused), explicit(*x, feature_map, 1e-6)
+    found, expected = (
+        linear_attention(*x, feature_map, fused=fused),
+        explicit(*x, feature_map, 1e-6),
+    )
     torch.testing.assert_close(found, expected)
-    for a, b in zip(torch.autograd.grad(found, x, gradient), torch.autograd.grad(expected, x, gradient)):
+    for a, b in zip(
+        torch.autograd.grad(found, x, gradient), torch.autograd.grad(expected, x, gradient)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_gradcheck(feature_map):
-    x = [(t.abs() + 0.2).mul(t.sign()).requires_grad_() for t in qkv(1, 2, 3, 5)]  # away from relu's kink
+    x = [
+        (t.abs() + 0.2).mul(t.sign()).requires_grad_() for t in qkv(1, 2, 3, 5)
+    ]  # away from relu's kink
     assert torch.autograd.gradcheck(lambda *a: linear_attention(*a, feature_map, 1e-2), x)
     assert torch.autograd.gradgradcheck(lambda *a: linear_attention(*a, feature_map, 1e-2), x)
 
@@ -83,18 +96,23 @@ def test_gradient_of_one_input_and_of_views():
     for n in range(3):
         x = [t.detach().requires_grad_(i == n) for i, t in enumerate((q, k, v))]
         gradient = draw(2, 3, 7, 5, seed=5).mT
-        found, = torch.autograd.grad(linear_attention(*x), x[n], gradient)
-        expected, = torch.autograd.grad(explicit(*x, "relu", 1e-6), x[n], gradient)
+        (found,) = torch.autograd.grad(linear_attention(*x), x[n], gradient)
+        (expected,) = torch.autograd.grad(explicit(*x, "relu", 1e-6), x[n], gradient)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("attention", [linear_attention, softmax_attention,
-                                       lambda *x: softmax_attention(*x, matrix=True)])
+@pytest.mark.parametrize(
+    "attention",
+    [linear_attention, softmax_attention, lambda *x: softmax_attention(*x, matrix=True)],
+)
 def test_no_token_and_one_token(attention):
     for shape in ((2, 4, 36, 0), (0, 4, 36, 5)):
         x = qkv(*shape, grad=True)
         out = attention(*x)
-        assert out.shape == shape and [t.shape for t in torch.autograd.grad(out.sum(), x)] == [shape] * 3
+        assert (
+            out.shape == shape
+            and [t.shape for t in torch.autograd.grad(out.sum(), x)] == [shape] * 3
+        )
     q, k, v = qkv(1, 2, 4, 1)
     torch.testing.assert_close(attention(q.abs(), k.abs(), v), v, rtol=1e-5, atol=1e-5)
 
@@ -119,10 +137,16 @@ def test_fp16_range_stays_finite():
     x = [(t.abs() * 300).clamp(max=6e4) for t in qkv(1, 4, 36, 256, dtype=torch.float16)]
     out = linear_attention(*x)
     assert out.dtype == torch.float16 and out.isfinite().all()
-    torch.testing.assert_close(out.float(), linear_attention(*(t.float() for t in x)), rtol=2e-3, atol=1e-1)
+    torch.testing.assert_close(
+        out.float(), linear_attention(*(t.float() for t in x)), rtol=2e-3, atol=1e-1
+    )
     assert softmax_attention(*x, matrix=True).isfinite().all()
     feature_map = 50 * draw(1, 144, 16, 16, dtype=torch.float32)
-    for layer in (LinearAttention2d(144), SoftmaxAttention2d(144), SoftmaxAttention2d(144, matrix=True)):
+    for layer in (
+        LinearAttention2d(144),
+        SoftmaxAttention2d(144),
+        SoftmaxAttention2d(144, matrix=True),
+    ):
         with torch.autocast("cpu", torch.float16):
             out = layer(feature_map)
             assert out.isfinite().all() and out.dtype == torch.float16
@@ -133,7 +157,9 @@ def test_fp16_range_stays_finite():
 def test_autocast_core_runs_in_fp32():
     seen = []
     original = FEATURE_MAPS["relu"]
-    FEATURE_MAPS["relu"] = lambda x: seen.append((x.dtype, torch.is_autocast_enabled("cpu"))) or original(x)
+    FEATURE_MAPS["relu"] = lambda x: (
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu"))) or original(x)
+    )
     try:
         with torch.autocast("cpu", torch.bfloat16):
             LinearAttention2d(16)(torch.randn(1, 16, 3, 3))
@@ -159,8 +185,11 @@ def test_sdpa_gets_contiguous_tensors(monkeypatch):
     """The fast CPU kernel is left silently when the last stride is not 1."""
     strides = []
     kernel = F.scaled_dot_product_attention
-    monkeypatch.setattr(module.F, "scaled_dot_product_attention",
-                        lambda *x, **kw: strides.extend(t.stride(-1) for t in x) or kernel(*x, **kw))
+    monkeypatch.setattr(
+        module.F,
+        "scaled_dot_product_attention",
+        lambda *x, **kw: strides.extend(t.stride(-1) for t in x) or kernel(*x, **kw),
+    )
     softmax_attention(*qkv(1, 4, 36, 49))
     assert strides == [1, 1, 1]
     with counter() as count, torch.no_grad():
@@ -171,7 +200,10 @@ def test_sdpa_gets_contiguous_tensors(monkeypatch):
 @pytest.mark.parametrize("n", [49, 100])
 def test_flops_are_the_formulas(n):
     x = qkv(2, 4, 36, n, dtype=torch.float32, grad=True)
-    expected = {linear_attention: 8 * (4 * n * 36 * 36 + 2 * n * 36), softmax_attention: 8 * 4 * n * n * 36}
+    expected = {
+        linear_attention: 8 * (4 * n * 36 * 36 + 2 * n * 36),
+        softmax_attention: 8 * 4 * n * n * 36,
+    }
     for attention, forward in expected.items():
         with counter() as count:
             y = attention(*x)
@@ -182,18 +214,30 @@ def test_flops_are_the_formulas(n):
         assert count.get_total_flops() == factor * forward
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: linear_attention(*qkv(1, 1, 2, 3), "gelu"), "feature_map='gelu' is unknown"),
-    (lambda: linear_attention(*qkv(1, 2, 3)), "must share one shape"),
-    (lambda: softmax_attention(*qkv(1, 1, 2, 3)[:2], draw(1, 1, 2, 4)), "must share one shape"),
-    (lambda: LinearAttention2d(144, 5), r"heads=5 does not divide the 144 channels: choose from \[1, 2, 3, 4, 6, 8, 9"),
-    (lambda: LinearAttention2d(144, pos="relative"), "N x N logits, which linear attention never computes"),
-    (lambda: SoftmaxAttention2d(144, pos="relative"), r"needs size=\(h, w\)"),
-    (lambda: SoftmaxAttention2d(144, pos="rotary"), "pos='rotary' is unknown"),
-    (lambda: LinearAttention2d(6, 2), "multiple of 4 channels, not 6"),
-    (lambda: LinearAttention2d(8, 2, feature_map="x"), "feature_map='x' is unknown"),
-    (lambda: RelativePosition(4, (7, 7))(draw(1, 1, 4, 36), (6, 6)), r"built for a \(7, 7\) map"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: linear_attention(*qkv(1, 1, 2, 3), "gelu"), "feature_map='gelu' is unknown"),
+        (lambda: linear_attention(*qkv(1, 2, 3)), "must share one shape"),
+        (lambda: softmax_attention(*qkv(1, 1, 2, 3)[:2], draw(1, 1, 2, 4)), "must share one shape"),
+        (
+            lambda: LinearAttention2d(144, 5),
+            r"heads=5 does not divide the 144 channels: choose from \[1, 2, 3, 4, 6, 8, 9",
+        ),
+        (
+            lambda: LinearAttention2d(144, pos="relative"),
+            "N x N logits, which linear attention never computes",
+        ),
+        (lambda: SoftmaxAttention2d(144, pos="relative"), r"needs size=\(h, w\)"),
+        (lambda: SoftmaxAttention2d(144, pos="rotary"), "pos='rotary' is unknown"),
+        (lambda: LinearAttention2d(6, 2), "multiple of 4 channels, not 6"),
+        (lambda: LinearAttention2d(8, 2, feature_map="x"), "feature_map='x' is unknown"),
+        (
+            lambda: RelativePosition(4, (7, 7))(draw(1, 1, 4, 36), (6, 6)),
+            r"built for a \(7, 7\) map",
+        ),
+    ],
+)
 def test_errors_are_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
@@ -213,7 +257,10 @@ def test_relative_logits_one_by_one():
 
 def test_both_layers_share_state_and_positions_stay_outside():
     softmax, linear = SoftmaxAttention2d(144), LinearAttention2d(144)
-    layout = lambda layer: [(name, value.shape) for name, value in layer.state_dict().items()]
+
+    def layout(layer):
+        return [(name, value.shape) for name, value in layer.state_dict().items()]
+
     assert layout(softmax) == layout(linear)
     assert list(linear.state_dict()) == ["q.weight", "k.weight", "v.weight"]
     linear(torch.randn(1, 144, 9, 5))
@@ -229,7 +276,12 @@ def test_other_attention_keeps_mode_type_and_generator():
     state = torch.get_rng_state()
     other = other_attention(layer, "elu1")
     assert torch.equal(torch.get_rng_state(), state)
-    assert (other.heads, other.pos, other.feature_map, other.training) == (2, "sincos_q", "elu1", False)
+    assert (other.heads, other.pos, other.feature_map, other.training) == (
+        2,
+        "sincos_q",
+        "elu1",
+        False,
+    )
     assert other.q.weight.dtype == torch.float64 and other.q.weight is not layer.q.weight
 
 
@@ -262,8 +314,15 @@ def test_where_positions_are_added(pos, on_k):
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("layer", [LinearAttention2d(16, 2), SoftmaxAttention2d(16, 2),
-                                   SoftmaxAttention2d(16, 2, "relative", (4, 4))], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LinearAttention2d(16, 2),
+        SoftmaxAttention2d(16, 2),
+        SoftmaxAttention2d(16, 2, "relative", (4, 4)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
 def test_channels_last_compile_and_export(layer):
     x = torch.randn(2, 16, 4, 4)
     expected = layer(x)
@@ -274,7 +333,9 @@ def test_channels_last_compile_and_export(layer):
     torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), layer.q.weight), ours)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     assert not any("higher_order" in str(node.target) for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(x[:1].repeat(3, 1, 1, 1)), layer(x[:1].repeat(3, 1, 1, 1)))
+    torch.testing.assert_close(
+        program.module()(x[:1].repeat(3, 1, 1, 1)), layer(x[:1].repeat(3, 1, 1, 1))
+    )
 
 
 def lite_order(q, k, v, eps=1e-6):
@@ -294,10 +355,15 @@ def test_hand_written_backward_is_worth_it():
 
     x = qkv(8, 4, 36, 256, dtype=torch.float32, grad=True)
     gradient = draw(8, 4, 36, 256, seed=4, dtype=torch.float32)
-    step = lambda f: lambda: torch.autograd.grad(f(*x), x, gradient)
+
+    def step(f):
+        return lambda: torch.autograd.grad(f(*x), x, gradient)
+
     for a, b in zip(step(lite_order)(), step(linear_attention)()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    timings = throughput({"usual": step(lite_order), "ours": step(linear_attention)}, repeats=15, inner=2)
+    timings = throughput(
+        {"usual": step(lite_order), "ours": step(linear_attention)}, repeats=15, inner=2
+    )
     assert ratio(timings["usual"], timings["ours"])["ratio"] > 1.1
 
 
@@ -326,8 +392,11 @@ def agree(shape, backend, feature_map="relu", packed=False, tolerance=2e-5):
     if packed:
         one = torch.cat([t.detach() for t in x], 2).flatten(1, 2).requires_grad_()
         found = linear_attention_qkv(one, shape[1], feature_map, 1e-2, backend)
-        one_gradient, = torch.autograd.grad(found, one, gradient.flatten(1, 2))
-        found, ours = found.view(shape), one_gradient.view(shape[0], shape[1], 3 * shape[2], shape[3]).chunk(3, 2)
+        (one_gradient,) = torch.autograd.grad(found, one, gradient.flatten(1, 2))
+        found, ours = (
+            found.view(shape),
+            one_gradient.view(shape[0], shape[1], 3 * shape[2], shape[3]).chunk(3, 2),
+        )
     else:
         found = linear_attention(*x, feature_map, 1e-2, backend=backend)
         ours = torch.autograd.grad(found, x, gradient)
@@ -339,15 +408,32 @@ def agree(shape, backend, feature_map="relu", packed=False, tolerance=2e-5):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 4, 36, 49), (1, 3, 5, 16), (1, 2, 32, 512), (1, 1, 7, 513),
-                                   (1, 2, 33, 1100), (2, 1, 64, 20)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (2, 4, 36, 49),
+        (1, 3, 5, 16),
+        (1, 2, 32, 512),
+        (1, 1, 7, 513),
+        (1, 2, 33, 1100),
+        (2, 1, 64, 20),
+    ],
+)
 def test_back_ends_agree_with_the_matrix(shape, backend, feature_map, packed):
     agree(shape, backend, feature_map, packed)
 
 
 @settings(max_examples=30, deadline=None)
-@given(some.integers(0, 3), some.integers(1, 3), some.integers(1, 40), some.integers(0, 90),
-       some.sampled_from(sorted(FEATURE_MAPS)), some.booleans(), some.sampled_from(["torch", "auto"]))
+@given(
+    some.integers(0, 3),
+    some.integers(1, 3),
+    some.integers(1, 40),
+    some.integers(0, 90),
+    some.sampled_from(sorted(FEATURE_MAPS)),
+    some.booleans(),
+    some.sampled_from(["torch", "auto"]),
+)
 def test_any_shape(batch, heads, d, n, feature_map, packed, backend):
     agree((batch, heads, d, n), backend, feature_map, packed)
 
@@ -364,7 +450,9 @@ def test_each_subset_of_gradients_and_any_strides(backend):
         y = [t.detach().double().requires_grad_(bool(flag)) for t, flag in zip((q, k, v), flags)]
         ours, theirs = ([t for t in inputs if t.requires_grad] for inputs in (x, y))
         found = linear_attention(*x, eps=1e-2, backend=backend)
-        expanded = torch.autograd.grad(found.sum(), ours, retain_graph=True)  # a gradient with strides of zero
+        expanded = torch.autograd.grad(
+            found.sum(), ours, retain_graph=True
+        )  # a gradient with strides of zero
         assert all(t.isfinite().all() for t in expanded)
         ours = torch.autograd.grad(found, ours, g)
         theirs = torch.autograd.grad(explicit(*y, "relu", 1e-2), theirs, g.double())
@@ -376,6 +464,7 @@ def test_each_subset_of_gradients_and_any_strides(backend):
 @pytest.mark.parametrize("packed", [False, True])
 def test_second_derivative_goes_through_the_formula(backend, packed):
     """In fp32, where gradgradcheck is too coarse: against autograd twice in fp64."""
+
     def penalty(x, y):
         first = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         return torch.autograd.grad(sum(t.square().sum() for t in first), x)
@@ -385,7 +474,7 @@ def test_second_derivative_goes_through_the_formula(backend, packed):
     theirs = penalty(wide, explicit(*wide, "elu1", 1e-2))
     if packed:
         one = torch.cat(x, 2).detach().requires_grad_()
-        ours, = penalty([one], linear_attention_qkv(one.flatten(1, 2), 2, "elu1", 1e-2, backend))
+        (ours,) = penalty([one], linear_attention_qkv(one.flatten(1, 2), 2, "elu1", 1e-2, backend))
         ours = ours.chunk(3, 2)
     else:
         ours = penalty(x, linear_attention(*x, "elu1", 1e-2, backend=backend))
@@ -406,8 +495,10 @@ def test_flops_in_every_back_end(backend):
     expected = 6 * (4 * n * d * d + 2 * n * d)
     x = qkv(2, 3, d, n, dtype=torch.float32, grad=True)
     packed = torch.cat(x, 2).flatten(1, 2).detach().requires_grad_()
-    for call in (lambda: linear_attention(*x, backend=backend),
-                 lambda: linear_attention_qkv(packed, 3, backend=backend)):
+    for call in (
+        lambda: linear_attention(*x, backend=backend),
+        lambda: linear_attention_qkv(packed, 3, backend=backend),
+    ):
         with counter() as count:
             y = call()
         assert count.get_total_flops() == expected
@@ -415,7 +506,9 @@ def test_flops_in_every_back_end(backend):
             with counter() as count:
                 y.sum().backward()
             assert count.get_total_flops() == 2 * expected
-    for one, part in zip(x, packed.grad.view(2, 3, 3 * d, n).chunk(3, 2)):  # each the sum of a watched pass and another
+    for one, part in zip(
+        x, packed.grad.view(2, 3, 3 * d, n).chunk(3, 2)
+    ):  # each the sum of a watched pass and another
         torch.testing.assert_close(one.grad, part, rtol=1e-4, atol=1e-4)
 
 
@@ -440,7 +533,10 @@ def test_nan_and_dead_queries(backend):
     q, k, v = qkv(1, 1, 4, 40, dtype=torch.float32)
     q[0, 0, :, 7], v[0, 0, 2, 3] = -1, torch.nan
     out = linear_attention(q, k, v, backend=backend)
-    assert out[0, 0, 2, [n for n in range(40) if n != 7]].isnan().all() and not out[0, 0, [0, 1, 3]].isnan().any()
+    assert (
+        out[0, 0, 2, [n for n in range(40) if n != 7]].isnan().all()
+        and not out[0, 0, [0, 1, 3]].isnan().any()
+    )
     q[0, 0, 1, 9] = torch.nan
     assert linear_attention(q, k, v.nan_to_num(), backend=backend)[..., 9].isnan().all()
     x = [t.nan_to_num().requires_grad_() for t in (q, -k.abs(), v)]
@@ -481,8 +577,11 @@ def test_choice_of_back_end(monkeypatch):
     if not native.why_not():
         assert module._backend([x], "auto") == "cc"
     assert module._backend([x.double()], "auto") == "torch"
-    for wanted, wrong, message in (("cc", x.double(), "computes in float32, and tensors are float64"),
-                                   ("triton", x, "need a CUDA device"), ("cc", x.to("meta"), "tensors are on meta")):
+    for wanted, wrong, message in (
+        ("cc", x.double(), "computes in float32, and tensors are float64"),
+        ("triton", x, "need a CUDA device"),
+        ("cc", x.to("meta"), "tensors are on meta"),
+    ):
         with pytest.raises(RuntimeError, match=message) as caught:
             module._backend([wrong], wanted)
         assert "\n" not in str(caught.value)
@@ -545,7 +644,9 @@ def test_fake_tensors_have_shapes():
         assert linear_attention_qkv(x, 2).shape == (2, 8, 7, 7)
 
 
-@pytest.mark.parametrize("x, heads", [(torch.zeros(2, 10, 4), 2), (torch.zeros(2, 12), 2), (torch.zeros(2, 12, 4), 0)])
+@pytest.mark.parametrize(
+    "x, heads", [(torch.zeros(2, 10, 4), 2), (torch.zeros(2, 12), 2), (torch.zeros(2, 12, 4), 0)]
+)
 def test_packed_errors(x, heads):
     with pytest.raises(ValueError, match="qkv must be") as caught:
         linear_attention_qkv(x, heads)
@@ -559,8 +660,10 @@ def test_devices_must_agree():
 
 
 def test_import_is_light():
-    code = ("import sys, leansense.layers.linear_attention; print([m for m in ('triton', 'torch._inductor', "
-            "'torch.utils.flop_counter', 'leansense.layers.native') if m in sys.modules])")
+    code = (
+        "import sys, leansense.layers.linear_attention; print([m for m in ('triton', 'torch._inductor', "
+        "'torch.utils.flop_counter', 'leansense.layers.native') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
@@ -595,8 +698,13 @@ print("kernels agree")
 def test_triton_in_the_interpreter():
     pytest.importorskip("triton")
     code = TRITON.format(tests=os.path.dirname(__file__))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800,
-                          env=os.environ | {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0 and "kernels agree" in done.stdout, done.stderr[-2000:]
 
 
@@ -627,8 +735,13 @@ print("compiled")
 def test_triton_compiles_for_a_gpu_that_is_not_here():
     """All the way to machine code for a Hopper GPU, which needs no GPU."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=1800,
-                          env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-2000:]
 
 
@@ -658,7 +771,9 @@ def test_c_is_worth_it():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-@pytest.mark.parametrize("shape", [(2, 4, 36, 49), (1, 8, 32, 4096), (1, 1, 5, 1), (1, 2, 128, 300), (1, 1, 130, 20)])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 36, 49), (1, 8, 32, 4096), (1, 1, 5, 1), (1, 2, 128, 300), (1, 1, 130, 20)]
+)
 def test_triton_on_a_gpu(shape, feature_map):
     gradient = draw(*shape, seed=9, dtype=torch.float32)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 3e-2)):
@@ -669,9 +784,20 @@ def test_triton_on_a_gpu(shape, feature_map):
         ours = torch.autograd.grad(found, x, gradient.cuda().to(dtype))
         theirs = torch.autograd.grad(expected, wide, gradient.cuda().to(dtype).double())
         for a, b in zip((found, *ours), (expected, *theirs)):
-            assert (a.double() - b).abs().max() <= tolerance * max(1.0, float(b.detach().abs().max()))
-        assert all(torch.equal(a, b) for a, b in zip(ours, torch.autograd.grad(
-            linear_attention(*x, feature_map, 1e-2, backend="triton"), x, gradient.cuda().to(dtype))))
+            assert (a.double() - b).abs().max() <= tolerance * max(
+                1.0, float(b.detach().abs().max())
+            )
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                ours,
+                torch.autograd.grad(
+                    linear_attention(*x, feature_map, 1e-2, backend="triton"),
+                    x,
+                    gradient.cuda().to(dtype),
+                ),
+            )
+        )
 
 
 def test_digest_sees_the_kernels():

@@ -9,9 +9,9 @@ import venv
 from pathlib import Path
 
 import pytest
+
 import toy
 from conftest import ROOT, run
-
 from leansense.core.rows import RowsError, read_rows, set_name
 from leansense.core.tables import macro_part
 

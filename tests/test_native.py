@@ -1,4 +1,5 @@
 """Back ends and compiled C: what is chosen, what is cached, and what is never loaded."""
+
 import ctypes
 import os
 import platform
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from leansense.layers import backend, native
 from leansense.layers.backend import allowed, isa, pick, usable_isas, use_isa
 from leansense.layers.native import NativeError, library, parallel, pointer, why_not
 
 SOURCE = "typedef float vec __attribute__((vector_size(4 * W)));\nint lanes(void) { return sizeof(vec) / 4; }\n"
-has_compiler = pytest.mark.skipif(bool(why_not("probe", "int f(void) { return 1; }")), reason="no C compiler")
+has_compiler = pytest.mark.skipif(
+    bool(why_not("probe", "int f(void) { return 1; }")), reason="no C compiler"
+)
 YES, NO = (lambda: ""), (lambda: "not today")
 
 
@@ -39,10 +42,17 @@ def cached(tmp_path) -> list[Path]:
     return sorted((tmp_path / "cache").glob("*.so"))
 
 
-@pytest.mark.parametrize("given, expected", [
-    ("", "triton"), ("torch", "torch"), ("cc", "cc"), ("cc,torch", "cc"), (" cc , triton ", "triton"),
-    ("nonsense", "torch"),
-])
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("", "triton"),
+        ("torch", "torch"),
+        ("cc", "cc"),
+        ("cc,torch", "cc"),
+        (" cc , triton ", "triton"),
+        ("nonsense", "torch"),
+    ],
+)
 def test_variable_narrows_auto(monkeypatch, given, expected):
     monkeypatch.setenv("LEANSENSE_BACKENDS", given)
     assert pick("op", "auto", {"triton": YES, "cc": YES, "torch": YES}) == expected
@@ -97,7 +107,10 @@ def test_no_compiler(monkeypatch, tmp_path):
 
 def test_a_compiler_that_fails(monkeypatch, tmp_path):
     only_version = "[ $1 = --version ] || { echo 'x: error: no' >&2; exit 1; }"
-    for body, message in (("exit 3", "does not run: exit status 3"), (only_version, "failed: x: error: no")):
+    for body, message in (
+        ("exit 3", "does not run: exit status 3"),
+        (only_version, "failed: x: error: no"),
+    ):
         fake = tmp_path / "fakecc"
         fake.write_text(f"#!/bin/sh\n{body}\n")
         fake.chmod(0o755)
@@ -149,9 +162,14 @@ def damage(path: Path, how: str) -> None:
 def test_damaged_cache_is_rebuilt(tmp_path, how):
     """In a process of its own: a library that is in use must not be written over."""
     code = "from leansense.layers.native import library; import sys; print(library('lanes', sys.argv[1]).lanes())"
-    load = lambda: subprocess.run([sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT)
+
+    def load():
+        return subprocess.run(
+            [sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT
+        )
+
     first = load()
-    path, = cached(tmp_path)
+    (path,) = cached(tmp_path)
     whole = path.read_bytes()
     damage(path, how)
     second = load()
@@ -164,7 +182,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, how):
 def test_wrong_library_under_the_right_name(tmp_path):
     """Somebody else's library in our place: its bytes do not match the note, so it is never loaded."""
     library("lanes", SOURCE)
-    right, = cached(tmp_path)
+    (right,) = cached(tmp_path)
     library("other", "int lanes(void) { return -1; }\n")
     other = next(path for path in cached(tmp_path) if path.name.startswith("other"))
     content = other.read_bytes()
@@ -178,7 +196,7 @@ def test_wrong_library_under_the_right_name(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
 def test_cache_open_to_others_is_refused_by_name(tmp_path):
     library("lanes", SOURCE)
-    path, = cached(tmp_path)
+    (path,) = cached(tmp_path)
     path.chmod(0o777)
     native._load.cache_clear()
     assert why_not("lanes", SOURCE) == f"{path}: other users can write to it; delete it"
@@ -199,7 +217,10 @@ def test_cache_that_is_a_file(monkeypatch, tmp_path):
 def test_many_at_once(tmp_path):
     """Eight threads and no lock: each gets a whole library, one stays."""
     results = []
-    load = lambda: results.append(native._load.__wrapped__("lanes", SOURCE, (), isa(), ()).lanes())
+
+    def load():
+        return results.append(native._load.__wrapped__("lanes", SOURCE, (), isa(), ()).lanes())
+
     threads = [threading.Thread(target=load) for _ in range(8)]
     [t.start() for t in threads]
     [t.join() for t in threads]
@@ -259,7 +280,9 @@ if pid == 0:
     os._exit(7)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=1800
+    )
     assert done.stdout.strip() == "7", done.stderr
 
 
@@ -267,12 +290,19 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
 def test_second_start_where_groups_may_write(tmp_path):
     """Under the umask of many systems: what the first start writes, the second must not refuse as open to others."""
-    code = ("import os, sys; os.umask(0o002); from leansense.layers.native import library\n"
-            "print(library('lanes', sys.argv[1]).lanes())")
-    load = lambda: subprocess.run([sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT)
+    code = (
+        "import os, sys; os.umask(0o002); from leansense.layers.native import library\n"
+        "print(library('lanes', sys.argv[1]).lanes())"
+    )
+
+    def load():
+        return subprocess.run(
+            [sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT
+        )
+
     first, second = load(), load()
     assert second.returncode == 0 and second.stdout == first.stdout, second.stderr
-    path, = cached(tmp_path)
+    (path,) = cached(tmp_path)
     modes = [stat.S_IMODE(p.stat().st_mode) for p in (path.parent, path, path.with_suffix(".hash"))]
     assert modes == [0o700, 0o700, 0o600]
 
@@ -289,7 +319,9 @@ def test_auto_takes_c_only_where_it_was_measured_to_win(monkeypatch, kind):
     assert pick("measured", "auto", order) == ("cc" if kind == "v4" else "torch")
     assert pick("measured", "cc", order) == "cc", "a name is a name"
     assert pick("never measured", "auto", order) == "torch"
-    assert pick("never measured", "auto", {"triton": YES, **order}) == "triton", "no instruction set decides that"
+    assert pick("never measured", "auto", {"triton": YES, **order}) == "triton", (
+        "no instruction set decides that"
+    )
 
 
 def test_measured_operators_exist():
@@ -336,13 +368,24 @@ def test_loops_over_elements_are_vectorised(tmp_path, kind):
     from leansense.layers import norm_act
 
     command = native.compiler()
-    if "Free Software Foundation" not in native._version(tuple(command)) or platform.machine() != "x86_64":
+    if (
+        "Free Software Foundation" not in native._version(tuple(command))
+        or platform.machine() != "x86_64"
+    ):
         pytest.skip("reports of vectorised loops are GCC's")
     code = tmp_path / "code.c"
     code.write_text(norm_act.SOURCE)
     flags = (*native.FLAGS, *norm_act.FLAGS, *native.ISAS[kind][0], "-fopt-info-vec-optimized")
-    done = subprocess.run([*command, *flags, code, "-o", tmp_path / "made.so", "-lm"], capture_output=True, text=True)
-    told = {int(line.split(":")[1]) for line in done.stderr.splitlines() if "loop vectorized" in line}
-    loops = [n for n, line in enumerate(norm_act.SOURCE.split("\n"), 1) if "for (long i = 0; i < m" in line]
+    done = subprocess.run(
+        [*command, *flags, code, "-o", tmp_path / "made.so", "-lm"], capture_output=True, text=True
+    )
+    told = {
+        int(line.split(":")[1]) for line in done.stderr.splitlines() if "loop vectorized" in line
+    }
+    loops = [
+        n
+        for n, line in enumerate(norm_act.SOURCE.split("\n"), 1)
+        if "for (long i = 0; i < m" in line
+    ]
     assert done.returncode == 0 and len(loops) == 1 + 3 * len(norm_act.ACTIVATIONS)
     assert set(loops) <= told, [norm_act.SOURCE.split("\n")[n - 1] for n in set(loops) - told]

@@ -6,13 +6,13 @@ import shutil
 import stat
 
 import pytest
+
 import toy as toys
 from conftest import ROOT, run
-from toy import MATRIX, SMALL, started, table, tables
-
 from leansense.core import batch, rows
 from leansense.core.paths import write_atomic
 from leansense.core.tables import frame, over_seeds
+from toy import MATRIX, SMALL, started, table, tables
 
 TWO = MATRIX.replace("seeds: [0, 1]", "seeds: [0]")
 

@@ -6,11 +6,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from leansense.core import batch, digest, parameters, record, rows
 from leansense.core.parameters import OWNED, declared
 from leansense.core.paths import write_atomic
@@ -45,7 +44,9 @@ GIVEN = {
 
 
 def save(path, *cells, tagged=True):
-    tag = lambda i: {"tags": ["parameters"]} if tagged and i == 0 else {}
+    def tag(i):
+        return {"tags": ["parameters"]} if tagged and i == 0 else {}
+
     return write_atomic(
         path,
         json.dumps(

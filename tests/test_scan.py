@@ -1,4 +1,5 @@
 """Selective scan: every back end against the formula in float64, its edges, its fall-backs; the Mamba block."""
+
 import copy
 import io
 import sys
@@ -8,14 +9,20 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from conftest import ROOT, run
 from leansense.layers import scan, scan_native
-from leansense.layers.scan import (Mamba, bidirectional, causal_conv1d, selective_scan, selective_scan_flops,
-                                   selective_scan_step)
+from leansense.layers.scan import (
+    Mamba,
+    bidirectional,
+    causal_conv1d,
+    selective_scan,
+    selective_scan_flops,
+    selective_scan_step,
+)
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 compiled = pytest.mark.skipif(bool(scan_native.why_not()), reason="no C compiler")
@@ -28,15 +35,28 @@ def no_variables(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def draw(batch=2, length=9, channels=5, states=3, dtype=torch.float64, seed=0, step=1.0, device="cpu") -> dict:
+def draw(
+    batch=2, length=9, channels=5, states=3, dtype=torch.float64, seed=0, step=1.0, device="cpu"
+) -> dict:
     """All eight inputs; delta is positive."""
     generator = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-    uniform = lambda *shape: torch.rand(*shape, generator=generator)
-    made = {"u": normal(batch, length, channels), "delta": step * uniform(batch, length, channels),
-            "A": -0.1 - 3 * uniform(channels, states), "B": normal(batch, length, states),
-            "C": normal(batch, length, states), "D": normal(channels), "z": normal(batch, length, channels),
-            "delta_bias": normal(channels)}
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    made = {
+        "u": normal(batch, length, channels),
+        "delta": step * uniform(batch, length, channels),
+        "A": -0.1 - 3 * uniform(channels, states),
+        "B": normal(batch, length, states),
+        "C": normal(batch, length, states),
+        "D": normal(channels),
+        "z": normal(batch, length, channels),
+        "delta_bias": normal(channels),
+    }
     return {name: x.to(device, dtype) for name, x in made.items()}
 
 
@@ -46,7 +66,10 @@ def oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fa
     delta = F.softplus(delta) if delta_softplus else delta
     h, rows = 0 * A + u.new_zeros(u.shape[0], 1, 1), {}
     for t in reversed(range(u.shape[1])) if reverse else range(u.shape[1]):
-        h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        h = (
+            torch.exp(delta[:, t, :, None] * A) * h
+            + (delta[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        )
         rows[t] = (h * C[:, t, None, :]).sum(-1)
     y = torch.stack([rows[t] for t in range(u.shape[1])], 1) if rows else 0 * u
     y = y if D is None else y + D * u
@@ -65,15 +88,25 @@ def check(inputs: dict, options: dict, backend: str, tolerance: float) -> None:
     found = selective_scan(**used, **options, backend=backend, return_last_state=True)
     assert found[0].dtype == used["u"].dtype and found[0].shape == used["u"].shape
     generator = torch.Generator().manual_seed(1)
-    incoming = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device) for x in expected]
+    incoming = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+        for x in expected
+    ]
     exact = torch.autograd.grad(expected, list(wide.values()), incoming, allow_unused=True)
-    ours = torch.autograd.grad(found, list(used.values()), [g.to(x.dtype) for g, x in zip(incoming, found)],
-                               allow_unused=True)
+    ours = torch.autograd.grad(
+        found,
+        list(used.values()),
+        [g.to(x.dtype) for g, x in zip(incoming, found)],
+        allow_unused=True,
+    )
     pairs = dict(zip(("y", "last", *used), zip((*found, *ours), (*expected, *exact))))
     for name, (value, e) in pairs.items():
         e = torch.zeros_like(value, dtype=torch.float64) if e is None else e
         scale = max(1e-3, float(e.detach().abs().max())) if e.numel() else 1.0
-        assert float((value.detach().double() - e.detach()).abs().max() if e.numel() else 0) <= tolerance * scale, name
+        assert (
+            float((value.detach().double() - e.detach()).abs().max() if e.numel() else 0)
+            <= tolerance * scale
+        ), name
 
 
 EVERYTHING, NOTHING = NAMES[5:], ()
@@ -81,18 +114,36 @@ EVERYTHING, NOTHING = NAMES[5:], ()
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("names, softplus", [(NOTHING, False), (EVERYTHING, True), (("D",), False), (("z",), True),
-                                             (("delta_bias",), True)])
-@pytest.mark.parametrize("size", [(2, 9, 5, 3), (1, 1, 1, 1), (3, 40, 33, 16), (2, 17, 16, 17)], ids=str)
+@pytest.mark.parametrize(
+    "names, softplus",
+    [
+        (NOTHING, False),
+        (EVERYTHING, True),
+        (("D",), False),
+        (("z",), True),
+        (("delta_bias",), True),
+    ],
+)
+@pytest.mark.parametrize(
+    "size", [(2, 9, 5, 3), (1, 1, 1, 1), (3, 40, 33, 16), (2, 17, 16, 17)], ids=str
+)
 def test_against_the_formula(backend, reverse, names, softplus, size):
     inputs = choose(draw(*size, dtype=torch.float32), names)
     check(inputs, {"delta_softplus": softplus, "reverse": reverse}, backend, 3e-6)
 
 
 @settings(max_examples=40, deadline=None)
-@given(batch=st.integers(0, 4), length=st.integers(0, 50), channels=st.integers(0, 40), states=st.integers(1, 20),
-       reverse=st.booleans(), softplus=st.booleans(), names=st.sets(st.sampled_from(EVERYTHING)),
-       seed=st.integers(0, 99), backend=st.sampled_from(["torch"] + ["cc"] * (not scan_native.why_not())))
+@given(
+    batch=st.integers(0, 4),
+    length=st.integers(0, 50),
+    channels=st.integers(0, 40),
+    states=st.integers(1, 20),
+    reverse=st.booleans(),
+    softplus=st.booleans(),
+    names=st.sets(st.sampled_from(EVERYTHING)),
+    seed=st.integers(0, 99),
+    backend=st.sampled_from(["torch"] + ["cc"] * (not scan_native.why_not())),
+)
 def test_any_shape(batch, length, channels, states, reverse, softplus, names, seed, backend):
     inputs = choose(draw(batch, length, channels, states, torch.float32, seed), names)
     softplus = softplus or "delta_bias" in inputs  # a negative step makes states grow without bound
@@ -108,9 +159,19 @@ def test_derivatives_by_finite_differences(reverse, parts, names, monkeypatch):
     monkeypatch.setattr(scan, "_tile", lambda *_: 3)
     inputs = choose(draw(2, 7, 3, 2), names)
     leaves = [x.requires_grad_() for x in inputs.values()]
-    call = lambda *x: selective_scan(**dict(zip(inputs, x)), delta_softplus=bool(names), reverse=reverse,
-                                     return_last_state=True, backend="torch")
-    for found, expected in zip(call(*leaves), oracle(**inputs, delta_softplus=bool(names), reverse=reverse)):
+
+    def call(*x):
+        return selective_scan(
+            **dict(zip(inputs, x)),
+            delta_softplus=bool(names),
+            reverse=reverse,
+            return_last_state=True,
+            backend="torch",
+        )
+
+    for found, expected in zip(
+        call(*leaves), oracle(**inputs, delta_softplus=bool(names), reverse=reverse)
+    ):
         torch.testing.assert_close(found, expected)
     assert torch.autograd.gradcheck(call, leaves)
 
@@ -132,7 +193,9 @@ def test_growing_states_overflow_as_the_formula_does(backend):
     inputs = {**choose(draw(1, 3, 4, 2, torch.float32), ()), "A": torch.full((4, 2), 5.0)}
     check(inputs, {}, backend, 3e-6)
     inputs["delta"] = torch.full((1, 3, 4), 40.0)
-    inputs["B"], inputs["C"], inputs["u"] = (torch.ones_like(inputs[name]) for name in ("B", "C", "u"))
+    inputs["B"], inputs["C"], inputs["u"] = (
+        torch.ones_like(inputs[name]) for name in ("B", "C", "u")
+    )
     assert not selective_scan(**inputs, backend=backend).isfinite().any()
 
 
@@ -151,16 +214,23 @@ def test_strided_inputs_and_gradients(backend):
     """Slices, transposes and expanded gradients give what contiguous ones give, and are not written to."""
     plain = draw(2, 21, 12, 4, torch.float32)
     wide = torch.cat([plain["z"], plain["u"]], -1)
-    odd = {**plain, "u": wide[..., 12:], "z": wide[..., :12], "A": plain["A"].T.contiguous().T,
-           "B": plain["B"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
-           "delta": plain["delta"].transpose(0, 1).contiguous().transpose(0, 1),
-           "C": torch.stack([plain["C"], plain["C"]], -1)[..., 0]}
+    odd = {
+        **plain,
+        "u": wide[..., 12:],
+        "z": wide[..., :12],
+        "A": plain["A"].T.contiguous().T,
+        "B": plain["B"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "delta": plain["delta"].transpose(0, 1).contiguous().transpose(0, 1),
+        "C": torch.stack([plain["C"], plain["C"]], -1)[..., 0],
+    }
     before = {name: x.clone() for name, x in odd.items()}
     gradients = []
     for inputs in (plain, odd):
         leaves = [x.detach().requires_grad_() for x in inputs.values()]
         y = selective_scan(**dict(zip(inputs, leaves)), delta_softplus=True, backend=backend)
-        incoming = torch.ones(1, 1, 12).expand(2, 21, 12) if inputs is odd else torch.ones(2, 21, 12)
+        incoming = (
+            torch.ones(1, 1, 12).expand(2, 21, 12) if inputs is odd else torch.ones(2, 21, 12)
+        )
         gradients.append((y, *torch.autograd.grad(y, leaves, incoming)))
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
@@ -184,8 +254,11 @@ def test_only_some_inputs_need_gradients(backend, wanted):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_second_derivative(backend):
     u = draw(dtype=torch.float32)["u"].requires_grad_()
-    first = torch.autograd.grad(selective_scan(u, *list(draw(dtype=torch.float32).values())[1:], backend=backend).sum(),
-                                u, create_graph=True)[0]
+    first = torch.autograd.grad(
+        selective_scan(u, *list(draw(dtype=torch.float32).values())[1:], backend=backend).sum(),
+        u,
+        create_graph=True,
+    )[0]
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         first.sum().backward()
 
@@ -199,11 +272,16 @@ def test_half_precision_outside_only(backend, dtype):
     exact, h = oracle(**{name: x.double() for name, x in inputs.items()}, delta_softplus=True)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        y, last = selective_scan(**leaves, delta_softplus=True, backend=backend, return_last_state=True)
+        y, last = selective_scan(
+            **leaves, delta_softplus=True, backend=backend, return_last_state=True
+        )
         y.float().square().sum().backward()
     assert y.dtype == dtype and last.dtype == torch.float32
     assert all(x.grad.dtype == x.dtype and x.grad.isfinite().all() for x in leaves.values())
-    assert float(((y.double() - exact).abs() / exact.abs().clamp(min=0.1)).max().detach()) < torch.finfo(dtype).eps
+    assert (
+        float(((y.double() - exact).abs() / exact.abs().clamp(min=0.1)).max().detach())
+        < torch.finfo(dtype).eps
+    )
     torch.testing.assert_close(last.double(), h, rtol=1e-5, atol=1e-5)
 
 
@@ -214,11 +292,15 @@ def test_instruction_sets(isa, monkeypatch):
     if scan_native.why_not():
         pytest.skip(scan_native.why_not())
     for size in ((2, 37, 40, 16), (1, 5, 7, 5)):
-        check(draw(*size, dtype=torch.float32), {"delta_softplus": True, "reverse": True}, "cc", 3e-6)
+        check(
+            draw(*size, dtype=torch.float32), {"delta_softplus": True, "reverse": True}, "cc", 3e-6
+        )
         check(choose(draw(*size, dtype=torch.float32, step=9.0), ()), {}, "cc", 3e-6)
     x = torch.randn(2, 30, 21)
-    torch.testing.assert_close(causal_conv1d(x, torch.ones(21, 3), activation="silu", backend="cc"),
-                               causal_conv1d(x, torch.ones(21, 3), activation="silu", backend="torch"))
+    torch.testing.assert_close(
+        causal_conv1d(x, torch.ones(21, 3), activation="silu", backend="cc"),
+        causal_conv1d(x, torch.ones(21, 3), activation="silu", backend="torch"),
+    )
 
 
 @compiled
@@ -235,19 +317,26 @@ def test_threads(threads, batch):
         weight = inputs["B"].new_ones(70, 4).requires_grad_()
         mixed = [causal_conv1d(inputs["u"], weight, backend=name) for name in ("cc", "torch")]
         torch.testing.assert_close(*mixed)
-        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), weight)[0] for y in mixed))
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y.square().sum(), weight)[0] for y in mixed)
+        )
     finally:
         torch.set_num_threads(before)
 
 
 WRONG = {
-    "u must be": {"u": torch.zeros(2, 9)}, "delta has shape": {"delta": torch.zeros(2, 8, 5)},
-    "B has shape": {"B": torch.zeros(2, 9, 4)}, "C has shape": {"C": torch.zeros(2, 3, 9)},
-    "D has shape": {"D": torch.zeros(6)}, "z has shape": {"z": torch.zeros(2, 9, 1)},
-    "delta_bias has shape": {"delta_bias": torch.zeros(1)}, "at least one state": {"A": torch.zeros(5, 0)},
+    "u must be": {"u": torch.zeros(2, 9)},
+    "delta has shape": {"delta": torch.zeros(2, 8, 5)},
+    "B has shape": {"B": torch.zeros(2, 9, 4)},
+    "C has shape": {"C": torch.zeros(2, 3, 9)},
+    "D has shape": {"D": torch.zeros(6)},
+    "z has shape": {"z": torch.zeros(2, 9, 1)},
+    "delta_bias has shape": {"delta_bias": torch.zeros(1)},
+    "at least one state": {"A": torch.zeros(5, 0)},
     "B is torch.int64": {"B": torch.zeros(2, 9, 3, dtype=torch.long)},
     "u is torch.int64": {"u": torch.zeros(2, 9, 5, dtype=torch.long)},
-    "A is torch.complex64": {"A": torch.zeros(5, 3, dtype=torch.complex64)}, "A has shape": {"A": torch.zeros(4, 3)},
+    "A is torch.complex64": {"A": torch.zeros(5, 3, dtype=torch.complex64)},
+    "A has shape": {"A": torch.zeros(4, 3)},
 }
 
 
@@ -272,17 +361,24 @@ def test_named_backends_that_cannot_run_say_why():
         selective_scan(**draw(), backend="triton")
 
 
-@pytest.mark.parametrize("environment", [{"LEANSENSE_BACKENDS": "torch"}, {"LEANSENSE_CC": "0"},
-                                         {"CC": "no-such-compiler"}], ids=str)
+@pytest.mark.parametrize(
+    "environment",
+    [{"LEANSENSE_BACKENDS": "torch"}, {"LEANSENSE_CC": "0"}, {"CC": "no-such-compiler"}],
+    ids=str,
+)
 def test_falls_back_to_torch(environment, monkeypatch):
     """With the variable, with C switched off, and without a compiler."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     inputs = draw(dtype=torch.float32)
     assert scan._resolve("auto", inputs["u"], list(inputs.values()), False) == "torch"
-    torch.testing.assert_close(selective_scan(**inputs), selective_scan(**inputs, backend="torch"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        selective_scan(**inputs), selective_scan(**inputs, backend="torch"), rtol=0, atol=0
+    )
     x, weight = torch.randn(1, 8, 5), torch.randn(5, 4)
-    torch.testing.assert_close(causal_conv1d(x, weight), causal_conv1d(x, weight, backend="torch"), rtol=0, atol=0)
+    torch.testing.assert_close(
+        causal_conv1d(x, weight), causal_conv1d(x, weight, backend="torch"), rtol=0, atol=0
+    )
     if "LEANSENSE_BACKENDS" not in environment:
         with pytest.raises(RuntimeError, match="switched off|not on the path"):
             selective_scan(**inputs, backend="cc")
@@ -296,9 +392,11 @@ def test_auto_is_compiled_on_the_cpu():
 
 def test_nothing_heavy_is_imported():
     """Importing the module, and a call on the CPU, load neither Triton nor transformers nor mamba-ssm."""
-    code = ("import sys, torch; import leansense.layers.scan as s; s.Mamba(16)(torch.zeros(1, 3, 16)); "
-            "print([m for m in ('transformers', 'mamba_ssm', 'selective_scan_cuda', 'leansense.layers.scan_triton') "
-            "if m in sys.modules])")
+    code = (
+        "import sys, torch; import leansense.layers.scan as s; s.Mamba(16)(torch.zeros(1, 3, 16)); "
+        "print([m for m in ('transformers', 'mamba_ssm', 'selective_scan_cuda', 'leansense.layers.scan_triton') "
+        "if m in sys.modules])"
+    )
     assert run(ROOT, "python", "-c", code).stdout.strip() == "[]"
 
 
@@ -309,10 +407,18 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.parametrize("reverse", [False, True])
 def test_compile_sees_one_operator(backend, reverse):
     inputs = {name: x.requires_grad_() for name, x in draw(dtype=torch.float32).items()}
-    call = partial(selective_scan, delta_softplus=True, reverse=reverse, backend=backend, return_last_state=True)
+    call = partial(
+        selective_scan,
+        delta_softplus=True,
+        reverse=reverse,
+        backend=backend,
+        return_last_state=True,
+    )
     traced = torch.compile(call, backend="aot_eager", fullgraph=True)
     incoming = torch.randn(2, 9, 5), torch.randn(2, 5, 3)
-    results = [torch.autograd.grad(f(**inputs), list(inputs.values()), incoming) for f in (call, traced)]
+    results = [
+        torch.autograd.grad(f(**inputs), list(inputs.values()), incoming) for f in (call, traced)
+    ]
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
@@ -323,13 +429,21 @@ def test_compile_sees_one_operator(backend, reverse):
 def test_operator_passes_torchs_own_checks(backend):
     inputs = [x.requires_grad_() for x in draw(dtype=torch.float32).values()]
     options = (True, False, backend, 4, True, False)
-    torch.library.opcheck(torch.ops.leansense.selective_scan.default, (*inputs, *options),
-                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.leansense.selective_scan.default,
+        (*inputs, *options),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
 
 
 def test_export_with_a_free_batch_and_length():
     block, x = Mamba(16).eval(), torch.randn(2, 12, 16)
-    dims = {"x": {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=4096)}}
+    dims = {
+        "x": {
+            0: torch.export.Dim("batch", min=1, max=64),
+            1: torch.export.Dim("length", min=2, max=4096),
+        }
+    }
     program = torch.export.export(block, (x,), dynamic_shapes=dims)
     names = [str(node.target) for node in program.graph.nodes]
     assert sum("leansense.selective_scan" in name for name in names) == 1
@@ -359,8 +473,16 @@ def test_memory_is_a_few_copies_of_the_input(backend):
     """Forward and backward of 512 steps with 16 states: the states alone would be 16 copies of u, the loop keeps 48."""
     from leansense.core.cost import peak_memory
 
-    inputs = {name: x.requires_grad_() for name, x in choose(draw(2, 512, 256, 16, torch.float32), ("D",)).items()}
-    step = lambda: torch.autograd.grad(selective_scan(**inputs, backend=backend).sum(), list(inputs.values()))
+    inputs = {
+        name: x.requires_grad_()
+        for name, x in choose(draw(2, 512, 256, 16, torch.float32), ("D",)).items()
+    }
+
+    def step():
+        return torch.autograd.grad(
+            selective_scan(**inputs, backend=backend).sum(), list(inputs.values())
+        )
+
     copies = peak_memory(step) / (4 * inputs["u"].numel())
     assert copies < (12 if backend == "torch" else 6), copies
 
@@ -381,11 +503,19 @@ def test_faster_than_the_loop(backend, least):
     """Forward and backward, in turns on one thread; 3.6 to 3.9 and 22 to 23 times were measured."""
     from leansense.core.cost import ratio, throughput
 
-    inputs = [x.requires_grad_() for x in choose(draw(2, 128, 512, 16, torch.float32), ("D",)).values()]
+    inputs = [
+        x.requires_grad_() for x in choose(draw(2, 128, 512, 16, torch.float32), ("D",)).values()
+    ]
     incoming = torch.ones(2, 128, 512)
-    step = lambda f: lambda: torch.autograd.grad(f(*inputs), inputs, incoming)
-    spent = throughput({"loop": step(unbind_loop), "ours": step(partial(selective_scan, backend=backend))}, repeats=5,
-                       warmup=1)
+
+    def step(f):
+        return lambda: torch.autograd.grad(f(*inputs), inputs, incoming)
+
+    spent = throughput(
+        {"loop": step(unbind_loop), "ours": step(partial(selective_scan, backend=backend))},
+        repeats=5,
+        warmup=1,
+    )
     assert ratio(spent["loop"], spent["ours"])["ratio"] > least
 
 
@@ -394,14 +524,22 @@ def test_faster_than_the_loop(backend, least):
 
 def extension(calls: list) -> types.ModuleType:
     """A stand-in for selective_scan_cuda: the published formula in its layout, which checks what it is given."""
+
     def formula(u, delta, A, B, C, D, z, bias, softplus):
-        turn = lambda x: None if x is None else x.transpose(1, 2)
-        y, h = oracle(turn(u), turn(delta), A, turn(B.squeeze(1)), turn(C.squeeze(1)), D, None, bias, softplus)
+        def turn(x):
+            return None if x is None else x.transpose(1, 2)
+
+        y, h = oracle(
+            turn(u), turn(delta), A, turn(B.squeeze(1)), turn(C.squeeze(1)), D, None, bias, softplus
+        )
         return turn(y), h
 
     def fwd(u, delta, A, B, C, D, z, bias, softplus):
         calls.append("fwd")
-        assert all(x.stride(-1) == 1 and x.dtype == u.dtype for x in (u, delta, B, C, *([] if z is None else [z])))
+        assert all(
+            x.stride(-1) == 1 and x.dtype == u.dtype
+            for x in (u, delta, B, C, *([] if z is None else [z]))
+        )
         assert A.dtype == torch.float32 and B.ndim == C.ndim == 4 and B.shape[1] == 1
         out, h = formula(u, delta, A, B, C, D, z, bias, softplus)
         states = torch.stack([torch.zeros_like(h), h], -1).flatten(2).unsqueeze(2)
@@ -409,8 +547,16 @@ def extension(calls: list) -> types.ModuleType:
 
     def bwd(u, delta, A, B, C, D, z, bias, dout, states, out, dz, softplus, recompute):
         calls.append("bwd")
-        assert (out is None) == (z is None) and dz is None and recompute is False and dout.stride(-1) == 1
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (u, delta, A, B, C, D, bias, z)]
+        assert (
+            (out is None) == (z is None)
+            and dz is None
+            and recompute is False
+            and dout.stride(-1) == 1
+        )
+        leaves = [
+            None if x is None else x.detach().requires_grad_()
+            for x in (u, delta, A, B, C, D, bias, z)
+        ]
         with torch.enable_grad():
             y = formula(*leaves[:6], leaves[7], leaves[6], softplus)[0]
             y = y if z is None else y * F.silu(leaves[7])
@@ -430,20 +576,27 @@ def test_extension_adapter(names, reverse, monkeypatch):
     calls = []
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", extension(calls))
     monkeypatch.setattr(scan, "_resolve", lambda *_: "mamba_ssm")
-    inputs = {name: x.requires_grad_() for name, x in choose(draw(dtype=torch.float32), names).items()}
+    inputs = {
+        name: x.requires_grad_() for name, x in choose(draw(dtype=torch.float32), names).items()
+    }
     y, last = selective_scan(**inputs, delta_softplus=True, reverse=reverse, return_last_state=True)
     expected, h = oracle(**inputs, delta_softplus=True, reverse=reverse)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(last, h, rtol=1e-4, atol=1e-5)
     incoming = torch.randn(y.shape)
-    for a, b in zip(*(torch.autograd.grad(out, list(inputs.values()), incoming) for out in (y, expected))):
+    for a, b in zip(
+        *(torch.autograd.grad(out, list(inputs.values()), incoming) for out in (y, expected))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert calls == ["fwd", "bwd"]
 
 
-@pytest.mark.parametrize("error", [ImportError("no module"), OSError("undefined symbol: _ZN3c10"), None])
+@pytest.mark.parametrize(
+    "error", [ImportError("no module"), OSError("undefined symbol: _ZN3c10"), None]
+)
 def test_extension_is_probed_and_never_required(error, monkeypatch):
     """Missing, or built for another PyTorch (OSError): a reason, not an exception."""
+
     class Finder:
         def find_spec(self, name, path=None, target=None):
             if name == "selective_scan_cuda" and error is not None:
@@ -456,8 +609,13 @@ def test_extension_is_probed_and_never_required(error, monkeypatch):
         assert "not importable" in found and "\n" not in found
 
 
-@pytest.mark.parametrize("device, order", [("cpu", ["cc", "torch", "triton", "mamba_ssm"]),
-                                           ("meta", ["mamba_ssm", "triton", "torch", "cc"])])
+@pytest.mark.parametrize(
+    "device, order",
+    [
+        ("cpu", ["cc", "torch", "triton", "mamba_ssm"]),
+        ("meta", ["mamba_ssm", "triton", "torch", "cc"]),
+    ],
+)
 def test_order_of_preference(device, order):
     u = torch.empty(1, 1, 1, device=device)
     probes = scan._probes(u, torch.empty(1, 16), False, False)
@@ -555,7 +713,10 @@ def test_steps_are_the_whole(dtype, names):
     whole, last = selective_scan(**inputs, **options, return_last_state=True)
     state, rows = torch.zeros_like(last), []
     for t in range(12):
-        token = {name: x[:, t] if name in ("u", "delta", "B", "C", "z") else x for name, x in inputs.items()}
+        token = {
+            name: x[:, t] if name in ("u", "delta", "B", "C", "z") else x
+            for name, x in inputs.items()
+        }
         kept = state.clone()
         y, after = selective_scan_step(state, **token, **options)
         assert torch.equal(state, kept), "a step does not change the state it is given"
@@ -581,20 +742,38 @@ def test_step_errors():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("size, taps", [((2, 70, 19), 4), ((1, 2, 3), 4), ((2, 5, 16), 1), ((1, 130, 33), 7),
-                                        ((0, 5, 3), 4), ((2, 0, 3), 4)], ids=str)
+@pytest.mark.parametrize(
+    "size, taps",
+    [
+        ((2, 70, 19), 4),
+        ((1, 2, 3), 4),
+        ((2, 5, 16), 1),
+        ((1, 130, 33), 7),
+        ((0, 5, 3), 4),
+        ((2, 0, 3), 4),
+    ],
+    ids=str,
+)
 def test_causal_conv(backend, reverse, activation, size, taps):
     generator = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(*s, generator=generator, requires_grad=True) for s in (size, (size[2], 1, taps), (size[2],))]
+    leaves = [
+        torch.randn(*s, generator=generator, requires_grad=True)
+        for s in (size, (size[2], 1, taps), (size[2],))
+    ]
     x, weight, bias = (v.double() for v in leaves)
     x = x.flip(1) if reverse else x
-    expected = F.conv1d(F.pad(x.mT, (taps - 1, 0)), weight, bias, groups=size[2]).mT if x.numel() else x
+    expected = (
+        F.conv1d(F.pad(x.mT, (taps - 1, 0)), weight, bias, groups=size[2]).mT if x.numel() else x
+    )
     expected = F.silu(expected) if activation else expected
     expected = expected.flip(1) if reverse else expected
     found = causal_conv1d(*leaves, activation, reverse, backend)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
     incoming = torch.randn(size, generator=generator)
-    pairs = (torch.autograd.grad(y, leaves, incoming.to(y.dtype), allow_unused=True) for y in (found, expected))
+    pairs = (
+        torch.autograd.grad(y, leaves, incoming.to(y.dtype), allow_unused=True)
+        for y in (found, expected)
+    )
     for a, b in zip(*pairs):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-4)
 
@@ -612,9 +791,17 @@ def test_causal_conv_errors():
 # --- the block -----------------------------------------------------------------------------------------------------
 
 # names and shapes of mamba-ssm's Mamba(d_model=64): d_inner 128, dt_rank 4, d_state 16, d_conv 4
-PARAMETERS = {"A_log": (128, 16), "D": (128,), "in_proj.weight": (256, 64), "conv1d.weight": (128, 1, 4),
-              "conv1d.bias": (128,), "x_proj.weight": (36, 128), "dt_proj.weight": (128, 4), "dt_proj.bias": (128,),
-              "out_proj.weight": (64, 128)}
+PARAMETERS = {
+    "A_log": (128, 16),
+    "D": (128,),
+    "in_proj.weight": (256, 64),
+    "conv1d.weight": (128, 1, 4),
+    "conv1d.bias": (128,),
+    "x_proj.weight": (36, 128),
+    "dt_proj.weight": (128, 4),
+    "dt_proj.bias": (128,),
+    "out_proj.weight": (64, 128),
+}
 
 
 def mamba_formula(weights: dict, x: torch.Tensor) -> torch.Tensor:
@@ -626,7 +813,9 @@ def mamba_formula(weights: dict, x: torch.Tensor) -> torch.Tensor:
     u = F.silu(F.conv1d(padded, w["conv1d.weight"], w["conv1d.bias"], groups=stream.shape[-1]).mT)
     rank, states = w["dt_proj.weight"].shape[1], w["A_log"].shape[1]
     dt, B, C = (u @ w["x_proj.weight"].T).split([rank, states, states], -1)
-    y, _ = oracle(u, dt @ w["dt_proj.weight"].T, -w["A_log"].exp(), B, C, w["D"], z, w["dt_proj.bias"], True)
+    y, _ = oracle(
+        u, dt @ w["dt_proj.weight"].T, -w["A_log"].exp(), B, C, w["D"], z, w["dt_proj.bias"], True
+    )
     return y @ w["out_proj.weight"].T
 
 
@@ -640,11 +829,14 @@ def test_mamba_has_the_published_names_and_shapes():
     torch.save(block.state_dict(), buffer)
     buffer.seek(0)
     Mamba(64).load_state_dict(torch.load(buffer, weights_only=True))
-    assert set(Mamba(64, conv_bias=False, bias=True).state_dict()) == set(PARAMETERS) - {"conv1d.bias"} | {
-        "in_proj.bias", "out_proj.bias"}
+    assert set(Mamba(64, conv_bias=False, bias=True).state_dict()) == set(PARAMETERS) - {
+        "conv1d.bias"
+    } | {"in_proj.bias", "out_proj.bias"}
 
 
-@pytest.mark.parametrize("width, count", [(64, 32_640), (128, 116_480), (256, 437_760), (512, 1_694_720)])
+@pytest.mark.parametrize(
+    "width, count", [(64, 32_640), (128, 116_480), (256, 437_760), (512, 1_694_720)]
+)
 def test_mamba_parameter_counts(width, count):
     assert sum(p.numel() for p in Mamba(width, device="meta").parameters()) == count
 
@@ -658,10 +850,18 @@ def test_mamba_initialisation():
     assert 0.0099 < step.min() < 0.012 and 0.04 < step.max() < 0.0501
     assert block.dt_proj.weight.abs().max() <= 4**-0.5 and block.dt_proj.bias._no_reinit
     assert block.A_log._no_weight_decay and block.D._no_weight_decay
-    assert torch.equal(Mamba(64, dt_init="constant", dt_scale=2.0).dt_proj.weight, torch.ones(128, 4))
-    assert F.softplus(Mamba(64, dt_min=1e-9, dt_max=1e-8, dt_init_floor=0.01).dt_proj.bias).min() > 0.0099
+    assert torch.equal(
+        Mamba(64, dt_init="constant", dt_scale=2.0).dt_proj.weight, torch.ones(128, 4)
+    )
+    assert (
+        F.softplus(Mamba(64, dt_min=1e-9, dt_max=1e-8, dt_init_floor=0.01).dt_proj.bias).min()
+        > 0.0099
+    )
     low = Mamba(64, dtype=torch.bfloat16)
-    assert low.A_log.dtype == low.D.dtype == torch.float32 and low.in_proj.weight.dtype == torch.bfloat16
+    assert (
+        low.A_log.dtype == low.D.dtype == torch.float32
+        and low.in_proj.weight.dtype == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -695,8 +895,16 @@ def test_mamba_in_float64_is_exact():
     torch.testing.assert_close(block(x), mamba_formula(block.state_dict(), x))
 
 
-@pytest.mark.parametrize("options", [{}, {"d_state": 5, "d_conv": 2, "expand": 1, "dt_rank": 3, "bias": True},
-                                     {"d_conv": 1}, {"conv_bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"d_state": 5, "d_conv": 2, "expand": 1, "dt_rank": 3, "bias": True},
+        {"d_conv": 1},
+        {"conv_bias": False},
+    ],
+    ids=str,
+)
 def test_mamba_step_by_step(options):
     torch.manual_seed(0)
     block, x = Mamba(16, **options), torch.randn(3, 11, 16)
@@ -709,7 +917,9 @@ def test_mamba_step_by_step(options):
             rows.append(y)
         torch.testing.assert_close(torch.cat(rows, 1), whole, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(cache, [conv, state], rtol=1e-4, atol=1e-5)
-        half, states = block(x[:, :2], return_states=True)  # fewer tokens than taps, then on from there
+        half, states = block(
+            x[:, :2], return_states=True
+        )  # fewer tokens than taps, then on from there
         for t in range(2, 11):
             y, *states = block.step(x[:, t : t + 1], *states)
             torch.testing.assert_close(y, whole[:, t : t + 1], rtol=1e-4, atol=1e-6)
@@ -739,11 +949,15 @@ def test_mamba_under_autocast_compiled_and_copied():
     compiled_block = torch.compile(block, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled_block(x), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(copy.deepcopy(block)(x), expected)
-    assert nn.Sequential(block, Mamba(16))(x[:0]).shape == (0, 13, 16) and block(x[:, :0]).shape == (2, 0, 16)
+    assert nn.Sequential(block, Mamba(16))(x[:0]).shape == (0, 13, 16) and block(
+        x[:, :0]
+    ).shape == (2, 0, 16)
 
 
-@pytest.mark.parametrize("arguments, message", [({"d_model": 0}, "d_model=0"),
-                                                ({"d_model": 8, "dt_init": "zero"}, "zero")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"d_model": 0}, "d_model=0"), ({"d_model": 8, "dt_init": "zero"}, "zero")],
+)
 def test_mamba_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Mamba(**arguments)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
 from torch import nn
 
+from conftest import ROOT, run
 from leansense.core.checkpoint import MARK, read_checkpoint
 from leansense.core.loader import loader
 from leansense.core.parameters import OWNED, declared
@@ -234,7 +234,9 @@ def test_predict_on_a_folder(trained, tmp_path, capsys):
 
 
 def test_loss_and_iou_vectors():
-    maps = lambda *rows: torch.tensor(rows, dtype=torch.float32)[None, None]
+    def maps(*rows):
+        return torch.tensor(rows, dtype=torch.float32)[None, None]
+
     assert abs(float(bev_loss(maps([0, 0]), maps([1, 1]))) - 1.476404) < 1e-5
     pairs = (
         (maps([1, -1], [1, -1]), maps([1, 0], [0, 0])),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from leansense.core.parameters import declared
 from leansense.simbev.data import dataset, loaders
 from leansense.simbev.model import DEMO, build

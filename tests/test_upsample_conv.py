@@ -1,4 +1,5 @@
 """The convolution of an enlarged map and the fused norm: against float64 formulas, in every shape, with their fall-backs."""
+
 import copy
 import os
 import subprocess
@@ -17,8 +18,10 @@ from leansense.layers import upsample_conv as uc
 from leansense.layers.norm_act import ACTIVATIONS, NormAct, fuse, norm_act
 from leansense.layers.upsample_conv import UpsampleConv2d, axis_adjoint, axis_weights, upsample_conv
 
-native = pytest.mark.skipif(bool(uc.why_not("upsample_conv", uc.SOURCE) or na.why_not("norm_act", na.SOURCE, na.FLAGS)),
-                            reason="no C compiler")
+native = pytest.mark.skipif(
+    bool(uc.why_not("upsample_conv", uc.SOURCE) or na.why_not("norm_act", na.SOURCE, na.FLAGS)),
+    reason="no C compiler",
+)
 
 
 def exact(x, weight, size, skip, corners):
@@ -33,8 +36,13 @@ shapes = st.tuples(*[st.integers(0 if n == 0 else 1, 6) for n in range(6)])  # B
 
 @native
 @settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from([1, 3, 5]), st.tuples(st.integers(1, 13), st.integers(1, 13)), st.booleans(),
-       st.booleans())
+@given(
+    shapes,
+    st.sampled_from([1, 3, 5]),
+    st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    st.booleans(),
+    st.booleans(),
+)
 def test_upsample_conv_is_its_definition(shape, k, size, corners, with_skip):
     """Enlarged or reduced, any kernel, any width, forward and backward."""
     B, C, O, S, h, w = shape
@@ -43,7 +51,10 @@ def test_upsample_conv_is_its_definition(shape, k, size, corners, with_skip):
     skip = torch.randn(B, S, *size, requires_grad=True) if with_skip else None
     weight = torch.randn(O, C + (S if with_skip else 0), k, k, requires_grad=True)
     inputs = [t for t in (x, weight, skip) if t is not None]
-    y, reference = upsample_conv(x, weight, size, skip, corners, "cc"), exact(x, weight, size, skip, corners)
+    y, reference = (
+        upsample_conv(x, weight, size, skip, corners, "cc"),
+        exact(x, weight, size, skip, corners),
+    )
     torch.testing.assert_close(y.double(), reference, rtol=1e-4, atol=1e-4)
     upstream = torch.randn_like(y)
     ours = torch.autograd.grad(y, inputs, upstream)
@@ -55,16 +66,21 @@ def test_upsample_conv_is_its_definition(shape, k, size, corners, with_skip):
 @pytest.mark.parametrize("corners", [True, False])
 def test_upsample_conv_gradients_in_float64(corners):
     torch.manual_seed(0)
-    x, weight, skip = (torch.randn(*s, dtype=torch.float64, requires_grad=True)
-                       for s in ((2, 3, 3, 2), (4, 5, 3, 3), (2, 2, 6, 4)))
-    assert torch.autograd.gradcheck(lambda *t: upsample_conv(t[0], t[1], (6, 4), t[2], corners, "cc"),
-                                    (x, weight, skip))
+    x, weight, skip = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True)
+        for s in ((2, 3, 3, 2), (4, 5, 3, 3), (2, 2, 6, 4))
+    )
+    assert torch.autograd.gradcheck(
+        lambda *t: upsample_conv(t[0], t[1], (6, 4), t[2], corners, "cc"), (x, weight, skip)
+    )
 
 
 @native
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_upsample_conv_partial_gradients(wanted):
-    x, weight = (torch.randn(*s, requires_grad=r) for s, r in zip(((1, 3, 4, 4), (2, 3, 3, 3)), wanted))
+    x, weight = (
+        torch.randn(*s, requires_grad=r) for s, r in zip(((1, 3, 4, 4), (2, 3, 3, 3)), wanted)
+    )
     upsample_conv(x, weight, (8, 8), backend="cc").sum().backward()
     assert ((x.grad is not None), (weight.grad is not None)) == wanted
 
@@ -77,12 +93,15 @@ def test_upsample_conv_takes_any_memory_order():
     x.requires_grad_()
     y = upsample_conv(x, weight, (8, 10), backend="cc")
     upstream = torch.randn(8, 10, 7, 2).permute(3, 2, 0, 1)
-    one, = torch.autograd.grad(y, x, upstream)
-    other, = torch.autograd.grad(exact(x, weight, (8, 10), None, True), x, upstream.double())
+    (one,) = torch.autograd.grad(y, x, upstream)
+    (other,) = torch.autograd.grad(exact(x, weight, (8, 10), None, True), x, upstream.double())
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.autograd.grad(upsample_conv(x, weight, (8, 10), backend="cc").sum(), x)[0],
-                               torch.autograd.grad(exact(x, weight, (8, 10), None, True).sum(), x)[0],
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(upsample_conv(x, weight, (8, 10), backend="cc").sum(), x)[0],
+        torch.autograd.grad(exact(x, weight, (8, 10), None, True).sum(), x)[0],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("coarse, fine", [(1, 1), (1, 5), (4, 1), (5, 10), (7, 3), (100, 200)])
@@ -93,8 +112,12 @@ def test_axis_tables(coarse, fine, corners):
     matrix = torch.zeros(fine, coarse, dtype=torch.float64)
     matrix.scatter_add_(1, neighbours.long(), weights)
     ramp = torch.randn(1, 1, coarse, dtype=torch.float64)
-    torch.testing.assert_close(matrix @ ramp[0, 0], interpolate(ramp, fine, mode="linear", align_corners=corners)[0, 0],
-                               rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        matrix @ ramp[0, 0],
+        interpolate(ramp, fine, mode="linear", align_corners=corners)[0, 0],
+        rtol=1e-6,
+        atol=1e-6,
+    )
     starts, positions, values = axis_adjoint(coarse, fine, corners)
     again = torch.zeros_like(matrix)
     for c in range(coarse):
@@ -103,16 +126,24 @@ def test_axis_tables(coarse, fine, corners):
     assert torch.equal(matrix, again)
 
 
-@pytest.mark.parametrize("weight, skip, message", [
-    ((4, 3, 3, 3), (1, 2, 8, 8), "needs 2 [+] 3 input channels"),
-    ((4, 3, 2, 2), None, "square kernel of odd size"),
-    ((4, 3, 3, 1), None, "square kernel of odd size"),
-    ((4, 5, 3, 3), (1, 2, 8, 7), r"needs \(1, 2, 8, 8\)"),
-    ((4, 5, 3, 3), (2, 2, 8, 8), r"needs \(1, 2, 8, 8\)"),
-])
+@pytest.mark.parametrize(
+    "weight, skip, message",
+    [
+        ((4, 3, 3, 3), (1, 2, 8, 8), "needs 2 [+] 3 input channels"),
+        ((4, 3, 2, 2), None, "square kernel of odd size"),
+        ((4, 3, 3, 1), None, "square kernel of odd size"),
+        ((4, 5, 3, 3), (1, 2, 8, 7), r"needs \(1, 2, 8, 8\)"),
+        ((4, 5, 3, 3), (2, 2, 8, 8), r"needs \(1, 2, 8, 8\)"),
+    ],
+)
 def test_upsample_conv_errors(weight, skip, message):
     with pytest.raises(ValueError, match=message) as caught:
-        upsample_conv(torch.zeros(1, 3, 4, 4), torch.zeros(weight), (8, 8), None if skip is None else torch.zeros(skip))
+        upsample_conv(
+            torch.zeros(1, 3, 4, 4),
+            torch.zeros(weight),
+            (8, 8),
+            None if skip is None else torch.zeros(skip),
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -121,7 +152,9 @@ def test_upsample_conv_layer_is_a_convolution_by_name():
     layer.load_state_dict(plain.state_dict())
     x, skip = torch.randn(1, 3, 4, 4), torch.randn(1, 2, 8, 8)
     fine = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)(x)
-    torch.testing.assert_close(layer(x, skip), plain(torch.cat([skip, fine], 1)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x, skip), plain(torch.cat([skip, fine], 1)), rtol=1e-4, atol=1e-5
+    )
 
 
 class Both(nn.Module):
@@ -163,27 +196,42 @@ def test_autocast_runs_the_plain_form(dtype):
 
 def test_without_a_compiler():
     """The same numbers when C is switched off, in a process of its own."""
-    code = ("import torch; from leansense.layers.upsample_conv import *; from leansense.layers.norm_act import *;"
-            "torch.manual_seed(0); n = torch.nn.BatchNorm2d(4);"
-            "y = norm_act(upsample_conv(torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), (10, 10)), n);"
-            "print(y.double().sum().item(), n.running_var.double().sum().item())")
+    code = (
+        "import torch; from leansense.layers.upsample_conv import *; from leansense.layers.norm_act import *;"
+        "torch.manual_seed(0); n = torch.nn.BatchNorm2d(4);"
+        "y = norm_act(upsample_conv(torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), (10, 10)), n);"
+        "print(y.double().sum().item(), n.running_var.double().sum().item())"
+    )
     results = []
     for cc in ({"LEANSENSE_CC": "0"}, {}):
-        done = subprocess.run([sys.executable, "-c", code], env=os.environ | cc, capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | cc,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         results.append([float(word) for word in done.stdout.split()])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 @native
 @settings(max_examples=40, deadline=None)
-@given(st.tuples(st.integers(1, 5), st.integers(1, 300), st.integers(1, 9), st.integers(2, 9)),
-       st.sampled_from(sorted(ACTIVATIONS)), st.floats(-1000, 1000), st.booleans())
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 300), st.integers(1, 9), st.integers(2, 9)),
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.floats(-1000, 1000),
+    st.booleans(),
+)
 def test_norm_act_is_its_definition(shape, act, offset, training):
     """Any number of channels, data far from zero; output, gradients and running statistics."""
     torch.manual_seed(0)
     B, C, h, w = shape
-    x = (torch.randn(B, C, h, w) + offset).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = (
+        (torch.randn(B, C, h, w) + offset)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
     norm = nn.BatchNorm2d(C).train(training)
     with torch.no_grad():
         norm.weight.uniform_(-1, 2)
@@ -194,7 +242,9 @@ def test_norm_act_is_its_definition(shape, act, offset, training):
     with torch.set_grad_enabled(training):
         y, reference = norm_act(x, norm, act, "cc"), ACTIVATIONS[act](wide(other))
     noise = 2e-6 * abs(offset) + 1e-5  # x itself is rounded at its offset
-    few = B * h * w < 8  # so few values that their variance may be tiny, and its root's inverse large
+    few = (
+        B * h * w < 8
+    )  # so few values that their variance may be tiny, and its root's inverse large
     torch.testing.assert_close(y.double(), reference, rtol=1e-4, atol=noise * (1e3 if few else 30))
     for one, wanted in zip(norm.buffers(), wide.buffers()):
         torch.testing.assert_close(one.double(), wanted.double(), rtol=1e-4, atol=noise * 10)
@@ -211,11 +261,17 @@ def test_norm_act_is_its_definition(shape, act, offset, training):
 @native
 def test_silu_over_its_whole_range():
     norm = nn.BatchNorm2d(1).eval()
-    x = torch.linspace(-120, 120, 20001)[None, None, :, None].contiguous(memory_format=torch.channels_last)
+    x = torch.linspace(-120, 120, 20001)[None, None, :, None].contiguous(
+        memory_format=torch.channels_last
+    )
     with torch.no_grad():
         y = norm_act(x, norm, "silu", "cc").double()
-    scaled = batch_norm(x.double(), norm.running_mean.double(), norm.running_var.double(), eps=norm.eps)
-    torch.testing.assert_close(y, nn.functional.silu(scaled), rtol=1e-5, atol=1e-30)  # u has 24 bits
+    scaled = batch_norm(
+        x.double(), norm.running_mean.double(), norm.running_var.double(), eps=norm.eps
+    )
+    torch.testing.assert_close(
+        y, nn.functional.silu(scaled), rtol=1e-5, atol=1e-30
+    )  # u has 24 bits
 
 
 def test_norm_act_falls_back():
@@ -240,8 +296,9 @@ def test_synchronised_norms_keep_their_activation():
     net = fuse(timm.create_model("mobilenetv3_small_050", features_only=True))
     fused = [m for m in net.modules() if isinstance(m, NormAct)]
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    assert len(fused) > 10 and all(type(m.norm) is nn.SyncBatchNorm for m in converted.modules()
-                                   if isinstance(m, NormAct))
+    assert len(fused) > 10 and all(
+        type(m.norm) is nn.SyncBatchNorm for m in converted.modules() if isinstance(m, NormAct)
+    )
 
 
 def test_cumulative_momentum():
@@ -257,7 +314,12 @@ def test_cumulative_momentum():
 def test_threads_change_nothing():
     torch.manual_seed(0)
     x = torch.randn(2, 24, 40, 40).contiguous(memory_format=torch.channels_last)
-    layer, norm, before, results = UpsampleConv2d(24, 8), nn.BatchNorm2d(8), torch.get_num_threads(), []
+    layer, norm, before, results = (
+        UpsampleConv2d(24, 8),
+        nn.BatchNorm2d(8),
+        torch.get_num_threads(),
+        [],
+    )
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

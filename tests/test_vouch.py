@@ -8,14 +8,14 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from test_records import save
 
+from conftest import ROOT
 from leansense.core import record, tables, vouch
 from leansense.core.digest import code_key, digest
 from leansense.core.paths import write_atomic
 from leansense.core.rows import read_rows
 from leansense.core.warm import Job, run_rows
+from test_records import save
 
 CELL = """value: int = 1  # of the metric
 seed: int = 0  # draws

@@ -1,4 +1,5 @@
 """The synthetic world: what is painted, hit by the lidar and filled in the label is one and the same."""
+
 import math
 from dataclasses import fields
 
@@ -53,8 +54,11 @@ from leansense.world.scene import (
 )
 
 RIGS = {
-    "simbev": simbev_rig(112, 240), "simbev-native": simbev_rig(), "nuscenes": nuscenes_rig(112, 240),
-    "front": front_rig(120, 200), "tilted": front_rig(120, 200, 95.0, (0.0, 0.0, 3.0), 30.0, 25.0),
+    "simbev": simbev_rig(112, 240),
+    "simbev-native": simbev_rig(),
+    "nuscenes": nuscenes_rig(112, 240),
+    "front": front_rig(120, 200),
+    "tilted": front_rig(120, 200, 95.0, (0.0, 0.0, 3.0), 30.0, 25.0),
 }
 
 
@@ -69,7 +73,9 @@ def surface(snapshot, rig) -> tuple[np.ndarray, np.ndarray]:
     for n, name in enumerate(rig.names):
         row, column = np.nonzero(images.instance[n])
         pixel = np.stack([column + 0.5, row + 0.5], -1)
-        points.append(unproject(pixel[None], images.depth[n, row, column][None], rig.select(name))[0])
+        points.append(
+            unproject(pixel[None], images.depth[n, row, column][None], rig.select(name))[0]
+        )
         instances.append(images.instance[n, row, column])
     return np.concatenate(points), np.concatenate(instances)
 
@@ -113,10 +119,15 @@ def test_nobody_collides(ego, seed):
 def test_same_seed_same_bytes_another_seed_another_scene():
     one, two, other = make_scene(5), make_scene(5), make_scene(6)
     for field in fields(Objects):
-        assert getattr(one.objects, field.name).tobytes() == getattr(two.objects, field.name).tobytes()
+        assert (
+            getattr(one.objects, field.name).tobytes() == getattr(two.objects, field.name).tobytes()
+        )
     assert one.street == two.street and one.street != other.street
     a, b = (render_sample(s, 1.5, RIGS["simbev"], LSS_GRID) for s in (one, two))
-    assert a.images.image.tobytes() == b.images.image.tobytes() and a.label.tobytes() == b.label.tobytes()
+    assert (
+        a.images.image.tobytes() == b.images.image.tobytes()
+        and a.label.tobytes() == b.label.tobytes()
+    )
     assert scan(a.snapshot).xyz.tobytes() == scan(b.snapshot).xyz.tobytes()
 
 
@@ -154,8 +165,13 @@ def test_every_class_occurs():
     for seed in range(12):
         scene = make_scene(seed)
         seen |= {CLASSES[k] for k in np.unique(scene.objects.kind)}
-        seen |= {name for name, channel in zip(SIMBEV_CLASSES[14], raster(scene.snapshot(0.0), SIMBEV_GRID,
-                                                                          SIMBEV_CLASSES[14])) if channel.any()}
+        seen |= {
+            name
+            for name, channel in zip(
+                SIMBEV_CLASSES[14], raster(scene.snapshot(0.0), SIMBEV_GRID, SIMBEV_CLASSES[14])
+            )
+            if channel.any()
+        }
     assert seen >= set(SIMBEV_CLASSES[14])
 
 
@@ -171,25 +187,37 @@ def test_motion_is_the_integral_of_velocity():
         assert np.allclose(view.objects.velocity, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: make_scene(0, condition="rain"), "condition='rain'"),
-    (lambda: make_scene(0, ego="fly"), "ego='fly'"),
-    (lambda: make_scene(0, density=-1), "density=-1"),
-    (lambda: class_id("lorry"), "'lorry'"),
-    (lambda: boxes("car", (1, 2), (0, 1, 1)), "size"),
-    (lambda: boxes("car", (1, 2, 3, 4), (1, 1, 1)), "centre"),
-    (lambda: simbev_rig().select("CAM_TOP"), "CAM_TOP"),
-    (lambda: front_rig(fov=0), "fov=0"),
-    (lambda: resized(simbev_rig(), 0), "scale=0"),
-    (lambda: Rig(("a",), np.zeros((1, 3)), np.ones((1, 3, 3)), np.eye(3)[None], 4, 4), "rotation"),
-    (lambda: Rig(("a",), np.zeros((2, 3)), np.eye(3)[None], np.eye(3)[None], 4, 4), "translation"),
-    (lambda: Grid(0, 4, 0.5, 1, 1), "rows=0"),
-    (lambda: Grid(4, 4, 0.5, 2, 1), "row_sense=2"),
-    (lambda: raster(still(boxes("car", (9, 0), (4, 2, 1))), LSS_GRID, ("van",)), "'van'"),
-    (lambda: raster(still(boxes("car", (9, 0), (4, 2, 1))), LSS_GRID, ("car",), fill="half"), "fill='half'"),
-    (lambda: resample(np.zeros((2, 9, 9)), LSS_GRID, CVT_GRID), "9"),
-    (lambda: Lidar(rings=0), "rings=0"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: make_scene(0, condition="rain"), "condition='rain'"),
+        (lambda: make_scene(0, ego="fly"), "ego='fly'"),
+        (lambda: make_scene(0, density=-1), "density=-1"),
+        (lambda: class_id("lorry"), "'lorry'"),
+        (lambda: boxes("car", (1, 2), (0, 1, 1)), "size"),
+        (lambda: boxes("car", (1, 2, 3, 4), (1, 1, 1)), "centre"),
+        (lambda: simbev_rig().select("CAM_TOP"), "CAM_TOP"),
+        (lambda: front_rig(fov=0), "fov=0"),
+        (lambda: resized(simbev_rig(), 0), "scale=0"),
+        (
+            lambda: Rig(("a",), np.zeros((1, 3)), np.ones((1, 3, 3)), np.eye(3)[None], 4, 4),
+            "rotation",
+        ),
+        (
+            lambda: Rig(("a",), np.zeros((2, 3)), np.eye(3)[None], np.eye(3)[None], 4, 4),
+            "translation",
+        ),
+        (lambda: Grid(0, 4, 0.5, 1, 1), "rows=0"),
+        (lambda: Grid(4, 4, 0.5, 2, 1), "row_sense=2"),
+        (lambda: raster(still(boxes("car", (9, 0), (4, 2, 1))), LSS_GRID, ("van",)), "'van'"),
+        (
+            lambda: raster(still(boxes("car", (9, 0), (4, 2, 1))), LSS_GRID, ("car",), fill="half"),
+            "fill='half'",
+        ),
+        (lambda: resample(np.zeros((2, 9, 9)), LSS_GRID, CVT_GRID), "9"),
+        (lambda: Lidar(rings=0), "rings=0"),
+    ],
+)
 def test_bad_input_is_one_line_that_names_it(call, message):
     with pytest.raises(ValueError) as error:
         call()
@@ -204,16 +232,28 @@ def test_published_vectors_of_the_rig():
     uv, depth = project(np.array([10, 4, 0.8]), rig)
     assert np.allclose(uv[1], [394.30, 531.14], atol=0.006) and np.isclose(depth[1], 9.4)
     assert np.allclose(unproject(uv, depth, rig), [10, 4, 0.8])
-    wxyz = [(.6743797, -.6743797, .2126311, -.2126311), (.5, -.5, .5, -.5), (.2126311, -.2126311, .6743797, -.6743797),
-            (.6963642, -.6963642, -.1227878, .1227878), (.5, -.5, -.5, .5), (.1227878, -.1227878, -.6963642, .6963642)]
+    wxyz = [
+        (0.6743797, -0.6743797, 0.2126311, -0.2126311),
+        (0.5, -0.5, 0.5, -0.5),
+        (0.2126311, -0.2126311, 0.6743797, -0.6743797),
+        (0.6963642, -0.6963642, -0.1227878, 0.1227878),
+        (0.5, -0.5, -0.5, 0.5),
+        (0.1227878, -0.1227878, -0.6963642, 0.6963642),
+    ]
     assert np.allclose(abs((quaternion(rig.rotation) * wxyz).sum(-1)), 1, atol=1e-6)
     assert np.allclose(rig.K[0], [[953.4029, 0, 800], [0, 953.4029, 450], [0, 0, 1]], atol=1e-4)
     assert rig.names == CAMERAS and np.allclose(looking(0), OPTICAL)
 
 
-@pytest.mark.parametrize("camera, index, expected", [
-    (1, (0, 0, 0), (4.6, 3.3564, 2.5726)), (1, (40, 7, 21), (44.6, -36.7106, -14.3429)),
-    (0, (10, 3, 10), (7.9458, 12.2072, 1.3712)), (4, (6, 4, 5), (-11.0, -4.4066, 0.5716))])
+@pytest.mark.parametrize(
+    "camera, index, expected",
+    [
+        (1, (0, 0, 0), (4.6, 3.3564, 2.5726)),
+        (1, (40, 7, 21), (44.6, -36.7106, -14.3429)),
+        (0, (10, 3, 10), (7.9458, 12.2072, 1.3712)),
+        (4, (6, 4, 5), (-11.0, -4.4066, 0.5716)),
+    ],
+)
 def test_published_frustum_points(camera, index, expected):
     """Lift-Splat-Shoot's frustum at 128 x 352 after scaling by .22 and cropping 48 rows."""
     d, h, w = index
@@ -235,9 +275,13 @@ def test_extrinsics_are_the_inverse():
 def test_quaternion_is_the_rotation(yaw, pitch):
     rotation = looking(math.radians(yaw), math.radians(pitch))
     w, x, y, z = quaternion(rotation)
-    again = np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-                      [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-                      [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]])
+    again = np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
     assert np.allclose(again, rotation, atol=1e-9) and w >= 0
     assert np.isclose(np.linalg.det(rotation), 1)
 
@@ -246,9 +290,13 @@ def test_scaling_the_image_is_scaling_K():
     """The same ray through the same relative place of the picture, cropped and scaled."""
     small = resized(simbev_rig(), 0.3, (0, 46), (224, 480))
     assert np.array_equal(small.K, simbev_rig(224, 480).K)
-    assert np.allclose(small.K[0], [[953.4029 * .3, 0, 240], [0, 953.4029 * .3, 135 - 46], [0, 0, 1]], atol=1e-4)
+    assert np.allclose(
+        small.K[0], [[953.4029 * 0.3, 0, 240], [0, 953.4029 * 0.3, 135 - 46], [0, 0, 1]], atol=1e-4
+    )
     point = np.array([10, 4, 0.8])
-    assert np.allclose(project(point, small)[0][1], project(point, simbev_rig())[0][1] * 0.3 - [0, 46])
+    assert np.allclose(
+        project(point, small)[0][1], project(point, simbev_rig())[0][1] * 0.3 - [0, 46]
+    )
 
 
 def test_published_cells():
@@ -273,16 +321,24 @@ def test_channels_are_chosen_by_name():
     view = make_scene(4).snapshot(3.0)
     full = dict(zip(SIMBEV_CLASSES[14], raster(view, SIMBEV_GRID, SIMBEV_CLASSES[14])))
     for version in (8, 11):
-        for name, channel in zip(SIMBEV_CLASSES[version], raster(view, SIMBEV_GRID, SIMBEV_CLASSES[version])):
+        for name, channel in zip(
+            SIMBEV_CLASSES[version], raster(view, SIMBEV_GRID, SIMBEV_CLASSES[version])
+        ):
             assert np.array_equal(channel, full[name]), name
-    assert (full["road"] >= full["road_line"]).all() and (full["road"] & full["sidewalk"]).sum() == 0
+    assert (full["road"] >= full["road_line"]).all() and (
+        full["road"] & full["sidewalk"]
+    ).sum() == 0
 
 
 # ------------------------------------------------------------------------------------------------ one world
 
 
-VIEWS = [(name, *view) for name in RIGS for view in ((0, "drive"), (7, "turn"), (2, "roadside"))
-         if name != "simbev-native" or view[0] == 0]  # one scene is enough at 8.6 million pixels
+VIEWS = [
+    (name, *view)
+    for name in RIGS
+    for view in ((0, "drive"), (7, "turn"), (2, "roadside"))
+    if name != "simbev-native" or view[0] == 0
+]  # one scene is enough at 8.6 million pixels
 
 
 @pytest.mark.parametrize("name, seed, ego", VIEWS)
@@ -305,18 +361,27 @@ def test_camera_and_label_agree(name, seed, ego):
                 near = np.zeros(len(r), bool)
                 for i in (-1, 0, 1):
                     for j in (-1, 0, 1):
-                        near |= label[(r + i).clip(0, grid.rows - 1), (c + j).clip(0, grid.columns - 1)] > 0
+                        near |= (
+                            label[(r + i).clip(0, grid.rows - 1), (c + j).clip(0, grid.columns - 1)]
+                            > 0
+                        )
                 assert near.all() and (~lands).mean() < 0.02
             checked += len(row)
     assert checked > 200
 
 
-CROOKED = join(boxes("car", [(12, 5), (22, -7)], (4.2, 1.9, 1.5), [0.3, 1.2]),
-               boxes("truck", [(-9, 8), (-25, -2)], (8, 2.5, 3), [2.0, 0.1]), boxes("bus", (4, -15), (11, 2.5, 3), 0.2))
+CROOKED = join(
+    boxes("car", [(12, 5), (22, -7)], (4.2, 1.9, 1.5), [0.3, 1.2]),
+    boxes("truck", [(-9, 8), (-25, -2)], (8, 2.5, 3), [2.0, 0.1]),
+    boxes("bus", (4, -15), (11, 2.5, 3), 0.2),
+)
 
 
-@pytest.mark.parametrize("rig", [simbev_rig(224, 480), nuscenes_rig(224, 480), front_rig(224, 480)],
-                         ids=["simbev", "nuscenes", "front"])
+@pytest.mark.parametrize(
+    "rig",
+    [simbev_rig(224, 480), nuscenes_rig(224, 480), front_rig(224, 480)],
+    ids=["simbev", "nuscenes", "front"],
+)
 def test_every_wrong_convention_is_found(rig):
     """With nothing in its mirrored place, only the right flip and only camera -> ego make pixels and label meet."""
     view = still(CROOKED)
@@ -328,22 +393,36 @@ def test_every_wrong_convention_is_found(rig):
         assert wrong[row, column].mean() < 0.15
     for n, name in enumerate(rig.names):  # ego -> camera, taken for camera -> ego
         one = rig.select(name)
-        swapped = Rig(one.names, one.extrinsics[:, :3, 3], one.extrinsics[:, :3, :3], one.K, rig.height, rig.width)
+        swapped = Rig(
+            one.names,
+            one.extrinsics[:, :3, 3],
+            one.extrinsics[:, :3, :3],
+            one.K,
+            rig.height,
+            rig.width,
+        )
         uv, depth = project(surface(view, one)[0], one)
         if depth.size:
-            row, column = (v.clip(0, 199) for v in LSS_GRID.cell(*unproject(uv, depth, swapped)[0, :, :2].T))
+            row, column = (
+                v.clip(0, 199) for v in LSS_GRID.cell(*unproject(uv, depth, swapped)[0, :, :2].T)
+            )
             assert label[row, column].mean() < 0.3
 
 
-@pytest.mark.parametrize("rig", [simbev_rig(), nuscenes_rig(), front_rig(360, 640, 95.0, (0, 0, 3.0), 30.0, 25.0)],
-                         ids=["simbev", "nuscenes", "tilted"])
+@pytest.mark.parametrize(
+    "rig",
+    [simbev_rig(), nuscenes_rig(), front_rig(360, 640, 95.0, (0, 0, 3.0), 30.0, 25.0)],
+    ids=["simbev", "nuscenes", "tilted"],
+)
 def test_visible_footprints_are_covered(rig):
     """Flat boxes, onto whose top every camera looks: pixels reach each cell of the footprint."""
     checked = 0
     for x, y, yaw in ((9, 2, 0.4), (6, 4, -0.3), (-7, 6, 1.2), (-9, -3, 2.0), (7, -6, 0.1)):
         view = still(boxes("car", (x, y), (4.2, 1.9, 0.2), yaw))
         uv, depth = project_boxes(view.objects, rig)
-        whole = ((depth > 0) & (uv >= 0).all(-1) & (uv <= [rig.width, rig.height]).all(-1)).all(-1)[:, 0]
+        whole = ((depth > 0) & (uv >= 0).all(-1) & (uv <= [rig.width, rig.height]).all(-1)).all(-1)[
+            :, 0
+        ]
         if whole.any():
             points, _ = surface(view, rig.select(*(n for n, w in zip(rig.names, whole) if w)))
             _, row, column = footprint_cells(view.objects, LSS_GRID, "centre")
@@ -376,11 +455,19 @@ def test_pixels_are_what_a_slow_ray_caster_sees(name):
         seen = np.isfinite(expected) & (wanted == 0) & (instance == 0)
         points = rays[seen] * expected[seen, None] + rig.translation[n]
         kind = images.kind[camera[mine], row[mine], column[mine]][seen]
-        assert (kind == view.ground_kind(points[:, 0], points[:, 1])).mean() > 0.99  # float32 at the border of a line
+        assert (
+            kind == view.ground_kind(points[:, 0], points[:, 1])
+        ).mean() > 0.99  # float32 at the border of a line
 
 
-@given(x=st.floats(-3, 12), y=st.floats(-6, 6), yaw=st.floats(-3.2, 3.2), length=st.floats(0.3, 14),
-       width=st.floats(0.3, 3), height=st.floats(0.3, 4))
+@given(
+    x=st.floats(-3, 12),
+    y=st.floats(-6, 6),
+    yaw=st.floats(-3.2, 3.2),
+    length=st.floats(0.3, 14),
+    width=st.floats(0.3, 3),
+    height=st.floats(0.3, 4),
+)
 @settings(max_examples=60, deadline=None)
 def test_any_box_close_to_the_camera(x, y, yaw, length, width, height):
     """Boxes that surround, touch or pass the image plane: the renderer needs no clipping and is right nevertheless."""
@@ -407,9 +494,14 @@ def test_lidar_camera_and_label_agree():
     uv, depth = project(points.xyz, rig.select("CAM_FRONT"))
     column, row = np.floor(uv[0]).astype(int).T
     seen = (depth[0] > 0) & (row >= 0) & (row < rig.height) & (column >= 0) & (column < rig.width)
-    found, instance = images.depth[1, row[seen], column[seen]], images.instance[1, row[seen], column[seen]]
+    found, instance = (
+        images.depth[1, row[seen], column[seen]],
+        images.instance[1, row[seen], column[seen]],
+    )
     agree = instance == points.instance[seen]
-    assert seen.sum() > 2000 and agree.mean() > 0.98  # beams and pixel centres differ by half a pixel
+    assert (
+        seen.sum() > 2000 and agree.mean() > 0.98
+    )  # beams and pixel centres differ by half a pixel
     on_object = agree & (instance > 0)
     assert np.median(abs(found - depth[0, seen])[on_object] / found[on_object]) < 0.01
     vehicles = np.isin(points.kind, [class_id(v) for v in VEHICLES])
@@ -424,19 +516,30 @@ def test_lidar_is_a_slow_ray_caster_too():
     azimuth = np.arange(256) * (2 * math.pi / 256)
     elevation = np.radians(np.linspace(-25, 5, 16))
     flat = np.stack([np.cos(azimuth), np.sin(azimuth)], -1)[:, None] * np.cos(elevation)[:, None]
-    way = np.concatenate([flat, np.broadcast_to(np.sin(elevation)[:, None], (256, 16, 1))], -1).reshape(-1, 3)
+    way = np.concatenate(
+        [flat, np.broadcast_to(np.sin(elevation)[:, None], (256, 16, 1))], -1
+    ).reshape(-1, 3)
     distance, _ = slab(np.array(lidar.centre), way, view.objects)
     ground = np.where(way[:, 2] < -1e-12, -lidar.centre[2] / np.minimum(way[:, 2], -1e-12), np.inf)
     expected = np.minimum(distance, ground).reshape(256, 16)
     found = np.full((256, 16), np.inf)
-    found[points.azimuth, points.ring] = np.linalg.norm(points.xyz - np.array(lidar.centre, np.float32), axis=1)
+    found[points.azimuth, points.ring] = np.linalg.norm(
+        points.xyz - np.array(lidar.centre, np.float32), axis=1
+    )
     assert np.isclose(found, expected, rtol=1e-4).mean() > 0.999
 
 
 def test_dropout_and_noise_are_seeded():
     view, lossy = make_scene(0).snapshot(2.0), Lidar(dropout=0.3, noise=0.05)
-    clean, a, b, other = scan(view), scan(view, lossy, 1), scan(view, lossy, 1), scan(view, lossy, 2)
-    assert np.array_equal(a.xyz, b.xyz) and not (len(a.xyz) == len(other.xyz) and np.array_equal(a.xyz, other.xyz))
+    clean, a, b, other = (
+        scan(view),
+        scan(view, lossy, 1),
+        scan(view, lossy, 1),
+        scan(view, lossy, 2),
+    )
+    assert np.array_equal(a.xyz, b.xyz) and not (
+        len(a.xyz) == len(other.xyz) and np.array_equal(a.xyz, other.xyz)
+    )
     assert abs(len(a.xyz) / len(clean.xyz) - 0.7) < 0.03
     assert (np.linalg.norm(clean.xyz - [0, 0, 1.8], axis=1) <= 100.001).all()
 
@@ -445,30 +548,49 @@ def test_dropout_and_noise_are_seeded():
 def test_no_line_slips_between_the_cells(grid):
     """The solid centre line is in every row, wherever it falls between the columns."""
     for y in np.linspace(-2.0, -1.0, 11):
-        view = still(boxes("car", (10, 4), (4, 2, 1.6)), Street(crossing=None, zebra=None), pose=(0.0, float(y), 0.0))
+        view = still(
+            boxes("car", (10, 4), (4, 2, 1.6)),
+            Street(crossing=None, zebra=None),
+            pose=(0.0, float(y), 0.0),
+        )
         column = grid.cell(0.0, -y)[1]
-        line = raster(view, grid, ("road", "road_line"))[1][:, column - 1:column + 2]
+        line = raster(view, grid, ("road", "road_line"))[1][:, column - 1 : column + 2]
         assert line.any(1).all() and line.sum(1).max() <= 2
 
 
-@given(x=st.floats(-30, 30), y=st.floats(-30, 30), yaw=st.floats(-3.2, 3.2), length=st.floats(0.2, 12),
-       width=st.floats(0.2, 3))
+@given(
+    x=st.floats(-30, 30),
+    y=st.floats(-30, 30),
+    yaw=st.floats(-3.2, 3.2),
+    length=st.floats(0.2, 12),
+    width=st.floats(0.2, 3),
+)
 @settings(max_examples=60, deadline=None)
 def test_touched_cells_are_exact(x, y, yaw, length, width):
     """Against a dense cloud: every cell with a point of the box is filled, and none whose square is clear of it."""
     box = boxes("car", (x, y), (length, width, 1.5), yaw)
     _, row, column = footprint_cells(box, LSS_GRID)
     filled = set(zip(row.tolist(), column.tolist()))
-    a, b = np.meshgrid(np.linspace(-length / 2, length / 2, 90), np.linspace(-width / 2, width / 2, 90))
+    a, b = np.meshgrid(
+        np.linspace(-length / 2, length / 2, 90), np.linspace(-width / 2, width / 2, 90)
+    )
     px, py = x + math.cos(yaw) * a - math.sin(yaw) * b, y + math.sin(yaw) * a + math.cos(yaw) * b
     row, column = LSS_GRID.cell(px.ravel(), py.ravel())
-    touched = {(r, c) for r, c in zip(row.tolist(), column.tolist()) if 0 <= r < 200 and 0 <= c < 200}
+    touched = {
+        (r, c) for r, c in zip(row.tolist(), column.tolist()) if 0 <= r < 200 and 0 <= c < 200
+    }
     assert touched - filled == set() or all(  # a point that rounding puts over a border
-        any((r + i, c + j) in filled for i in (-1, 0, 1) for j in (-1, 0, 1)) for r, c in touched - filled)
+        any((r + i, c + j) in filled for i in (-1, 0, 1) for j in (-1, 0, 1))
+        for r, c in touched - filled
+    )
     gx, gy = LSS_GRID.centres()
-    for r, c in filled - touched:  # its square must meet the box, if only at a corner the cloud misses
+    for r, c in (
+        filled - touched
+    ):  # its square must meet the box, if only at a corner the cloud misses
         cell = np.array([gx[r, 0], gy[0, c], 0.0])
-        assert overlap(np.array([x, y, yaw]), np.array([length, width]), cell, np.array([0.5, 0.5]), 1e-6)
+        assert overlap(
+            np.array([x, y, yaw]), np.array([length, width]), cell, np.array([0.5, 0.5]), 1e-6
+        )
     _, row, column = footprint_cells(box, LSS_GRID, "centre")
     assert set(zip(row.tolist(), column.tolist())) <= filled
 
@@ -495,10 +617,16 @@ def test_light_changes_colours_only():
 
 def test_nearer_hides_farther_whatever_the_order():
     near, far = boxes("car", (10, 0), (4, 2, 1.5)), boxes("bus", (25, 0.5), (11, 2.5, 3))
-    a, b = render(still(join(near, far)), RIGS["front"]), render(still(join(far, near)), RIGS["front"])
+    a, b = (
+        render(still(join(near, far)), RIGS["front"]),
+        render(still(join(far, near)), RIGS["front"]),
+    )
     assert np.array_equal(a.depth, b.depth) and np.array_equal(a.kind, b.kind)
     assert {CLASSES[k] for k in np.unique(a.kind)} >= {"car", "bus"}
-    assert np.array_equal(a.instance > 0, b.instance > 0) and ((a.instance == 1) == (b.instance == 2)).all()
+    assert (
+        np.array_equal(a.instance > 0, b.instance > 0)
+        and ((a.instance == 1) == (b.instance == 2)).all()
+    )
 
 
 def test_segments_are_inside_and_behind_is_cut():
@@ -522,5 +650,8 @@ def test_ground_look_up_is_the_street():
     expected[(y < outer_r) | (y > outer_l)] = class_id("terrain")
     expected[(y > outer_r) & (y < bay) | (y > left) & (y < outer_l)] = class_id("sidewalk")
     expected[abs(y) < 0.15] = class_id("road_line")
-    clear = np.abs(y[:, None] - np.array([outer_r, bay, right, left, outer_l, -0.15, 0.15])).min(1) > 0.03
+    clear = (
+        np.abs(y[:, None] - np.array([outer_r, bay, right, left, outer_l, -0.15, 0.15])).min(1)
+        > 0.03
+    )
     assert np.array_equal(kind[clear], expected[clear])

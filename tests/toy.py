@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from conftest import ROOT, run
-
 from leansense.core.paths import write_atomic
 
 ROW = [

@@ -35,19 +35,24 @@ class Problem:
     error: type[Exception] = ValueError
 
     def __str__(self) -> str:
-        return " ".join(f"{self.path}: {self.what}; {self.fix}".split())  # one line, whatever a decoder answered
+        return " ".join(
+            f"{self.path}: {self.what}; {self.fix}".split()
+        )  # one line, whatever a decoder answered
 
 # %% ../../../nbs/core/60_check.ipynb #2e1a3413
 @dataclass
 class Report:
     """What the doctor found in one folder; `print` it, ask `.ok`, or let it raise."""
+
     system: str
     folder: str
     facts: list[str] = field(default_factory=list)
     errors: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
 
-    def add(self, path: str | Path, what: str, fix: str, error: type[Exception] = ValueError) -> None:
+    def add(
+        self, path: str | Path, what: str, fix: str, error: type[Exception] = ValueError
+    ) -> None:
         """Note something that a run cannot live with."""
         self.errors.append(Problem(str(path), what, fix, error))
 
@@ -69,14 +74,20 @@ class Report:
         """Raise the first error in one line, with the number of the others and the command that lists them."""
         if self.errors:
             rest = len(self.errors) - 1
-            more = f" (and {rest} more problem{'s' * (rest > 1)}; list all: {self.command})" if rest else ""
+            more = (
+                f" (and {rest} more problem{'s' * (rest > 1)}; list all: {self.command})"
+                if rest
+                else ""
+            )
             raise self.errors[0].error(f"{self.errors[0]}{more}")
 
     def __str__(self) -> str:
         counts = f"{len(self.errors)} error(s), {len(self.warnings)} warning(s)"
         lines = [f"{self.system}  {self.folder}: {'ok' if self.ok else 'NOT USABLE'}, {counts}"]
         marked = (("ok", self.facts), ("error", self.errors), ("warning", self.warnings))
-        return "\n".join(lines + [f"  {mark:<8}{entry}" for mark, entries in marked for entry in entries])
+        return "\n".join(
+            lines + [f"  {mark:<8}{entry}" for mark, entries in marked for entry in entries]
+        )
 
 # %% ../../../nbs/core/60_check.ipynb #be0fb424
 _YOUNG = 2_000_000_000  # nanoseconds
@@ -157,7 +168,9 @@ def check(system: str, folder: str) -> Report:
 # %% ../../../nbs/core/60_check.ipynb #3955c274
 def main(arguments: list[str] | None = None) -> int:
     """The command line: 0 the data can be used, 1 it cannot, 2 the system is unknown."""
-    parser = argparse.ArgumentParser("python -m leansense.core.check", description="Check a data set file by file.")
+    parser = argparse.ArgumentParser(
+        "python -m leansense.core.check", description="Check a data set file by file."
+    )
     parser.add_argument("system", help=f"one of {', '.join(systems())}")
     parser.add_argument("folder", help="where the data set lies")
     given = parser.parse_args(arguments)
@@ -170,5 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if report.ok else 1
 
 
-if __name__ == "__main__" and globals().get("__spec__"):  # under python -m; a notebook's __main__ has no spec
+if __name__ == "__main__" and globals().get(
+    "__spec__"
+):  # under python -m; a notebook's __main__ has no spec
     sys.exit(main())

@@ -273,9 +273,15 @@ def _rounds(names: Sequence[str], repeats: int) -> list[list[str]]:
 
 # %% ../../../nbs/core/30_cost.ipynb #ad417240
 def throughput(
-    steps: Mapping[str, Callable[[], Any]], repeats: int = 12, warmup: int = 3, inner: int = 1,
-    batch: int = 1, clock: str = "process", device: str | torch.device = "cpu",
-    dtype: str = "float32", threads: int | None = None,
+    steps: Mapping[str, Callable[[], Any]],
+    repeats: int = 12,
+    warmup: int = 3,
+    inner: int = 1,
+    batch: int = 1,
+    clock: str = "process",
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
 ) -> dict[str, Timing]:
     """Seconds per call of several steps, timed in turns (ABBA) in this process; name -> Timing.
 

@@ -12,23 +12,53 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from .paths import write_atomic
 
 # %% ../../../nbs/core/50_figures.ipynb #a9d0e78f
 COLUMN, PAGE = 3.25, 6.75  # inches
-COLOURS = ("#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9")
+COLOURS = (
+    "#0173b2",
+    "#de8f05",
+    "#029e73",
+    "#d55e00",
+    "#cc78bc",
+    "#ca9161",
+    "#fbafe4",
+    "#949494",
+    "#ece133",
+    "#56b4e9",
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE = {
-    "font.family": "serif", "font.serif": ["DejaVu Serif"], "mathtext.fontset": "dejavuserif", "font.size": 8,
-    "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2,
-    "lines.markersize": 4, "axes.grid": True, "grid.linewidth": 0.4, "grid.alpha": 0.5, "legend.frameon": False,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "pdf.fonttype": 42, "savefig.dpi": 200, "figure.dpi": 110,
-    "figure.constrained_layout.use": True, "svg.hashsalt": "leansense"}
+    "font.family": "serif",
+    "font.serif": ["DejaVu Serif"],
+    "mathtext.fontset": "dejavuserif",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.5,
+    "legend.frameon": False,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "leansense",
+}
 
 
 @contextmanager
@@ -42,10 +72,14 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
     """Write `path`.pdf and `path`.png, byte-reproducible, each in one step; returns both paths."""
     found = []
     with style():
-        for kind, metadata in (("pdf", {"CreationDate": None, "Producer": None, "Creator": None}),
-                               ("png", {"Software": None})):
+        for kind, metadata in (
+            ("pdf", {"CreationDate": None, "Producer": None, "Creator": None}),
+            ("png", {"Software": None}),
+        ):
             buffer = BytesIO()
-            figure.savefig(buffer, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.02)
+            figure.savefig(
+                buffer, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.02
+            )
             found.append(write_atomic(Path(f"{path}.{kind}"), buffer.getvalue()))
     return tuple(found)
 
@@ -57,7 +91,13 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], axes) -> None:
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(matrix):
         axes.text(
-            j, i, f"{count:g}", ha="center", va="center", color="white" if share[i, j] > 0.55 else "black", fontsize=7
+            j,
+            i,
+            f"{count:g}",
+            ha="center",
+            va="center",
+            color="white" if share[i, j] > 0.55 else "black",
+            fontsize=7,
         )
     names = [name.replace("_", " ") for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
@@ -66,7 +106,12 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], axes) -> None:
     axes.grid(False)
 
 
-def sheet(images: Sequence[np.ndarray], titles: Sequence[str], columns: int = 6, colours: Sequence[str] = ()) -> Figure:
+def sheet(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str],
+    columns: int = 6,
+    colours: Sequence[str] = (),
+) -> Figure:
     """A sheet of (H, W, 3) uint8 images with a title each, in the page's width; `colours` tints the titles."""
     lines = max(1, -(-len(images) // columns))
     figure, grid = plt.subplots(lines, columns, figsize=(PAGE, 1.32 * lines), squeeze=False)

@@ -167,7 +167,7 @@ def _release(folder: Path) -> None:
 
 def _lock(file) -> str:
     """Lock an open file for this process; who has it already, else nothing."""
-    for turn in range(50):
+    for _ in range(50):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return ""

@@ -85,9 +85,7 @@ class Row:
     notebook: str  # relative to the repository
     cores: int  # 0: all that the machine has, and nothing beside it
     params: dict = field(hash=False)
-    claim: dict = field(
-        default_factory=dict, hash=False
-    )  # the guide's values, for the table
+    claim: dict = field(default_factory=dict, hash=False)  # the guide's values, for the table
 
     @property
     def set(self) -> str:

@@ -93,6 +93,7 @@ def _listed(manifest: Path) -> dict[str, list]:
 # %% ../../../nbs/core/62_store.ipynb #efe9e963
 def _write_list(manifest: Path, files: dict[str, Path]) -> None:
     """Write the list of some files: name, size, digest; their bytes are on disk then."""
+
     def entry(path: Path) -> tuple[int, str]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())

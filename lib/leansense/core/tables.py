@@ -134,13 +134,14 @@ def over_seeds(runs: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 @dataclass(frozen=True)
 class Column:
     """How one measured value is printed in a table."""
-    source: str                      # column of the DataFrame: 'metrics.valid_f1'
-    title: str                       # heading, with the unit; escaped when written
+
+    source: str  # column of the DataFrame: 'metrics.valid_f1'
+    title: str  # heading, with the unit; escaped when written
     digits: int = 2
-    scale: float = 1.0               # 100 for per cent
-    best: Callable | None = None     # max, min, or nothing
-    sd: bool = False                 # mean ± sd over seeds where there are at least two
-    text: bool = False               # print as it is
+    scale: float = 1.0  # 100 for per cent
+    best: Callable | None = None  # max, min, or nothing
+    sd: bool = False  # mean ± sd over seeds where there are at least two
+    text: bool = False  # print as it is
 
     def cell(self, line: pd.Series) -> str:
         """The printed value of one line; a dash when it was not measured."""
@@ -291,7 +292,10 @@ class Paper:
 # %% ../../../nbs/core/40_tables.ipynb #88535002
 def _distinct(runs: pd.DataFrame, column: str) -> list[str]:
     """The different values of a column among the lines that have a record."""
-    whole = lambda value: isinstance(value, float) and value.is_integer()  # noqa: E731: beside rows without a record
+
+    def whole(value):
+        return isinstance(value, float) and value.is_integer()  # beside rows without a record
+
     values = runs[column].dropna() if column in runs else ()
     return sorted({str(int(value) if whole(value) else value) for value in values})
 

@@ -60,7 +60,10 @@ class Tally:
         parts = gathered(self.state())
         self.__init__()
         names = list(dict.fromkeys(name for part in parts for name in part["sums"]))
-        total = lambda kind, name: sum(part[kind].get(name, 0) for part in parts)  # noqa: E731
+
+        def total(kind: str, name: str) -> float:
+            return sum(part[kind].get(name, 0) for part in parts)
+
         return {name: total("sums", name) / total("sizes", name) for name in names}
 
 # %% ../../../nbs/core/28_task.ipynb #ca90b724

@@ -490,9 +490,14 @@ def _thread_error(args: threading.ExceptHookArgs) -> None:
 @contextlib.contextmanager
 def _quietly(threads: int):
     """Lightning silent up to errors, and the process's global settings as they were afterwards."""
-    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    loggers = [
+        logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")
+    ]
     levels, before = [log.level for log in loggers], torch.get_num_threads()
-    exact, warn = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    exact, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     handler, benchmark = signal.getsignal(signal.SIGINT), torch.backends.cudnn.benchmark
     strict = torch.utils.deterministic
     fill, strict.fill_uninitialized_memory = strict.fill_uninitialized_memory, False  # it is slow
@@ -508,8 +513,12 @@ def _quietly(threads: int):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\..*")
-            warnings.filterwarnings("ignore", message=r".*(num_workers|does not have many workers|sync_dist).*")
-            warnings.filterwarnings("ignore", message=r".*(find_unused_parameters|use of fork\(\)).*")
+            warnings.filterwarnings(
+                "ignore", message=r".*(num_workers|does not have many workers|sync_dist).*"
+            )
+            warnings.filterwarnings(
+                "ignore", message=r".*(find_unused_parameters|use of fork\(\)).*"
+            )
             yield
     except SystemExit as stop:
         if isinstance(stop, SIGTERMException):  # the cluster ends the job: let it end

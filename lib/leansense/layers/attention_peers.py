@@ -23,23 +23,42 @@ from .linear_attention import linear_attention_qkv, softmax_attention
 EPS = 1e-6
 
 
-def problem(size: dict, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
+def problem(
+    size: dict, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Problem:
     """qkv (B, 3C, h, w) and a gradient (B, C, h, w); size: B, N and, if wanted, C and heads."""
-    batch, n, channels, heads = size.get("B", 1), size["N"], size.get("C", 256), size.get("heads", 8)
+    batch, n, channels, heads = (
+        size.get("B", 1),
+        size["N"],
+        size.get("C", 256),
+        size.get("heads", 8),
+    )
     if channels % heads:
         raise ValueError(f"C={channels} must be a multiple of heads={heads}")
     side = math.isqrt(n)
     shape = (side, side) if side * side == n else (1, n)
     draw = torch.Generator().manual_seed(seed)
-    make = lambda c: torch.randn(batch, c, *shape, generator=draw).to(device, dtype)
+
+    def make(c):
+        return torch.randn(batch, c, *shape, generator=draw).to(device, dtype)
+
     return Problem({"qkv": make(3 * channels).requires_grad_()}, make(channels), {"heads": heads})
 
 
 def work(size: dict) -> dict:
     """What no forward pass can avoid: bytes of fp32 inputs and output, FLOPs; no exponentials."""
-    batch, n, channels, heads = size.get("B", 1), size["N"], size.get("C", 256), size.get("heads", 8)
+    batch, n, channels, heads = (
+        size.get("B", 1),
+        size["N"],
+        size.get("C", 256),
+        size.get("heads", 8),
+    )
     d = channels // heads
-    return {"bytes": 4 * batch * 4 * channels * n, "flops": batch * heads * (4 * n * d * d + 2 * n * d), "exps": 0}
+    return {
+        "bytes": 4 * batch * 4 * channels * n,
+        "flops": batch * heads * (4 * n * d * d + 2 * n * d),
+        "exps": 0,
+    }
 
 # %% ../../../nbs/layers/71_attention_peers.ipynb #787795ea
 def _tokens_first(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, ...]:
@@ -133,17 +152,61 @@ def _native_why_not() -> str:
     return import_module("leansense.layers.linear_attention_native").why_not()
 
 
-OPERATOR = Operator("linear_attention", problem, reference, {
-    "lite": Contender("LiteMLA's operations", False, partial(_call, lite_mla),
-                          note="EfficientViT's order of operations (arXiv:2205.14756)"),
-    "timm": Contender("LiteMLA's core in timm", False, _prepare_timm, _timm_why_not, "the same, timm's own code"),
-    "einsum": Contender("einsum, tokens first", False, partial(_call, einsum),
-                        note="the formula of arXiv:2006.16236 as usually written"),
-    "sdpa": Contender("softmax, PyTorch's kernel", False, partial(_call, sdpa), reference=softmax_reference,
-                      note="another function: the ratio is where the algorithms cross, not whose code is better"),
-    "reference": Contender("ours, plain formula", True, _ours("reference"), note="what compilers and exporters see"),
-    "torch": Contender("ours, PyTorch", True, _ours("torch"), note="channels first, backward by hand"),
-    **compiled(Contender("ours in C", True, _ours("cc"), _native_why_not, "one head at a time, in cache", ("cpu",))),
-    "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"),
-                        "two kernels forward, two backward", ("cuda",)),
-}, work)
+OPERATOR = Operator(
+    "linear_attention",
+    problem,
+    reference,
+    {
+        "lite": Contender(
+            "LiteMLA's operations",
+            False,
+            partial(_call, lite_mla),
+            note="EfficientViT's order of operations (arXiv:2205.14756)",
+        ),
+        "timm": Contender(
+            "LiteMLA's core in timm",
+            False,
+            _prepare_timm,
+            _timm_why_not,
+            "the same, timm's own code",
+        ),
+        "einsum": Contender(
+            "einsum, tokens first",
+            False,
+            partial(_call, einsum),
+            note="the formula of arXiv:2006.16236 as usually written",
+        ),
+        "sdpa": Contender(
+            "softmax, PyTorch's kernel",
+            False,
+            partial(_call, sdpa),
+            reference=softmax_reference,
+            note="another function: the ratio is where the algorithms cross, not whose code is better",
+        ),
+        "reference": Contender(
+            "ours, plain formula", True, _ours("reference"), note="what compilers and exporters see"
+        ),
+        "torch": Contender(
+            "ours, PyTorch", True, _ours("torch"), note="channels first, backward by hand"
+        ),
+        **compiled(
+            Contender(
+                "ours in C",
+                True,
+                _ours("cc"),
+                _native_why_not,
+                "one head at a time, in cache",
+                ("cpu",),
+            )
+        ),
+        "triton": Contender(
+            "ours, Triton",
+            True,
+            _ours("triton"),
+            lambda: triton_why_not("cuda"),
+            "two kernels forward, two backward",
+            ("cuda",),
+        ),
+    },
+    work,
+)

@@ -46,7 +46,9 @@ def _features() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ()))
+    return frozenset(
+        next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), ())
+    )
 
 
 @functools.cache
@@ -62,7 +64,9 @@ def isa() -> str:
         raise NativeError(f"LEANSENSE_ISA={wanted}: choose from {', '.join(INSTRUCTIONS)}")
     usable = usable_isas()
     if wanted and wanted not in usable:
-        raise NativeError(f"LEANSENSE_ISA={wanted}: this processor cannot run it; it can run {', '.join(usable)}")
+        raise NativeError(
+            f"LEANSENSE_ISA={wanted}: this processor cannot run it; it can run {', '.join(usable)}"
+        )
     return wanted or usable[0]
 
 
@@ -155,4 +159,8 @@ def triton_why_not(device_type: str) -> str:
         return "triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
-    return "" if device_type == "cuda" else f"tensors are on {device_type}; Triton kernels need a CUDA device"
+    return (
+        ""
+        if device_type == "cuda"
+        else f"tensors are on {device_type}; Triton kernels need a CUDA device"
+    )

@@ -27,9 +27,13 @@ BUILDS = {"v4": "AVX-512", "v3": "AVX2", "generic": "any processor"}
 class Problem:
     """The inputs of one comparison."""
 
-    inputs: dict[str, Tensor]  # what a contender may differentiate; requires_grad is set on those that have gradients
+    inputs: dict[
+        str, Tensor
+    ]  # what a contender may differentiate; requires_grad is set on those that have gradients
     gradient: Tensor  # the incoming gradient, of the output's shape
-    extra: dict[str, Any] = field(default_factory=dict)  # what has no gradient: sizes, geometry, plans
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # what has no gradient: sizes, geometry, plans
 
     def wanted(self) -> list[Tensor]:
         """The inputs whose gradients are computed, in order."""
@@ -37,7 +41,10 @@ class Problem:
 
     def double(self) -> "Problem":
         """The same problem in float64, with inputs of its own."""
-        wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in self.inputs.items()}
+        wide = {
+            name: x.detach().double().requires_grad_(x.requires_grad)
+            for name, x in self.inputs.items()
+        }
         return replace(self, inputs=wide, gradient=self.gradient.double())
 
 # %% ../../../nbs/layers/60_bench.ipynb #f9c92e1f
@@ -47,11 +54,15 @@ class Contender:
 
     label: str
     ours: bool
-    prepare: Callable[[Problem], Callable[[], Tensor]]  # untimed; returns the function that is timed
+    prepare: Callable[
+        [Problem], Callable[[], Tensor]
+    ]  # untimed; returns the function that is timed
     why_not: Callable[[], str] = lambda: ""  # why it cannot run here; empty if it can
     note: str = ""  # what it is and where it comes from, in a sentence
     devices: tuple[str, ...] = ("cpu", "cuda")
-    reference: Callable[[Problem], Tensor] | None = None  # its own exact formula, where it is another function
+    reference: Callable[[Problem], Tensor] | None = (
+        None  # its own exact formula, where it is another function
+    )
     build: str = ""  # of compiled C: "widest" or an instruction set; empty: not compiled
 
     @property
@@ -73,17 +84,23 @@ class Operator:
     problem: Callable[..., Problem]  # problem(size, seed, dtype, device)
     reference: Callable[[Problem], Tensor]  # the formula, exact in float64, differentiable
     contenders: dict[str, Contender]
-    work: Callable[[dict], dict]  # size -> {"bytes", "flops", "exps"}: what no forward pass can avoid
+    work: Callable[
+        [dict], dict
+    ]  # size -> {"bytes", "flops", "exps"}: what no forward pass can avoid
 
 # %% ../../../nbs/layers/60_bench.ipynb #9b8ddeed
 def compiled(contender: Contender) -> dict[str, Contender]:
     """{"cc": the widest build that this processor runs, "cc_v3": the one for AVX2} of a contender in C."""
+
     def why_not() -> str:
         if "v3" not in usable_isas():
             return "this processor has no AVX2"
         return "cc is that build on this machine" if isa() == "v3" else contender.why_not()
 
-    return {"cc": replace(contender, build="widest"), "cc_v3": replace(contender, build="v3", why_not=why_not)}
+    return {
+        "cc": replace(contender, build="widest"),
+        "cc_v3": replace(contender, build="v3", why_not=why_not),
+    }
 
 # %% ../../../nbs/layers/60_bench.ipynb #224e583e
 PHASES = ("forward", "train")
@@ -116,7 +133,9 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).abs().max()) / (scale or 1.0)
 
 
-def errors(operator: Operator, problem: Problem, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def errors(
+    operator: Operator, problem: Problem, names: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """{"forward": {contender: error}, "train": {...}} against the float64 formula."""
     exact, found = {}, {phase: {} for phase in PHASES}
     for name in names:
@@ -134,26 +153,43 @@ def errors(operator: Operator, problem: Problem, names: Sequence[str]) -> dict[s
     return found
 
 # %% ../../../nbs/layers/60_bench.ipynb #0e2e9d29
-CLOCKS = {"cpu1": ("cpu", "process", 1), "wall2": ("cpu", "wall", 2), "cuda": ("cuda", "wall", None)}
+CLOCKS = {
+    "cpu1": ("cpu", "process", 1),
+    "wall2": ("cpu", "wall", 2),
+    "cuda": ("cuda", "wall", None),
+}
 
 
 def times(steps: Mapping[str, Callable], clock: str, repeats: int) -> dict[str, Any]:
     """{"ms": {name: quartiles}, "ratio": {a: {b: quartiles of time(a) / time(b)}}}, all steps in turns."""
     device, kind, threads = CLOCKS[clock]
-    timings = throughput(steps, repeats=repeats, warmup=1, clock=kind, device=device, threads=threads)
-    as_dict = lambda q: dict(zip(("p25", "p50", "p75"), q))
-    ms = {name: as_dict([1e3 * q for q in quartiles(timing.seconds)]) for name, timing in timings.items()}
+    timings = throughput(
+        steps, repeats=repeats, warmup=1, clock=kind, device=device, threads=threads
+    )
+
+    def as_dict(q):
+        return dict(zip(("p25", "p50", "p75"), q))
+
+    ms = {
+        name: as_dict([1e3 * q for q in quartiles(timing.seconds)])
+        for name, timing in timings.items()
+    }
     ratios: dict[str, dict] = {}
     for a in timings:
         for b in timings:
             if a != b:
                 found = ratio(timings[a], timings[b])
-                ratios.setdefault(a, {})[b] = {"p25": found["p25"], "p50": found["ratio"], "p75": found["p75"]}
+                ratios.setdefault(a, {})[b] = {
+                    "p25": found["p25"],
+                    "p50": found["ratio"],
+                    "p75": found["p75"],
+                }
     return {"ms": ms, "ratio": ratios}
 
 # %% ../../../nbs/layers/60_bench.ipynb #ddb66e72
 def machine(threads: int = 1, repeats: int = 7) -> dict[str, float]:
     """What `threads` CPU threads do at best: {"gbps": copy in cache, "gflops": fp32 product, "gexps": exponentials}."""
+
     def best(run: Callable[[], Any], amount: float, inner: int) -> float:
         seconds = []
         for _ in range(repeats):
@@ -166,9 +202,11 @@ def machine(threads: int = 1, repeats: int = 7) -> dict[str, float]:
     x, y = torch.rand(1 << 17), torch.rand(1 << 17)  # half a MiB each
     a, b, c = (torch.rand(512, 512) for _ in range(3))
     with set_threads(threads):
-        return {"gbps": best(lambda: y.copy_(x), 2 * x.numel() * 4, 200),
-                "gflops": best(lambda: torch.mm(a, b, out=c), 2 * 512**3, 5),
-                "gexps": best(lambda: torch.exp(x, out=y), x.numel(), 100)}
+        return {
+            "gbps": best(lambda: y.copy_(x), 2 * x.numel() * 4, 200),
+            "gflops": best(lambda: torch.mm(a, b, out=c), 2 * 512**3, 5),
+            "gexps": best(lambda: torch.exp(x, out=y), x.numel(), 100),
+        }
 
 
 def floor_ms(work: Mapping[str, float], machine: Mapping[str, float]) -> float:
@@ -177,19 +215,29 @@ def floor_ms(work: Mapping[str, float], machine: Mapping[str, float]) -> float:
     return 1e-6 * max(work[amount] / machine[rate] for amount, rate in parts)
 
 # %% ../../../nbs/layers/60_bench.ipynb #e7262a22
-def runnable(operator: Operator, names: Sequence[str], device: str) -> tuple[list[str], dict[str, str]]:
+def runnable(
+    operator: Operator, names: Sequence[str], device: str
+) -> tuple[list[str], dict[str, str]]:
     """The names that can run on this kind of device, and for each other one the reason; ValueError: unknown name."""
     unknown = [name for name in names if name not in operator.contenders]
     if unknown:
-        raise ValueError(f"{operator.name} has no contender {unknown[0]!r}; known: {', '.join(operator.contenders)}")
+        raise ValueError(
+            f"{operator.name} has no contender {unknown[0]!r}; known: {', '.join(operator.contenders)}"
+        )
     reasons = {}
     for name in names:
         contender = operator.contenders[name]
-        reasons[name] = f"does not run on {device}" if device not in contender.devices else contender.why_not()
-    return [name for name in names if not reasons[name]], {name: why for name, why in reasons.items() if why}
+        reasons[name] = (
+            f"does not run on {device}" if device not in contender.devices else contender.why_not()
+        )
+    return [name for name in names if not reasons[name]], {
+        name: why for name, why in reasons.items() if why
+    }
 
 
-def measure(operator: Operator, size: dict, names: Sequence[str], clock: str, repeats: int, seed: int = 0) -> dict:
+def measure(
+    operator: Operator, size: dict, names: Sequence[str], clock: str, repeats: int, seed: int = 0
+) -> dict:
     """{phase: times(...) with "mib"}, "missing": {name: why}} for the contenders that can run under this clock."""
     device, _, threads = CLOCKS[clock]
     names, missing = runnable(operator, names, device)

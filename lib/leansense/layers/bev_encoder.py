@@ -19,13 +19,22 @@ from .upsample_conv import UpsampleConv2d
 class Up(nn.Module):
     """x (B, C, h, w) enlarged by `scale` behind skip (B, S, H, W), two 3x3 convolutions: (B, out_channels, H, W)."""
 
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int, scale: int = 2, upsample: str = "auto"):
+    def __init__(
+        self,
+        in_channels: int,
+        skip_channels: int,
+        out_channels: int,
+        scale: int = 2,
+        upsample: str = "auto",
+    ):
         super().__init__()
         self.conv = nn.Sequential(
             UpsampleConv2d(in_channels, out_channels, 3, skip_channels, scale, backend=upsample),
-            nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
             Conv2d(out_channels, out_channels, 3),
-            nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
         )
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
@@ -45,8 +54,9 @@ class BasicBlock(nn.Module):
         self.downsample = None
         self.stride = stride
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False),
-                                            nn.BatchNorm2d(out_channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+            )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -54,21 +64,34 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # the stride is taken by slicing: oneDNN's backward of a strided 1x1 convolution of 8 channels can crash
-        shortcut = x if self.downsample is None else self.downsample(x[..., :: self.stride, :: self.stride])
+        shortcut = (
+            x
+            if self.downsample is None
+            else self.downsample(x[..., :: self.stride, :: self.stride])
+        )
         y = norm_act(self.conv1(x), self.bn1)
         return norm_act(self.conv2(y), self.bn2, "identity").add_(shortcut).relu_()
 
 
 def residual_layer(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     """Two basic blocks, the first of which may change size and width."""
-    return nn.Sequential(BasicBlock(in_channels, out_channels, stride), BasicBlock(out_channels, out_channels))
+    return nn.Sequential(
+        BasicBlock(in_channels, out_channels, stride), BasicBlock(out_channels, out_channels)
+    )
 
 # %% ../../../nbs/layers/24_bev_encoder.ipynb #e9c7a36b
 class BevEncoder(nn.Module):
     """Splatted map (B, C, X, Y) -> logits (B, K, X, Y); X and Y must be multiples of 8."""
 
-    def __init__(self, in_channels: int, out_channels: int, width: int = 64, dropout: float = 0.0,
-                 checkpointing: bool = False, upsample: str = "auto"):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int = 64,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+        upsample: str = "auto",
+    ):
         super().__init__()
         self.conv1 = Conv2d(in_channels, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(width)
@@ -78,15 +101,22 @@ class BevEncoder(nn.Module):
         self.up1 = Up(4 * width, width, 4 * width, scale=4, upsample=upsample)
         self.dropout = nn.Dropout2d(dropout)
         self.up2 = nn.Sequential(
-            nn.Identity(), UpsampleConv2d(4 * width, 2 * width, backend=upsample),  # counted from 1, as published
-            nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True), nn.Conv2d(2 * width, out_channels, 1),
+            nn.Identity(),
+            UpsampleConv2d(4 * width, 2 * width, backend=upsample),  # counted from 1, as published
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(2 * width, out_channels, 1),
         )
         self.checkpointing = checkpointing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-2] % 8 or x.shape[-1] % 8:
-            raise ValueError(f"a map of {x.shape[-2]} x {x.shape[-1]} cells: choose bounds that give multiples of 8")
-        run = recompute if self.checkpointing and self.training and torch.is_grad_enabled() else _call
+            raise ValueError(
+                f"a map of {x.shape[-2]} x {x.shape[-1]} cells: choose bounds that give multiples of 8"
+            )
+        run = (
+            recompute if self.checkpointing and self.training and torch.is_grad_enabled() else _call
+        )
         x = x.contiguous(memory_format=torch.channels_last)
         fine = run(self, x, function=self._fine)
         x = run(self.layer3, run(self.layer2, fine))

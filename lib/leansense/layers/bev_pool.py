@@ -29,7 +29,9 @@ def _count(name: str, bound: Sequence[float]) -> int:
     low, high, step = bound
     steps = (high - low) / step if step > 0 else -1.0
     if round(steps) < 1 or abs(steps - round(steps)) > 1e-4:
-        raise ValueError(f"{name}={tuple(bound)}: from {low} to {high} is {steps:g} steps of {step}; make it whole")
+        raise ValueError(
+            f"{name}={tuple(bound)}: from {low} to {high} is {steps:g} steps of {step}; make it whole"
+        )
     return round(steps)
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #a49c13b1
@@ -40,7 +42,11 @@ class Grid:
     xbound: Sequence[float] = (-50.0, 50.0, 0.5)  # forward
     ybound: Sequence[float] = (-50.0, 50.0, 0.5)  # left
     zbound: Sequence[float] = (-10.0, 10.0, 20.0)  # up
-    dbound: Sequence[float] = (4.0, 45.0, 1.0)  # along the optical axis; the first depth is `from` itself
+    dbound: Sequence[float] = (
+        4.0,
+        45.0,
+        1.0,
+    )  # along the optical axis; the first depth is `from` itself
 
     def __post_init__(self):
         for name in ("xbound", "ybound", "zbound", "dbound"):
@@ -76,7 +82,9 @@ def _number(points: torch.Tensor, grid: Grid, binning: str) -> tuple[torch.Tenso
     if math.prod(grid.nx) >= 2**24:
         points = points.double()  # fp32 counts exactly only up to 2^24
     number = inside = None
-    for position, (low, _, step), n in zip(points.unbind(-1), (grid.xbound, grid.ybound, grid.zbound), grid.nx):
+    for position, (low, _, step), n in zip(
+        points.unbind(-1), (grid.xbound, grid.ybound, grid.zbound), grid.nx
+    ):
         steps = position.sub(low).div_(step)
         steps = steps.floor_() if binning == "floor" else steps.trunc_()
         nearest = steps.clamp(0, n - 1)
@@ -86,7 +94,9 @@ def _number(points: torch.Tensor, grid: Grid, binning: str) -> tuple[torch.Tenso
     return number.int(), inside.int().neg_()
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #d79c1e77
-def _sorted(cells: torch.Tensor, depths: int, bags: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sorted(
+    cells: torch.Tensor, depths: int, bags: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Points sorted by cell, stably; the pixel of each; where each of the `bags` cells begins, and the end. int32."""
     if cells.numel() == 0:
         return cells.clone(), cells.clone(), cells.new_zeros(bags + 1)
@@ -100,7 +110,9 @@ def _sorted(cells: torch.Tensor, depths: int, bags: int) -> tuple[torch.Tensor, 
 
     count = cells.numel()
     first = np.arange(0, count + 1, depths, dtype=np.int32)
-    by_pixel = csr_matrix((np.arange(count, dtype=np.int32), cells.numpy(), first), (len(first) - 1, bags), copy=False)
+    by_pixel = csr_matrix(
+        (np.arange(count, dtype=np.int32), cells.numpy(), first), (len(first) - 1, bags), copy=False
+    )
     by_cell = by_pixel.tocsc()
     lists = by_cell.data, by_cell.indices, by_cell.indptr
     return tuple(torch.from_numpy(a.astype(np.int32, copy=False)) for a in lists)
@@ -108,8 +120,12 @@ def _sorted(cells: torch.Tensor, depths: int, bags: int) -> tuple[torch.Tensor, 
 
 def _intercepted(*tensors: torch.Tensor) -> bool:
     """Whether somebody looks at operators: a tracer, or a tool like the FLOP counter."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
-            or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors))
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _get_current_dispatch_mode() is not None
+        or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    )
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #5f7c0c32
 def _cc_why_not(*tensors: torch.Tensor) -> str:
@@ -124,7 +140,11 @@ def _cc_why_not(*tensors: torch.Tensor) -> str:
 def _native(tensor: torch.Tensor):
     """The compiled version's module if the plan may be built with it, else None."""
     order = {"cc": lambda: _cc_why_not(tensor), "torch": lambda: ""}
-    if _intercepted(tensor) or tensor.numel() == 0 or pick("bev_pool plan", "auto", order) == "torch":
+    if (
+        _intercepted(tensor)
+        or tensor.numel() == 0
+        or pick("bev_pool plan", "auto", order) == "torch"
+    ):
         return None
     from leansense.layers import bev_pool_native
 
@@ -136,32 +156,52 @@ def _check_points(points: torch.Tensor, grid: Grid, binning: str) -> None:
     if binning not in BINNINGS:
         raise ValueError(f"binning={binning!r} is unknown: choose from {', '.join(BINNINGS)}")
     if points.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(f"points are {points.dtype}, which moves them to other cells: compute the geometry in float32")
+        raise ValueError(
+            f"points are {points.dtype}, which moves them to other cells: compute the geometry in float32"
+        )
     positions = points.is_floating_point()
-    if points.ndim != 5 + positions or (positions and points.shape[-1] != 3) or points.dtype == torch.bool:
-        raise ValueError(f"points are {points.dtype} {tuple(points.shape)}; give positions (B, N, D, H, W, 3) or "
-                         f"integer cell numbers (B, N, D, H, W)")
+    if (
+        points.ndim != 5 + positions
+        or (positions and points.shape[-1] != 3)
+        or points.dtype == torch.bool
+    ):
+        raise ValueError(
+            f"points are {points.dtype} {tuple(points.shape)}; give positions (B, N, D, H, W, 3) or "
+            f"integer cell numbers (B, N, D, H, W)"
+        )
     if max(points.shape[0] * math.prod(grid.nx) + 2, points.numel()) >= 2**31:
-        raise ValueError(f"points {tuple(points.shape)} on {grid.nx} cells exceed 2^31 numbers: split the batch")
+        raise ValueError(
+            f"points {tuple(points.shape)} on {grid.nx} cells exceed 2^31 numbers: split the batch"
+        )
 
 
-def _lists(points: torch.Tensor, grid: Grid, binning: str, ordered: bool) -> tuple[tuple[int, ...], list[torch.Tensor]]:
+def _lists(
+    points: torch.Tensor, grid: Grid, binning: str, ordered: bool
+) -> tuple[tuple[int, ...], list[torch.Tensor]]:
     """(B, N, D, H, W) and the six index lists of a plan; the last three are empty unless `ordered`."""
     native, total = _native(points), math.prod(grid.nx)
     B, N, D, H, W = points.shape[:5]
     if native and points.is_floating_point():
         planes = points.movedim((-1, 2), (0, -1)).contiguous()
-        cells, inside, targets = native.number(planes, (grid.xbound, grid.ybound, grid.zbound), grid.nx, binning)
+        cells, inside, targets = native.number(
+            planes, (grid.xbound, grid.ybound, grid.zbound), grid.nx, binning
+        )
     else:
         if points.is_floating_point():
             number, inside = _number(points, grid, binning)
         else:
             number, inside = points.int(), ((points >= 0) & (points < total)).int().neg_()
         if B > 1:
-            number = number + total * torch.arange(B, dtype=torch.int32, device=number.device).view(-1, 1, 1, 1, 1)
+            number = number + total * torch.arange(B, dtype=torch.int32, device=number.device).view(
+                -1, 1, 1, 1, 1
+            )
         number, inside = (x.permute(0, 1, 3, 4, 2).flatten() for x in (number, inside))
         cells, targets = ((number - B * total) & inside) + B * total, number & inside
-    order = (native.order if native else _sorted)(cells, D, B * total + 1) if ordered else [cells[:0]] * 3
+    order = (
+        (native.order if native else _sorted)(cells, D, B * total + 1)
+        if ordered
+        else [cells[:0]] * 3
+    )
     return (B, N, D, H, W), [cells, inside, targets, *order]
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #97844108
@@ -171,7 +211,9 @@ class PoolPlan:
 
     grid: Grid
     shape: tuple[int, int, int, int, int]  # B, N, D, H, W
-    cells: torch.Tensor  # (P,) cell of each point, counted through the batch; B X Y Z: outside. Depth runs fastest
+    cells: (
+        torch.Tensor
+    )  # (P,) cell of each point, counted through the batch; B X Y Z: outside. Depth runs fastest
     inside: torch.Tensor  # (P,) -1 inside, 0 outside
     targets: torch.Tensor  # (P,) as cells, with 0 for outside
     points: torch.Tensor  # (P,) points sorted by cell
@@ -179,15 +221,22 @@ class PoolPlan:
     offsets: torch.Tensor  # (B X Y Z + 2,) where each cell begins in `points`
 
     @staticmethod
-    def build(points: torch.Tensor, grid: Grid, binning: str = "floor", ordered: bool = True) -> "PoolPlan":
+    def build(
+        points: torch.Tensor, grid: Grid, binning: str = "floor", ordered: bool = True
+    ) -> "PoolPlan":
         """From positions (B, N, D, H, W, 3) in metres, or integer cell numbers (B, N, D, H, W), (x n_y + y) n_z + z.
 
         Points outside the grid, not finite, or with a number out of range belong to no cell. binning: floor | lss.
         ordered=False: without the sorted lists, for the back ends index_add and reference only (what ONNX can build).
         """
         _check_points(points, grid, binning)
-        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False), torch.no_grad():
-            shape, lists = _lists(points, grid, binning, ordered)  # ordinary tensors, in inference mode too
+        with (
+            nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            shape, lists = _lists(
+                points, grid, binning, ordered
+            )  # ordinary tensors, in inference mode too
         return PoolPlan(grid, shape, *lists)
 
     @property
@@ -221,11 +270,15 @@ def _unrows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows.view(*like.shape[:-3], H, W, K).movedim(-1, -3).to(like.dtype)
 
 
-def _torch_forward(depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+def _torch_forward(
+    depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Cells (B X Y Z, C) from rows of depths and features."""
     points, pixels, offsets = arrays[3:]
     weights = depth.view(-1).index_select(0, points)
-    sums = F.embedding_bag(pixels, feat, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+    sums = F.embedding_bag(
+        pixels, feat, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
     return sums[:-1]  # the last bag holds the points outside
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #9eae781c
@@ -243,28 +296,49 @@ def _masked(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     return (bits & inside).view(values.dtype)
 
 
-def _torch_backward(gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor],
-                    need_depth: bool, need_feat: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _torch_backward(
+    gradient: torch.Tensor,
+    depth: torch.Tensor,
+    feat: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    need_depth: bool,
+    need_feat: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the rows of depths and of features from that of the cells (B X Y Z, C)."""
     inside, targets = arrays[1:3]
-    first = torch.arange(0, depth.numel() + 1, depth.shape[1], dtype=torch.int32, device=depth.device)
+    first = torch.arange(
+        0, depth.numel() + 1, depth.shape[1], dtype=torch.int32, device=depth.device
+    )
     to_depth = to_feat = None
     if need_feat:
-        to_feat = F.embedding_bag(targets, gradient, first, mode="sum", include_last_offset=True,
-                                  per_sample_weights=_masked(depth.view(-1), inside))
+        to_feat = F.embedding_bag(
+            targets,
+            gradient,
+            first,
+            mode="sum",
+            include_last_offset=True,
+            per_sample_weights=_masked(depth.view(-1), inside),
+        )
     if need_depth:
         if gradient.shape[0] <= depth.shape[1]:  # fewer cells than depths: every product is wanted
             found = (feat @ gradient.t()).gather(1, targets.view(depth.shape).long()).view(-1)
         else:
             _quiet_sparse()
-            places = torch.sparse_csr_tensor(first, targets, gradient.new_zeros(targets.shape),
-                                             (feat.shape[0], gradient.shape[0]), check_invariants=False)
+            places = torch.sparse_csr_tensor(
+                first,
+                targets,
+                gradient.new_zeros(targets.shape),
+                (feat.shape[0], gradient.shape[0]),
+                check_invariants=False,
+            )
             found = torch.sparse.sampled_addmm(places, feat, gradient.t(), beta=0.0).values()
         to_depth = _masked(found, inside).view(depth.shape)
     return to_depth, to_feat
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #e411185d
-def _plain(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, dtype: torch.dtype) -> torch.Tensor:
+def _plain(
+    depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, dtype: torch.dtype
+) -> torch.Tensor:
     """The result (B, C nz, X, Y) by multiplying out and adding up in `dtype`, differentiable by autograd."""
     depth_rows, feat_rows = _rows(depth, dtype), _rows(feat, dtype)
     product = (depth_rows[:, :, None] * feat_rows[:, None, :]).flatten(0, 1)
@@ -283,14 +357,22 @@ def _compute_type(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _as_rows(depth: torch.Tensor, feat: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _as_rows(
+    depth: torch.Tensor, feat: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as rows; Triton widens half precision itself, while loading."""
     wide = _compute_type(depth, feat)
     return tuple(_rows(x, x.dtype if backend == "triton" else wide) for x in (depth, feat))
 
 
-def _forward(depth_rows: torch.Tensor, feat_rows: torch.Tensor, arrays: Sequence[torch.Tensor], sizes: Sequence[int],
-             backend: str, dtype: torch.dtype) -> torch.Tensor:
+def _forward(
+    depth_rows: torch.Tensor,
+    feat_rows: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    backend: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """The map (B, C nz, X, Y) in `dtype`, channels_last, from rows."""
     if depth_rows.numel() == 0 or feat_rows.numel() == 0:
         cells = feat_rows.new_zeros(math.prod([sizes[0], *sizes[5:]]), feat_rows.shape[1])
@@ -299,12 +381,24 @@ def _forward(depth_rows: torch.Tensor, feat_rows: torch.Tensor, arrays: Sequence
     return _as_map(cells.to(dtype), sizes)
 
 
-def _backward(gradient: torch.Tensor, depth_rows: torch.Tensor, feat_rows: torch.Tensor,
-              arrays: Sequence[torch.Tensor], backend: str, need_depth: bool, need_feat: bool):
+def _backward(
+    gradient: torch.Tensor,
+    depth_rows: torch.Tensor,
+    feat_rows: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    backend: str,
+    need_depth: bool,
+    need_feat: bool,
+):
     """Gradients (or None) of the rows of depths and features from that of the map."""
     if depth_rows.numel() == 0 or feat_rows.numel() == 0:
         return torch.zeros_like(depth_rows), torch.zeros_like(feat_rows)
-    cells = gradient.permute(0, 2, 3, 1).to(feat_rows.dtype).reshape(-1, feat_rows.shape[1]).contiguous()
+    cells = (
+        gradient.permute(0, 2, 3, 1)
+        .to(feat_rows.dtype)
+        .reshape(-1, feat_rows.shape[1])
+        .contiguous()
+    )
     return _kernels(backend)[1](cells, depth_rows, feat_rows, arrays, need_depth, need_feat)
 
 
@@ -334,7 +428,12 @@ class _BevPool(torch.autograd.Function):
     def backward(ctx, gradient):
         depth, feat, *rows = ctx.saved_tensors
         found = _backward(gradient, *rows, ctx.arrays, ctx.backend, *ctx.needs_input_grad[:2])
-        return *(None if g is None else _unrows(g, x) for g, x in zip(found, (depth, feat))), None, None, None
+        return (
+            *(None if g is None else _unrows(g, x) for g, x in zip(found, (depth, feat))),
+            None,
+            None,
+            None,
+        )
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #4e4702da
 PLAIN = ("index_add", "reference")
@@ -349,14 +448,23 @@ def _triton_why_not(device: str) -> str:
 
 def _choose(wanted: str, depth: torch.Tensor, feat: torch.Tensor) -> str:
     """The back end to use: see `bev_pool`."""
-    order = {"triton": lambda: _triton_why_not(depth.device.type), "cc": lambda: _cc_why_not(depth, feat),
-             "torch": lambda: "", **dict.fromkeys(PLAIN, lambda: "")}
+    order = {
+        "triton": lambda: _triton_why_not(depth.device.type),
+        "cc": lambda: _cc_why_not(depth, feat),
+        "torch": lambda: "",
+        **dict.fromkeys(PLAIN, lambda: ""),
+    }
     return pick("bev_pool", wanted, order)
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #1ccd729c
 @torch.library.custom_op("leansense::bev_pool", mutates_args=())
-def _operator(depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor], sizes: Sequence[int],
-              backend: str) -> torch.Tensor:
+def _operator(
+    depth: torch.Tensor,
+    feat: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    backend: str,
+) -> torch.Tensor:
     """bev_pool as a registered operator; see `bev_pool`."""
     backend = _choose(backend, depth, feat)
     return _forward(*_as_rows(depth, feat, backend), arrays, sizes, backend, feat.dtype)
@@ -369,18 +477,31 @@ def _(depth, feat, arrays, sizes, backend):
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #f13c54da
 @torch.library.custom_op("leansense::bev_pool_backward", mutates_args=())
-def _operator_backward(gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor],
-                       backend: str, need_depth: bool, need_feat: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _operator_backward(
+    gradient: torch.Tensor,
+    depth: torch.Tensor,
+    feat: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    backend: str,
+    need_depth: bool,
+    need_feat: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of depth and feat; empty where not needed."""
     backend = _choose(backend, depth, feat)
-    found = _backward(gradient, *_as_rows(depth, feat, backend), arrays, backend, need_depth, need_feat)
-    return tuple(_unrows(g, x).contiguous() if need else x.new_empty(0)
-                 for g, x, need in zip(found, (depth, feat), (need_depth, need_feat)))
+    found = _backward(
+        gradient, *_as_rows(depth, feat, backend), arrays, backend, need_depth, need_feat
+    )
+    return tuple(
+        _unrows(g, x).contiguous() if need else x.new_empty(0)
+        for g, x, need in zip(found, (depth, feat), (need_depth, need_feat))
+    )
 
 
 @_operator_backward.register_fake
 def _(gradient, depth, feat, arrays, backend, need_depth, need_feat):
-    return tuple(x.new_empty(x.shape if need else 0) for x, need in ((depth, need_depth), (feat, need_feat)))
+    return tuple(
+        x.new_empty(x.shape if need else 0) for x, need in ((depth, need_depth), (feat, need_feat))
+    )
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #8575de0d
 def _remember(ctx, inputs, output):
@@ -390,7 +511,9 @@ def _remember(ctx, inputs, output):
 
 def _derivative(ctx, gradient):
     depth, feat, *arrays = ctx.saved_tensors
-    found = _operator_backward(gradient, depth, feat, arrays, ctx.backend, *ctx.needs_input_grad[:2])
+    found = _operator_backward(
+        gradient, depth, feat, arrays, ctx.backend, *ctx.needs_input_grad[:2]
+    )
     needed = (g if need else None for g, need in zip(found, ctx.needs_input_grad))
     return *needed, [None] * len(arrays), None, None
 
@@ -404,23 +527,37 @@ def _flops(depth_shape, feat_shape, *_, **__) -> int:
 
 
 @register_flop_formula(torch.ops.leansense.bev_pool_backward)
-def _flops_backward(gradient_shape, depth_shape, feat_shape, arrays, backend, need_depth, need_feat, **_) -> int:
+def _flops_backward(
+    gradient_shape, depth_shape, feat_shape, arrays, backend, need_depth, need_feat, **_
+) -> int:
     return 2 * math.prod(depth_shape) * feat_shape[-3] * (need_depth + need_feat)
 
 # %% ../../../nbs/layers/18_bev_pool.ipynb #8593eeb4
 def _check(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan) -> None:
     """ValueError with one line unless the three belong together."""
     B, N, D, H, W = plan.shape
-    for name, x, channels in (("depth", depth, D), ("feat", feat, feat.shape[-3] if feat.ndim > 3 else 0)):
-        if x.shape not in ((B, N, channels, H, W), (B * N, channels, H, W)) or not x.is_floating_point():
-            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}; the plan has {B} x {N} images, {D} depths, {H} x "
-                             f"{W} pixels: give (B, N, {'D' if x is depth else 'C'}, H, W), B and N may be merged")
+    for name, x, channels in (
+        ("depth", depth, D),
+        ("feat", feat, feat.shape[-3] if feat.ndim > 3 else 0),
+    ):
+        if (
+            x.shape not in ((B, N, channels, H, W), (B * N, channels, H, W))
+            or not x.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name} is {x.dtype} {tuple(x.shape)}; the plan has {B} x {N} images, {D} depths, {H} x "
+                f"{W} pixels: give (B, N, {'D' if x is depth else 'C'}, H, W), B and N may be merged"
+            )
     if not depth.device == feat.device == plan.cells.device:
-        raise ValueError(f"depth is on {depth.device}, feat on {feat.device}, the plan on {plan.cells.device}: "
-                         f"plan.to(device) moves it")
+        raise ValueError(
+            f"depth is on {depth.device}, feat on {feat.device}, the plan on {plan.cells.device}: "
+            f"plan.to(device) moves it"
+        )
 
 
-def bev_pool(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, backend: str = "auto") -> torch.Tensor:
+def bev_pool(
+    depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, backend: str = "auto"
+) -> torch.Tensor:
     """Sum depth * feat over the points in each cell: (B, C nz, X, Y), channels_last; level z has channels z C + c.
 
     depth: (B, N, D, H, W) or (B N, D, H, W). feat: (B, N, C, H, W) or (B N, C, H, W); the result has its type, sums are
@@ -431,7 +568,13 @@ def bev_pool(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, backend: s
     intercepted = _intercepted(depth, feat)
     name = backend if intercepted else _choose(backend, depth, feat)
     if name in PLAIN or torch.jit.is_tracing():  # which knows PyTorch's own operators only
-        return _plain(depth, feat, plan, torch.float64 if name == "reference" else _compute_type(depth, feat))
+        return _plain(
+            depth, feat, plan, torch.float64 if name == "reference" else _compute_type(depth, feat)
+        )
     if plan.offsets.numel() == 0:
-        raise ValueError(f"the plan was built with ordered=False: backend '{name}' cannot use it, only {PLAIN} can")
-    return (_operator if intercepted else _BevPool.apply)(depth, feat, plan.arrays, plan.sizes, name)
+        raise ValueError(
+            f"the plan was built with ordered=False: backend '{name}' cannot use it, only {PLAIN} can"
+        )
+    return (_operator if intercepted else _BevPool.apply)(
+        depth, feat, plan.arrays, plan.sizes, name
+    )

@@ -8,7 +8,6 @@ __all__ = ['PLAN', 'ORDER', 'SUMS', 'HUGE', 'FRESH', 'PIXEL', 'BACK', 'NAME', 'S
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #47cf8733
 import ctypes
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -17,7 +16,7 @@ import torch
 from . import native
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #de78d4a3
-PLAN = r'''
+PLAN = r"""
 #include <string.h>
 typedef float V __attribute__((vector_size(4 * W), aligned(4), may_alias)); /* W numbers, at any address */
 typedef int I __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -49,10 +48,10 @@ void number(const float *x, const float *y, const float *z, long samples, long e
            (int *[]){cells, inside, targets});
 }
 
-'''
+"""
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #1f307400
-ORDER = r'''
+ORDER = r"""
 void order(const int *cells, long pixels, long depths, long bags, int *at, int *points, int *which) {
   memset(at, 0, (bags + 2) * sizeof *at); /* one more than there are offsets */
   for (long p = 0; p < pixels * depths; p++) at[cells[p] + 2]++;
@@ -64,10 +63,10 @@ void order(const int *cells, long pixels, long depths, long bags, int *at, int *
       which[place] = i;
     }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #9c28de8e
-SUMS = r'''
+SUMS = r"""
 #define AT(p) (*(V *)(p))
 #define INLINE static inline __attribute__((always_inline))
 INLINE float sum(V x) { float s = 0; for (int l = 0; l < W; l++) s += x[l]; return s; }
@@ -97,10 +96,10 @@ void pool(const float *depth, const float *feat, const int *points, const int *w
     }
   }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #449a7d9e
-HUGE = r'''
+HUGE = r"""
 #ifdef __linux__
 #include <stdint.h>
 #include <sys/mman.h>
@@ -111,11 +110,11 @@ void huge(char *start, long bytes) {
   if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
 #endif
 }
-'''
+"""
 FRESH = 1 << 25  # bytes from which glibc's malloc always asks the system
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #98e9dca9
-PIXEL = r'''
+PIXEL = r"""
 typedef struct {
   const float *gradient, *depth, *feat; const int *cells; float *to_depth, *to_feat; long outside, D, C;
 } Pass;
@@ -138,10 +137,10 @@ INLINE void group(Pass a, long pixel, long k, const int many) {
   }
   if (a.to_feat) for (int v = 0; v < many; v++) AT(a.to_feat + pixel * a.C + k + v * W) = s[v];
 }
-'''
+"""
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #a5112ab2
-BACK = r'''
+BACK = r"""
 void back(Pass a, long first, long last) {
   for (long i = first; i < last; i++) {
     long k = 0;
@@ -160,15 +159,19 @@ void back(Pass a, long first, long last) {
     }
   }
 }
-'''
+"""
 NAME, SOURCE = "bev_pool", PLAN + ORDER + SUMS + HUGE + PIXEL + BACK
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #0525d232
 class _Cells(ctypes.Structure):
     """The grid as C sees it."""
 
-    _fields_ = [("low", ctypes.c_float * 3), ("step", ctypes.c_float * 3), ("edge", ctypes.c_float),
-                ("n", ctypes.c_int * 3)]
+    _fields_ = [
+        ("low", ctypes.c_float * 3),
+        ("step", ctypes.c_float * 3),
+        ("edge", ctypes.c_float),
+        ("n", ctypes.c_int * 3),
+    ]
 
 
 def why_not() -> str:
@@ -176,8 +179,9 @@ def why_not() -> str:
     return native.why_not(NAME, SOURCE)
 
 
-def number(planes: torch.Tensor, bounds: Sequence[Sequence[float]], n: Sequence[int],
-           binning: str) -> list[torch.Tensor]:
+def number(
+    planes: torch.Tensor, bounds: Sequence[Sequence[float]], n: Sequence[int], binning: str
+) -> list[torch.Tensor]:
     """cells, inside, targets (see `PoolPlan`) of positions as contiguous fp32 planes (3, B, ...)."""
     lists = [torch.empty(planes[0].numel(), dtype=torch.int32) for _ in range(3)]
     low, _, step = zip(*bounds)
@@ -185,27 +189,46 @@ def number(planes: torch.Tensor, bounds: Sequence[Sequence[float]], n: Sequence[
     samples = planes.shape[1]
     if planes.numel():
         native.library(NAME, SOURCE).number(
-            *map(native.pointer, planes), ctypes.c_long(samples), ctypes.c_long(planes[0].numel() // samples),
-            _Cells((ctypes.c_float * 3)(*low), (ctypes.c_float * 3)(*step), edge, (ctypes.c_int * 3)(*n)),
-            *map(native.pointer, lists))
+            *map(native.pointer, planes),
+            ctypes.c_long(samples),
+            ctypes.c_long(planes[0].numel() // samples),
+            _Cells(
+                (ctypes.c_float * 3)(*low),
+                (ctypes.c_float * 3)(*step),
+                edge,
+                (ctypes.c_int * 3)(*n),
+            ),
+            *map(native.pointer, lists),
+        )
     return lists
 
 
-def order(cells: torch.Tensor, depths: int, bags: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def order(
+    cells: torch.Tensor, depths: int, bags: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """points, pixels, offsets (see `PoolPlan`) of `cells` (P,), int32."""
     points, pixels = torch.empty_like(cells), torch.empty_like(cells)
     at = torch.empty(bags + 2, dtype=torch.int32)
     native.library(NAME, SOURCE).order(
-        native.pointer(cells), ctypes.c_long(len(cells) // max(depths, 1)), ctypes.c_long(depths), ctypes.c_long(bags),
-        *map(native.pointer, (at, points, pixels)))
+        native.pointer(cells),
+        ctypes.c_long(len(cells) // max(depths, 1)),
+        ctypes.c_long(depths),
+        ctypes.c_long(bags),
+        *map(native.pointer, (at, points, pixels)),
+    )
     return points, pixels, at[:-1]
 
 # %% ../../../nbs/layers/21_bev_pool_native.ipynb #e722ce0e
 class _Pass(ctypes.Structure):
     """What a backward pass reads and writes, as C sees it."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("gradient", "depth", "feat", "cells", "to_depth", "to_feat")),
-                *((name, ctypes.c_long) for name in ("outside", "D", "C"))]
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("gradient", "depth", "feat", "cells", "to_depth", "to_feat")
+        ),
+        *((name, ctypes.c_long) for name in ("outside", "D", "C")),
+    ]
 
 
 def _split(count: int) -> list[tuple[ctypes.c_long, ctypes.c_long]]:
@@ -215,7 +238,9 @@ def _split(count: int) -> list[tuple[ctypes.c_long, ctypes.c_long]]:
     return [(ctypes.c_long(a), ctypes.c_long(b)) for a, b in zip(edges, edges[1:])]
 
 
-def pool_forward(depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+def pool_forward(
+    depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Cells (B X Y Z, C) from contiguous fp32 rows of depths (pixels, D) and features (pixels, C)."""
     points, pixels, offsets = arrays[3:]
     out = torch.empty(len(offsets) - 2, feat.shape[1])
@@ -227,8 +252,14 @@ def pool_forward(depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch
     return out
 
 
-def pool_backward(gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor],
-                  need_depth: bool = True, need_feat: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def pool_backward(
+    gradient: torch.Tensor,
+    depth: torch.Tensor,
+    feat: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    need_depth: bool = True,
+    need_feat: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the rows of depths and features from that of the cells (B X Y Z, C); None where not needed."""
     to_depth = torch.empty_like(depth) if need_depth else None
     to_feat = torch.empty_like(feat) if need_feat else None

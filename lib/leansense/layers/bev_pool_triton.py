@@ -15,8 +15,19 @@ import triton.language as tl
 
 # %% ../../../nbs/layers/19_bev_pool_triton.ipynb #c44fc0a1
 @triton.jit
-def _sum_cells(depth, feat, points, pixels, offsets, out, cells, C,
-               ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _sum_cells(
+    depth,
+    feat,
+    points,
+    pixels,
+    offsets,
+    out,
+    cells,
+    C,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """out (cells, C): each row the weighted sum of the feature rows that `offsets` says belong to it."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -28,12 +39,19 @@ def _sum_cells(depth, feat, points, pixels, offsets, out, cells, C,
         point = tl.load(points + at, mask=more, other=0)
         pixel = tl.load(pixels + at, mask=more, other=0).to(tl.int64)
         weight = tl.load(depth + point, mask=more, other=0.0).to(ACC)
-        values = tl.load(feat + pixel[:, None] * C + channel[None, :],
-                         mask=more[:, None] & (channel < C)[None, :], other=0.0).to(ACC)
+        values = tl.load(
+            feat + pixel[:, None] * C + channel[None, :],
+            mask=more[:, None] & (channel < C)[None, :],
+            other=0.0,
+        ).to(ACC)
         total += weight[:, None] * values
         at += 1
     place = row.to(tl.int64)[:, None] * C + channel[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < cells)[:, None] & (channel < C)[None, :])
+    tl.store(
+        out + place,
+        total.to(out.dtype.element_ty),
+        mask=(row < cells)[:, None] & (channel < C)[None, :],
+    )
 
 # %% ../../../nbs/layers/19_bev_pool_triton.ipynb #c9f47c58
 def _accumulator(*tensors: torch.Tensor):
@@ -46,7 +64,9 @@ def _on(tensor: torch.Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def pool_forward(depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+def pool_forward(
+    depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Cells (B X Y Z, C), in feat's type, from rows of depths (pixels, D) and features (pixels, C), both contiguous.
 
     arrays: the index lists of a `PoolPlan`.
@@ -57,14 +77,38 @@ def pool_forward(depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch
     ROWS, BLOCK = 16, min(128, triton.next_power_of_2(C))
     with _on(feat):
         _sum_cells[(triton.cdiv(cells, ROWS), triton.cdiv(C, BLOCK))](
-            depth, feat, points, pixels, offsets, out, cells, C, ROWS=ROWS, BLOCK=BLOCK, ACC=_accumulator(depth, feat))
+            depth,
+            feat,
+            points,
+            pixels,
+            offsets,
+            out,
+            cells,
+            C,
+            ROWS=ROWS,
+            BLOCK=BLOCK,
+            ACC=_accumulator(depth, feat),
+        )
     return out
 
 # %% ../../../nbs/layers/19_bev_pool_triton.ipynb #6f3fbe1e
 @triton.jit
-def _differentiate_pixels(gradient, depth, feat, targets, to_depth, to_feat, outside, D, C,
-                          NEED_DEPTH: tl.constexpr, NEED_FEAT: tl.constexpr, DEPTHS: tl.constexpr,
-                          BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _differentiate_pixels(
+    gradient,
+    depth,
+    feat,
+    targets,
+    to_depth,
+    to_feat,
+    outside,
+    D,
+    C,
+    NEED_DEPTH: tl.constexpr,
+    NEED_FEAT: tl.constexpr,
+    DEPTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """to_depth (pixels, D) and to_feat (pixels, C) from the gradient of the cells (cells, C)."""
     pixel = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -75,8 +119,11 @@ def _differentiate_pixels(gradient, depth, feat, targets, to_depth, to_feat, out
         point = pixel * D + d
         cell = tl.load(targets + point, mask=d < D, other=outside).to(tl.int64)
         inside = cell < outside
-        rows = tl.load(gradient + cell[:, None] * C + channel[None, :],
-                       mask=inside[:, None] & (channel < C)[None, :], other=0.0).to(ACC)
+        rows = tl.load(
+            gradient + cell[:, None] * C + channel[None, :],
+            mask=inside[:, None] & (channel < C)[None, :],
+            other=0.0,
+        ).to(ACC)
         if NEED_FEAT:
             weight = tl.load(depth + point, mask=inside, other=0.0).to(ACC)
             total += tl.sum(rows * weight[:, None], axis=0)
@@ -84,11 +131,19 @@ def _differentiate_pixels(gradient, depth, feat, targets, to_depth, to_feat, out
             found = tl.sum(rows * values[None, :], axis=1)
             tl.store(to_depth + point, found.to(to_depth.dtype.element_ty), mask=d < D)
     if NEED_FEAT:
-        tl.store(to_feat + pixel * C + channel, total.to(to_feat.dtype.element_ty), mask=channel < C)
+        tl.store(
+            to_feat + pixel * C + channel, total.to(to_feat.dtype.element_ty), mask=channel < C
+        )
 
 # %% ../../../nbs/layers/19_bev_pool_triton.ipynb #64cac30f
-def pool_backward(gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor],
-                  need_depth: bool = True, need_feat: bool = True) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def pool_backward(
+    gradient: torch.Tensor,
+    depth: torch.Tensor,
+    feat: torch.Tensor,
+    arrays: Sequence[torch.Tensor],
+    need_depth: bool = True,
+    need_feat: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the rows of depths and features from that of the cells (B X Y Z, C); None where not needed."""
     (pixels, D), C = depth.shape, feat.shape[1]
     to_depth, to_feat = torch.empty_like(depth), torch.empty_like(feat)
@@ -96,6 +151,19 @@ def pool_backward(gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tenso
     DEPTHS = max(1, min(triton.next_power_of_2(D), 4096 // BLOCK))
     with _on(feat):
         _differentiate_pixels[(pixels,)](
-            gradient, depth, feat, arrays[0], to_depth, to_feat, gradient.shape[0], D, C, NEED_DEPTH=need_depth,
-            NEED_FEAT=need_feat, DEPTHS=DEPTHS, BLOCK=BLOCK, ACC=_accumulator(depth, feat))
+            gradient,
+            depth,
+            feat,
+            arrays[0],
+            to_depth,
+            to_feat,
+            gradient.shape[0],
+            D,
+            C,
+            NEED_DEPTH=need_depth,
+            NEED_FEAT=need_feat,
+            DEPTHS=DEPTHS,
+            BLOCK=BLOCK,
+            ACC=_accumulator(depth, feat),
+        )
     return to_depth if need_depth else None, to_feat if need_feat else None

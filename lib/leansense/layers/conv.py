@@ -21,8 +21,12 @@ def weight_gradient(x: torch.Tensor, grad: torch.Tensor, k: int) -> torch.Tensor
     """
     (B, C, H, W), O, p = x.shape, grad.shape[1], k // 2
     wide = W + 2 * p
-    rows = x.new_zeros(B, (H + 2 * p) * wide + 2 * p, C)  # the last offset reads 2 p rows beyond the map
-    rows[:, : (H + 2 * p) * wide].view(B, H + 2 * p, wide, C)[:, p : p + H, p : p + W] = x.permute(0, 2, 3, 1)
+    rows = x.new_zeros(
+        B, (H + 2 * p) * wide + 2 * p, C
+    )  # the last offset reads 2 p rows beyond the map
+    rows[:, : (H + 2 * p) * wide].view(B, H + 2 * p, wide, C)[:, p : p + H, p : p + W] = x.permute(
+        0, 2, 3, 1
+    )
     columns = grad.new_zeros(B, H, wide, O)
     columns[:, :, :W] = grad.permute(0, 2, 3, 1)
     columns = columns.view(B, H * wide, O)
@@ -66,8 +70,12 @@ FEWEST = 64  # channels
 
 def _intercepted(*tensors: torch.Tensor) -> bool:
     """Whether a tracer or a counter looks at the operators; they are to see the plain form."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None
-            or any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors))
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _get_current_dispatch_mode() is not None
+        or any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors)
+    )
 
 
 def _why_not(x: torch.Tensor, weight: torch.Tensor) -> str:
@@ -81,7 +89,9 @@ def _why_not(x: torch.Tensor, weight: torch.Tensor) -> str:
     return "" if min(weight.shape[:2]) >= FEWEST else f"it is for at least {FEWEST} channels"
 
 # %% ../../../nbs/layers/22_conv.ipynb #50828681
-def conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, backend: str = "auto") -> torch.Tensor:
+def conv2d(
+    x: torch.Tensor, weight: torch.Tensor, stride: int = 1, backend: str = "auto"
+) -> torch.Tensor:
     """F.conv2d(x, weight) with zero padding k // 2, for x (B, C, H, W) and weight (O, C, k, k), k odd.
 
     backend: auto | products | torch, the route of the weight gradient.
@@ -97,7 +107,9 @@ class Conv2d(nn.Conv2d):
     """A convolution without bias, odd kernel k, zero padding k // 2: nn.Conv2d by another weight gradient."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
-        super().__init__(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return conv2d(x, self.weight, self.stride[0])

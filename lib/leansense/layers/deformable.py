@@ -20,7 +20,9 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from .backend import pick, triton_why_not
 
 # %% ../../../nbs/layers/30_deformable.ipynb #f7cba47c
-def _reference(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def _reference(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     """Deformable attention by grid_sample, one level after the other; differentiable by autograd, also twice."""
     (batch, _, heads, d), queries = value.shape, locations.shape[1]
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
@@ -28,7 +30,9 @@ def _reference(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tens
     out = value.new_zeros(batch * heads, d, queries, dtype=wide)
     for level, ((h, w), image) in enumerate(zip(shapes, maps)):
         image = image.permute(0, 2, 3, 1).reshape(batch * heads, d, h, w)
-        at = locations[:, :, :, level].to(wide).transpose(1, 2).flatten(0, 1) * 2 - 1  # grid_sample counts from -1 to 1
+        at = (
+            locations[:, :, :, level].to(wide).transpose(1, 2).flatten(0, 1) * 2 - 1
+        )  # grid_sample counts from -1 to 1
         share = weights[:, :, :, level].to(wide).transpose(1, 2).flatten(0, 1)[:, None]
         out = out + (F.grid_sample(image, at, align_corners=False) * share).sum(-1)
     return out.view(batch, heads * d, queries).transpose(1, 2).to(value.dtype)
@@ -58,7 +62,9 @@ def _samples(at: Tensor, height: int, width: int, wide: torch.dtype) -> _Samples
     y.mul_(height).sub_(0.5)
     last_x, last_y = max(width - 2, 0), max(height - 2, 0)
     cx, cy = x.clamp(0, last_x).trunc_(), y.clamp(0, last_y).trunc_()
-    cell = cy.to(torch.int32).mul_(width).add_(cx.to(torch.int32)).clamp_(0, last_y * width + last_x)
+    cell = (
+        cy.to(torch.int32).mul_(width).add_(cx.to(torch.int32)).clamp_(0, last_y * width + last_x)
+    )
     tx, ty = x.sub_(cx), y.sub_(cy)
     x0, x1, y0, y1 = _hat(tx), _hat(tx - 1), _hat(ty), _hat(ty - 1)
     if width == 1:
@@ -83,7 +89,9 @@ def _shares(s: _Samples, weight: Tensor) -> list[Tensor]:
     return [y0 * s.x0, y0 * s.x1, y1 * s.x0, y1 * s.x1]
 
 
-def _bags(shapes: Sequence[tuple[int, int]], at: Tensor, weight: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _bags(
+    shapes: Sequence[tuple[int, int]], at: Tensor, weight: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Row numbers and weights, (Q, 4 L P), of one head; at (Q, L, P, 2), weight (Q, L, P)."""
     rows, shares, start = [], [], 0
     for level, (h, w) in enumerate(shapes):
@@ -94,7 +102,9 @@ def _bags(shapes: Sequence[tuple[int, int]], at: Tensor, weight: Tensor, wide: t
     return torch.cat(rows, 1), torch.cat(shares, 1)
 
 # %% ../../../nbs/layers/30_deformable.ipynb #355defa0
-def _forward(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def _forward(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     """Deformable attention by embedding_bag, (B, Q, heads * d); fp32 inside unless value is fp64."""
     (batch, _, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
@@ -108,15 +118,22 @@ def _forward(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor
             for q in range(0, queries, chunk):
                 part = slice(q, q + chunk)
                 rows, shares = _bags(shapes, locations[b, part, head], weights[b, part, head], wide)
-                out[b, part, head] = F.embedding_bag(rows.view(-1), table, first[: len(rows)], mode="sum",
-                                                     per_sample_weights=shares.view(-1))
+                out[b, part, head] = F.embedding_bag(
+                    rows.view(-1),
+                    table,
+                    first[: len(rows)],
+                    mode="sum",
+                    per_sample_weights=shares.view(-1),
+                )
     return out.flatten(2)
 
 # %% ../../../nbs/layers/30_deformable.ipynb #da4d9be8
 def _slope(t: Tensor) -> Tensor:
     """The derivative of the hat from the right: 1 on [-1, 0), -1 on [0, 1), else 0."""
     t = t.floor()
-    return _hat(t + 1).sub_(_hat(t))  # a hat of whole numbers is 1 at 0 and 0 elsewhere: cheaper than comparing
+    return _hat(t + 1).sub_(
+        _hat(t)
+    )  # a hat of whole numbers is 1 at 0 and 0 elsewhere: cheaper than comparing
 
 
 @functools.cache
@@ -129,16 +146,25 @@ def _quiet_csr() -> None:
 
 def _dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
     """For each bag the dot products of its rows of `table` with the gradient: (Q, K), (Q, d), (S, d) -> (Q, K)."""
-    if rows.shape[1] >= len(table):  # a map smaller than the bag: all products are fewer than those asked for
+    if rows.shape[1] >= len(
+        table
+    ):  # a map smaller than the bag: all products are fewer than those asked for
         return (gradient @ table.T).gather(1, rows.long())
     _quiet_csr()
     first = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32, device=rows.device)
-    pairs = torch.sparse_csr_tensor(first, rows.view(-1), table.new_zeros(rows.numel()), (len(rows), len(table)),
-                                    check_invariants=False)  # zeros: even beta=0 reads them, and NaN * 0 is NaN
+    pairs = torch.sparse_csr_tensor(
+        first,
+        rows.view(-1),
+        table.new_zeros(rows.numel()),
+        (len(rows), len(table)),
+        check_invariants=False,
+    )  # zeros: even beta=0 reads them, and NaN * 0 is NaN
     return torch.sparse.sampled_addmm(pairs, gradient, table.T, beta=0.0).values().view(rows.shape)
 
 # %% ../../../nbs/layers/30_deformable.ipynb #c2d19ea2
-def _derivatives(s: _Samples, dots: Sequence[Tensor], weight: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+def _derivatives(
+    s: _Samples, dots: Sequence[Tensor], weight: Tensor, height: int, width: int
+) -> tuple[Tensor, ...]:
     """The gradients of attention, x and y, each (Q, P), from the dot products of the four corners."""
     v0, v1, v2, v3 = dots
     left, right = torch.addcmul(s.y0 * v0, s.y1, v2), torch.addcmul(s.y0 * v1, s.y1, v3)
@@ -164,17 +190,32 @@ def _spread(cell: Tensor, shares: Tensor, gradient: Tensor, shape: tuple[int, in
     torch.cumsum(torch.bincount(cell, minlength=cells), 0, dtype=torch.int32, out=first[1:])
     total = None
     for step, share in zip(_steps(*shape), shares):
-        bags = F.embedding_bag(query, gradient, first, mode="sum", include_last_offset=True,
-                               per_sample_weights=share.index_select(0, order))
+        bags = F.embedding_bag(
+            query,
+            gradient,
+            first,
+            mode="sum",
+            include_last_offset=True,
+            per_sample_weights=share.index_select(0, order),
+        )
         if total is None:
             total = bags
         else:
-            total[step:] += bags[: cells - step]  # the last cell's corners are rows of this level: nothing is cut off
+            total[step:] += bags[
+                : cells - step
+            ]  # the last cell's corners are rows of this level: nothing is cut off
     return total
 
 # %% ../../../nbs/layers/30_deformable.ipynb #d35ce826
-def _backward_head(table: Tensor, shapes: Sequence[tuple[int, int]], at: Tensor, weight: Tensor, gradient: Tensor,
-                   dat: Tensor, dweight: Tensor) -> Tensor:
+def _backward_head(
+    table: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    at: Tensor,
+    weight: Tensor,
+    gradient: Tensor,
+    dat: Tensor,
+    dweight: Tensor,
+) -> Tensor:
     """The gradient of one head's table, (S, d); those of positions and attention are written to dat and dweight."""
     wide, (queries, _, points) = table.dtype, weight.shape
     chunk, start, dtable = max(1, CHUNK // (4 * points)), 0, []
@@ -187,7 +228,9 @@ def _backward_head(table: Tensor, shapes: Sequence[tuple[int, int]], at: Tensor,
             rows = torch.cat([s.cell + step for step in _steps(h, w)], 1)
             dots = _dots(rows, gradient[part], table[start : start + h * w]).view(-1, 4, points)
             dots = [dots[:, corner].contiguous() for corner in range(4)]
-            dweight[part, level], dat[part, level, :, 0], dat[part, level, :, 1] = _derivatives(s, dots, a, h, w)
+            dweight[part, level], dat[part, level, :, 0], dat[part, level, :, 1] = _derivatives(
+                s, dots, a, h, w
+            )
             cell[part] = s.cell
             for to, share in zip(shares, _shares(s, a)):
                 to[part] = share
@@ -196,18 +239,32 @@ def _backward_head(table: Tensor, shapes: Sequence[tuple[int, int]], at: Tensor,
     return dtable[0] if len(dtable) == 1 else torch.cat(dtable)
 
 
-def _backward(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor,
-              gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    gradient: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of value, locations and weights for that of the output, (B, Q, heads * d)."""
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     gradient = gradient.unflatten(2, value.shape[2:])
-    dvalue, dlocations, dweights = (torch.empty_like(x, memory_format=torch.contiguous_format)
-                                    for x in (value, locations, weights))
+    dvalue, dlocations, dweights = (
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (value, locations, weights)
+    )
     for b in range(value.shape[0]):
         for head in range(value.shape[2]):
             table, g = (x[b, :, head].to(wide).contiguous() for x in (value, gradient))
-            dvalue[b, :, head] = _backward_head(table, shapes, locations[b, :, head], weights[b, :, head], g,
-                                                dlocations[b, :, head], dweights[b, :, head])
+            dvalue[b, :, head] = _backward_head(
+                table,
+                shapes,
+                locations[b, :, head],
+                weights[b, :, head],
+                g,
+                dlocations[b, :, head],
+                dweights[b, :, head],
+            )
     return dvalue, dlocations, dweights
 
 # %% ../../../nbs/layers/30_deformable.ipynb #4e1e2c6a
@@ -231,9 +288,16 @@ def _triton_why_not(value: Tensor) -> str:
 
 def _pick(backend: str, value: Tensor) -> str:
     """The back end for this value: `backend`, or with "auto" the first usable of triton, cc, torch."""
-    return pick("deformable_attention", backend, {
-        "triton": lambda: _triton_why_not(value), "cc": lambda: _native_why_not(value), "torch": lambda: "",
-        "reference": lambda: ""})
+    return pick(
+        "deformable_attention",
+        backend,
+        {
+            "triton": lambda: _triton_why_not(value),
+            "cc": lambda: _native_why_not(value),
+            "torch": lambda: "",
+            "reference": lambda: "",
+        },
+    )
 
 # %% ../../../nbs/layers/30_deformable.ipynb #98a1e049
 COMPILED = ("cc", "triton")
@@ -248,7 +312,9 @@ def _module(name: str):
     return module
 
 
-def _compute(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], backend: str) -> Tensor:
+def _compute(
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], backend: str
+) -> Tensor:
     """The operator's forward; shapes is flat: H1, W1, H2, W2 ..."""
     pairs = list(zip(shapes[::2], shapes[1::2]))
     if not locations.numel() or not value.numel():
@@ -257,13 +323,22 @@ def _compute(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int
     with torch.autocast(value.device.type, enabled=False):
         if name not in COMPILED:
             return _forward(value, pairs, locations, weights)
-        inputs = (x.float().contiguous() if name == "cc" else x.contiguous() for x in (value, locations, weights))
+        inputs = (
+            x.float().contiguous() if name == "cc" else x.contiguous()
+            for x in (value, locations, weights)
+        )
         value32, locations, weights = inputs
         return _module(name).forward(value32, pairs, locations, weights).to(value.dtype)
 
 
-def _compute_backward(value: Tensor, locations: Tensor, weights: Tensor, gradient: Tensor, shapes: list[int],
-                      backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _compute_backward(
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    gradient: Tensor,
+    shapes: list[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's backward: gradients of value, locations, weights in their types."""
     pairs, given = list(zip(shapes[::2], shapes[1::2])), (value, locations, weights)
     if not locations.numel() or not value.numel():
@@ -272,13 +347,17 @@ def _compute_backward(value: Tensor, locations: Tensor, weights: Tensor, gradien
     with torch.autocast(value.device.type, enabled=False):
         if name not in COMPILED:
             return _backward(value, pairs, locations, weights, gradient)
-        value, *rest = (x.float().contiguous() if name == "cc" else x.contiguous() for x in (*given, gradient))
+        value, *rest = (
+            x.float().contiguous() if name == "cc" else x.contiguous() for x in (*given, gradient)
+        )
         found = _module(name).backward(value, pairs, *rest)
         return tuple(x.to(like.dtype) for x, like in zip(found, given))
 
 # %% ../../../nbs/layers/30_deformable.ipynb #b650c5be
 _op = torch.library.custom_op("leansense::deformable_attention", _compute, mutates_args=())
-_op_backward = torch.library.custom_op("leansense::deformable_attention_backward", _compute_backward, mutates_args=())
+_op_backward = torch.library.custom_op(
+    "leansense::deformable_attention_backward", _compute_backward, mutates_args=()
+)
 
 
 @_op.register_fake
@@ -288,7 +367,10 @@ def _(value, locations, weights, shapes, backend):
 
 @_op_backward.register_fake
 def _(value, locations, weights, gradient, shapes, backend):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (value, locations, weights)
+    )
 
 
 def _save(ctx, inputs, output) -> None:
@@ -299,7 +381,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, gradient):
     """Gradients for those inputs that need one."""
-    found = torch.ops.leansense.deformable_attention_backward(*ctx.saved_tensors, gradient, ctx.shapes, ctx.backend)
+    found = torch.ops.leansense.deformable_attention_backward(
+        *ctx.saved_tensors, gradient, ctx.shapes, ctx.backend
+    )
     return *(x if needed else None for x, needed in zip(found, ctx.needs_input_grad)), None, None
 
 
@@ -316,35 +400,61 @@ def _flops_backward(value, locations, weights, *rest, **ignored) -> int:
     return 2 * _flops(value, locations, weights)
 
 
-for _target, _formula in ((torch.ops.leansense.deformable_attention, _flops),
-                          (torch.ops.leansense.deformable_attention_backward, _flops_backward)):
+for _target, _formula in (
+    (torch.ops.leansense.deformable_attention, _flops),
+    (torch.ops.leansense.deformable_attention_backward, _flops_backward),
+):
     if _target not in flop_registry:  # a cell may run twice, a formula may be registered once
         register_flop_formula(_target)(_formula)
 
 # %% ../../../nbs/layers/30_deformable.ipynb #001f4892
-def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
+def _check(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> None:
     """ValueError with one line that says what does not fit."""
     if value.ndim != 4 or locations.ndim != 6 or locations.shape[-1] != 2:
-        raise ValueError(f"value must be (B, S, heads, d) and locations (B, Q, heads, levels, points, 2), not "
-                         f"{tuple(value.shape)} and {tuple(locations.shape)}")
+        raise ValueError(
+            f"value must be (B, S, heads, d) and locations (B, Q, heads, levels, points, 2), not "
+            f"{tuple(value.shape)} and {tuple(locations.shape)}"
+        )
     if weights.shape != locations.shape[:-1]:
-        raise ValueError(f"weights must be {tuple(locations.shape[:-1])} like locations, not {tuple(weights.shape)}")
+        raise ValueError(
+            f"weights must be {tuple(locations.shape[:-1])} like locations, not {tuple(weights.shape)}"
+        )
     if (value.shape[0], value.shape[2]) != (locations.shape[0], locations.shape[2]):
-        raise ValueError(f"value and locations must agree in batch and heads: {tuple(value.shape)}, "
-                         f"{tuple(locations.shape)}")
-    if any(len(shape) != 2 or min(shape) < 1 for shape in shapes) or len(shapes) != locations.shape[3]:
-        raise ValueError(f"shapes={list(map(tuple, shapes))}: give (H, W), at least 1 each, for each of the "
-                         f"{locations.shape[3]} levels of locations")
+        raise ValueError(
+            f"value and locations must agree in batch and heads: {tuple(value.shape)}, "
+            f"{tuple(locations.shape)}"
+        )
+    if (
+        any(len(shape) != 2 or min(shape) < 1 for shape in shapes)
+        or len(shapes) != locations.shape[3]
+    ):
+        raise ValueError(
+            f"shapes={list(map(tuple, shapes))}: give (H, W), at least 1 each, for each of the "
+            f"{locations.shape[3]} levels of locations"
+        )
     if sum(h * w for h, w in shapes) != value.shape[1]:
-        raise ValueError(f"shapes={list(map(tuple, shapes))} have {sum(h * w for h, w in shapes)} pixels, value has "
-                         f"{value.shape[1]}")
-    if not all(x.is_floating_point() and x.device == value.device for x in (value, locations, weights)):
-        raise ValueError(f"value, locations, weights must be floating point on one device, not "
-                         f"{[f'{x.dtype} on {x.device}' for x in (value, locations, weights)]}")
+        raise ValueError(
+            f"shapes={list(map(tuple, shapes))} have {sum(h * w for h, w in shapes)} pixels, value has "
+            f"{value.shape[1]}"
+        )
+    if not all(
+        x.is_floating_point() and x.device == value.device for x in (value, locations, weights)
+    ):
+        raise ValueError(
+            f"value, locations, weights must be floating point on one device, not "
+            f"{[f'{x.dtype} on {x.device}' for x in (value, locations, weights)]}"
+        )
 
 
-def deformable_attention(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor,
-                         backend: str = "auto") -> Tensor:
+def deformable_attention(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    backend: str = "auto",
+) -> Tensor:
     """The sum over levels and points of weights * value at locations: (B, Q, heads * d) in value's type.
 
     value: (B, S, heads, d), levels of shapes [(H, W), ...] behind each other. weights: (B, Q, heads, levels, points).
@@ -353,7 +463,9 @@ def deformable_attention(value: Tensor, shapes: Sequence[tuple[int, int]], locat
     Source: Zhu et al. 2021, arXiv:2010.04159.
     """
     _check(value, shapes, locations, weights)
-    if backend == "reference" and locations.numel() and value.numel():  # grid_sample refuses empty maps
+    if (
+        backend == "reference" and locations.numel() and value.numel()
+    ):  # grid_sample refuses empty maps
         return _reference(value, shapes, locations, weights)
     flat = [int(side) for shape in shapes for side in shape]
     return torch.ops.leansense.deformable_attention(value, locations, weights, flat, backend)
@@ -368,7 +480,9 @@ def star(heads: int, levels: int, points: int) -> Tensor:
     return (direction[:, None, None] * distance).expand(heads, levels, points, 2).contiguous()
 
 
-def reference_points(shapes: Sequence[tuple[int, int]], device: torch.device | str | None = None) -> Tensor:
+def reference_points(
+    shapes: Sequence[tuple[int, int]], device: torch.device | str | None = None
+) -> Tensor:
     """The centre of every pixel of every level, x then y in [0, 1], once for each level: (1, S, levels, 2)."""
     every = []
     for h, w in shapes:
@@ -378,14 +492,18 @@ def reference_points(shapes: Sequence[tuple[int, int]], device: torch.device | s
     return torch.cat(every)[None, :, None].expand(1, -1, len(shapes), 2)
 
 # %% ../../../nbs/layers/30_deformable.ipynb #ce9ac839
-def sampling_locations(reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+def sampling_locations(
+    reference: Tensor, offsets: Tensor, shapes: Sequence[tuple[int, int]]
+) -> Tensor:
     """Where to look, (B, Q, heads, levels, points, 2): reference + offsets of that shape.
 
     reference: (B or 1, Q, levels, 2), points, to which offsets in pixels are added; or 4, boxes (cx, cy, w, h).
     """
     wanted = (offsets.shape[1], offsets.shape[3])
     if reference.ndim != 4 or reference.shape[1:3] != wanted or reference.shape[-1] not in (2, 4):
-        raise ValueError(f"reference must be (B, {wanted[0]}, {wanted[1]}, 2 or 4), not {tuple(reference.shape)}")
+        raise ValueError(
+            f"reference must be (B, {wanted[0]}, {wanted[1]}, 2 or 4), not {tuple(reference.shape)}"
+        )
     reference = reference.float()[:, :, None, :, None]
     if reference.shape[-1] == 2:
         return reference + offsets / offsets.new_tensor([(w, h) for h, w in shapes])[:, None]
@@ -398,10 +516,19 @@ class DeformableAttention(nn.Module):
     dim must be a multiple of heads. Parameters are named as in the authors' module; backend as in deformable_attention.
     """
 
-    def __init__(self, dim: int = 256, heads: int = 8, levels: int = 4, points: int = 4, backend: str = "auto"):
+    def __init__(
+        self,
+        dim: int = 256,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        backend: str = "auto",
+    ):
         super().__init__()
         if min(dim, heads, levels, points) < 1 or dim % heads:
-            raise ValueError(f"dim={dim} must be a multiple of heads={heads}; levels={levels}, points={points} >= 1")
+            raise ValueError(
+                f"dim={dim} must be a multiple of heads={heads}; levels={levels}, points={points} >= 1"
+            )
         self.heads, self.levels, self.points, self.backend = heads, levels, points, backend
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
@@ -414,8 +541,14 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]],
-                mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        value: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Deformable attention of query (B, Q, dim) to value (B, S, dim): (B, Q, dim).
 
         reference: as for sampling_locations. mask: (B, S), True where value is padding and counts as zero.
@@ -424,9 +557,15 @@ class DeformableAttention(nn.Module):
         if mask is not None:
             value = value.masked_fill(mask[..., None], 0)
         size = (self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query).float().unflatten(-1, (*size, 2))  # positions need fp32 under autocast
+        offsets = (
+            self.sampling_offsets(query).float().unflatten(-1, (*size, 2))
+        )  # positions need fp32 under autocast
         weights = self.attention_weights(query).float().unflatten(-1, (self.heads, -1)).softmax(-1)
-        out = deformable_attention(value.unflatten(-1, (self.heads, -1)), shapes,
-                                   sampling_locations(reference, offsets, shapes),
-                                   weights.unflatten(-1, size[1:]), self.backend)
+        out = deformable_attention(
+            value.unflatten(-1, (self.heads, -1)),
+            shapes,
+            sampling_locations(reference, offsets, shapes),
+            weights.unflatten(-1, size[1:]),
+            self.backend,
+        )
         return self.output_proj(out)

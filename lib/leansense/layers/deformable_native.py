@@ -79,7 +79,9 @@ int width(void) { return W; }
 
 def _at(tensor: torch.Tensor, offset: int = 0) -> ctypes.c_void_p:
     """The address of element `offset` of a contiguous tensor."""
-    return ctypes.c_void_p(native.pointer(tensor).value + offset * tensor.element_size() if tensor.numel() else None)
+    return ctypes.c_void_p(
+        native.pointer(tensor).value + offset * tensor.element_size() if tensor.numel() else None
+    )
 
 
 def _long(*values: int) -> list[ctypes.c_long]:
@@ -342,13 +344,23 @@ def _parts(value: torch.Tensor) -> list[list[tuple[int, int]]]:
 def _check(*tensors: torch.Tensor) -> None:
     """ValueError unless all are contiguous float32 on the CPU, which is what C is told they are."""
     for tensor in tensors:
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise ValueError(f"the C version takes contiguous float32 tensors on the CPU, not {tensor.dtype}, "
-                             f"{tensor.device}, {tensor.stride()}")
+        if (
+            tensor.dtype != torch.float32
+            or tensor.device.type != "cpu"
+            or not tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"the C version takes contiguous float32 tensors on the CPU, not {tensor.dtype}, "
+                f"{tensor.device}, {tensor.stride()}"
+            )
 
 # %% ../../../nbs/layers/32_deformable_native.ipynb #f152eb8d
-def forward(value: torch.Tensor, shapes: Sequence[tuple[int, int]], locations: torch.Tensor,
-            weights: torch.Tensor) -> torch.Tensor:
+def forward(
+    value: torch.Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
     """Deformable attention, (B, Q, heads * d), of contiguous float32 tensors shaped as for deformable_attention."""
     _check(value, locations, weights)
     (batch, pixels, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
@@ -364,22 +376,41 @@ def forward(value: torch.Tensor, shapes: Sequence[tuple[int, int]], locations: t
             if planes:
                 c.pack(_at(value, head), _at(plane), *_long(pixels, heads * d), d, padded)
             rows, stride = (_at(plane), padded) if planes else (_at(value, head), heads * d)
-            c.forward(rows, *_long(stride), _at(locations, 2 * bag), _at(weights, bag),
-                      _at(out, (b * queries * heads + h) * d), *_long(0, queries), heads, d, levels, points, _at(sizes))
+            c.forward(
+                rows,
+                *_long(stride),
+                _at(locations, 2 * bag),
+                _at(weights, bag),
+                _at(out, (b * queries * heads + h) * d),
+                *_long(0, queries),
+                heads,
+                d,
+                levels,
+                points,
+                _at(sizes),
+            )
 
     native.parallel([partial(run, part) for part in _parts(value)])
     return out
 
 # %% ../../../nbs/layers/32_deformable_native.ipynb #2d082865
-def _scratch(value: torch.Tensor, locations: torch.Tensor, cells: int, n: int, padded: int, planes: bool) -> list:
+def _scratch(
+    value: torch.Tensor, locations: torch.Tensor, cells: int, n: int, padded: int, planes: bool
+) -> list:
     """Planes of value, its gradient and the output's gradient; visits, cells, cells' ends, weights; and the room."""
     samples = -(-locations.shape[1] * locations.shape[4] // 64) * 64  # whole groups
-    room = 0 if n in (1, 2, 4) else 4 * samples  # several blocks of channels: weights are read more than once
+    room = (
+        0 if n in (1, 2, 4) else 4 * samples
+    )  # several blocks of channels: weights are read more than once
     pixels = value.shape[1] * padded if planes else 0
     floats = (pixels, pixels, locations.shape[1] * padded)
     integers = (2 * samples + 32, samples, cells + 1)
-    return [*(value.new_empty(size) for size in floats),
-            *(value.new_empty(size, dtype=torch.int32) for size in integers), value.new_empty(4 * samples + room), room]
+    return [
+        *(value.new_empty(size) for size in floats),
+        *(value.new_empty(size, dtype=torch.int32) for size in integers),
+        value.new_empty(4 * samples + room),
+        room,
+    ]
 
 
 def _level_calls(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:
@@ -388,31 +419,62 @@ def _level_calls(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, torch.Ten
     return [(start, torch.tensor(shape, dtype=torch.int32)) for start, shape in zip(starts, shapes)]
 
 # %% ../../../nbs/layers/32_deformable_native.ipynb #27b8c152
-def backward(value: torch.Tensor, shapes: Sequence[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor,
-             gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(
+    value: torch.Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: torch.Tensor,
+    weights: torch.Tensor,
+    gradient: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of value, locations and weights for that of the output; contiguous float32 as in `forward`."""
     _check(value, locations, weights, gradient)
     (batch, pixels, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
     c = native.library(NAME, SOURCE)
     n, padded, planes = _sizes(value, locations, c.width())
     dvalue = torch.empty_like(value) if planes else torch.zeros_like(value)
-    dlocations, dweights, calls = torch.empty_like(locations), torch.empty_like(weights), _level_calls(shapes)
+    dlocations, dweights, calls = (
+        torch.empty_like(locations),
+        torch.empty_like(weights),
+        _level_calls(shapes),
+    )
 
     def run(part: list[tuple[int, int]]) -> None:
-        *scratch, room = _scratch(value, locations, max(h * w for h, w in shapes), n, padded, planes)
+        *scratch, room = _scratch(
+            value, locations, max(h * w for h, w in shapes), n, padded, planes
+        )
         plane, dplane, rows, *rest = scratch
         for b, h in part:
             head, bag = (b * pixels * heads + h) * d, (b * queries * heads + h) * levels * points
-            c.pack(_at(gradient, (b * queries * heads + h) * d), _at(rows), *_long(queries, heads * d), d, padded)
+            c.pack(
+                _at(gradient, (b * queries * heads + h) * d),
+                _at(rows),
+                *_long(queries, heads * d),
+                d,
+                padded,
+            )
             if planes:
                 c.pack(_at(value, head), _at(plane), *_long(pixels, heads * d), d, padded)
                 ctypes.memset(_at(dplane), 0, 4 * pixels * padded)
-            (v, dv), first, stride = ((plane, dplane), 0, padded) if planes else ((value, dvalue), head, heads * d)
+            (v, dv), first, stride = (
+                ((plane, dplane), 0, padded) if planes else ((value, dvalue), head, heads * d)
+            )
             for level, (start, shape) in enumerate(calls):
                 o, at = first + start * stride, bag + level * points
-                c.backward(_at(v, o), _at(dv, o), *_long(stride), _at(locations, 2 * at), _at(weights, at), _at(rows),
-                           _at(dlocations, 2 * at), _at(dweights, at), *map(_at, rest),
-                           *_long(room, queries, heads * levels * points), points, d, _at(shape))
+                c.backward(
+                    _at(v, o),
+                    _at(dv, o),
+                    *_long(stride),
+                    _at(locations, 2 * at),
+                    _at(weights, at),
+                    _at(rows),
+                    _at(dlocations, 2 * at),
+                    _at(dweights, at),
+                    *map(_at, rest),
+                    *_long(room, queries, heads * levels * points),
+                    points,
+                    d,
+                    _at(shape),
+                )
             if planes:
                 c.unpack(_at(dplane), _at(dvalue, head), *_long(pixels, heads * d), d, padded)
 

@@ -29,13 +29,28 @@ def _off_centre(locations: torch.Tensor, size: torch.Tensor, margin: float = 0.0
 
 def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
     """Value, locations, weights and a gradient; the shapes of the levels are `extra`."""
-    Q, shapes, draw = size["Q"], [tuple(shape) for shape in size["shapes"]], torch.Generator().manual_seed(seed)
-    B, heads, d, P = size.get("B", 1), size.get("heads", HEADS), size.get("d", CHANNELS), size.get("P", POINTS)
+    Q, shapes, draw = (
+        size["Q"],
+        [tuple(shape) for shape in size["shapes"]],
+        torch.Generator().manual_seed(seed),
+    )
+    B, heads, d, P = (
+        size.get("B", 1),
+        size.get("heads", HEADS),
+        size.get("d", CHANNELS),
+        size.get("P", POINTS),
+    )
     extent = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
     value = torch.randn(B, sum(h * w for h, w in shapes), heads, d, generator=draw)
-    weights = torch.randn(B, Q, heads, len(shapes) * P, generator=draw).softmax(-1).unflatten(-1, (len(shapes), P))
+    weights = (
+        torch.randn(B, Q, heads, len(shapes) * P, generator=draw)
+        .softmax(-1)
+        .unflatten(-1, (len(shapes), P))
+    )
     side, number = math.ceil(math.sqrt(Q)), torch.arange(Q, dtype=torch.float64)
-    reference = (torch.stack([number % side, number.div(side, rounding_mode="floor")], -1) + 0.5) / max(side, 1)
+    reference = (
+        torch.stack([number % side, number.div(side, rounding_mode="floor")], -1) + 0.5
+    ) / max(side, 1)
     where, spread = (B, Q, heads, len(shapes), P, 2), size.get("spread", SPREAD)
     if spread:
         noise = torch.randn(where, generator=draw, dtype=torch.float64) * spread / extent
@@ -45,7 +60,9 @@ def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
     locations = _off_centre(locations, extent)
     inputs = {"value": value, "locations": locations, "weights": weights}
     inputs = {name: x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
-    return Problem(inputs, torch.randn(B, Q, heads * d, generator=draw).to(device, dtype), {"shapes": shapes})
+    return Problem(
+        inputs, torch.randn(B, Q, heads * d, generator=draw).to(device, dtype), {"shapes": shapes}
+    )
 
 # %% ../../../nbs/layers/73_deformable_peers.ipynb #68767121
 def grid_sample(value, shapes, locations, weights):
@@ -53,7 +70,9 @@ def grid_sample(value, shapes, locations, weights):
     (B, _, heads, d), Q = value.shape, locations.shape[1]
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B heads) Q levels points 2
     samples = []
-    for level, ((h, w), image) in enumerate(zip(shapes, value.split([h * w for h, w in shapes], 1))):
+    for level, ((h, w), image) in enumerate(
+        zip(shapes, value.split([h * w for h, w in shapes], 1))
+    ):
         image = image.permute(0, 2, 3, 1).reshape(B * heads, d, h, w)
         samples.append(F.grid_sample(image, grids[:, :, level], align_corners=False))
     weights = weights.transpose(1, 2).reshape(B * heads, 1, Q, -1)
@@ -67,7 +86,9 @@ def gather(value, shapes, locations, weights):
     total, start = 0, 0
     for level, (h, w) in enumerate(shapes):
         table = value[:, start : start + h * w].transpose(1, 2)  # B heads S d
-        x, y = (locations[:, :, :, level].transpose(1, 2) * locations.new_tensor([w, h]) - 0.5).unbind(-1)
+        x, y = (
+            locations[:, :, :, level].transpose(1, 2) * locations.new_tensor([w, h]) - 0.5
+        ).unbind(-1)
         share = weights[:, :, :, level].transpose(1, 2)
         left, upper = x.detach().floor(), y.detach().floor()
         for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
@@ -89,15 +110,21 @@ def _hf_why_not() -> str:
     if find_spec("transformers") is None:
         return "transformers is not installed"
     try:
-        import_module("transformers.models.deformable_detr.modeling_deformable_detr").MultiScaleDeformableAttention
-    except Exception as error:  # a missing dependency, another version's layout: many kinds, one consequence
+        import_module(
+            "transformers.models.deformable_detr.modeling_deformable_detr"
+        ).MultiScaleDeformableAttention
+    except (
+        Exception
+    ) as error:  # a missing dependency, another version's layout: many kinds, one consequence
         return f"transformers: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
     return ""
 
 
 def _prepare_hf(p: Problem) -> Callable[[], torch.Tensor]:
     """The module's call on a problem."""
-    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+    from transformers.models.deformable_detr.modeling_deformable_detr import (
+        MultiScaleDeformableAttention,
+    )
 
     shapes, module = p.extra["shapes"], MultiScaleDeformableAttention()
     sizes = torch.tensor(shapes, device=p.gradient.device)
@@ -108,8 +135,11 @@ def _prepare_hf(p: Problem) -> Callable[[], torch.Tensor]:
 # %% ../../../nbs/layers/73_deformable_peers.ipynb #0c23f087
 def _formula(function: Callable) -> Callable[[Problem], Callable[[], torch.Tensor]]:
     """prepare() of a function (value, shapes, locations, weights)."""
+
     def prepare(p: Problem) -> Callable[[], torch.Tensor]:
-        return lambda: function(p.inputs["value"], p.extra["shapes"], p.inputs["locations"], p.inputs["weights"])
+        return lambda: function(
+            p.inputs["value"], p.extra["shapes"], p.inputs["locations"], p.inputs["weights"]
+        )
 
     return prepare
 
@@ -126,20 +156,59 @@ def reference(p: Problem) -> torch.Tensor:
 
 def work(size: dict) -> dict:
     """Bytes, FLOPs and exponentials of the forward pass of a size."""
-    B, heads, d, P = size.get("B", 1), size.get("heads", HEADS), size.get("d", CHANNELS), size.get("P", POINTS)
+    B, heads, d, P = (
+        size.get("B", 1),
+        size.get("heads", HEADS),
+        size.get("d", CHANNELS),
+        size.get("P", POINTS),
+    )
     samples = B * size["Q"] * heads * len(size["shapes"]) * P
     rows = B * heads * (sum(h * w for h, w in size["shapes"]) + size["Q"])
     return {"bytes": 4 * (rows * d + 3 * samples), "flops": 8 * samples * d, "exps": 0}
 
 # %% ../../../nbs/layers/73_deformable_peers.ipynb #ec038ad0
-OPERATOR = Operator("deformable", problem, reference, {
-    "grid_sample": Contender("grid_sample, as in mmcv", False, _formula(grid_sample),
-                             note="the usual formula (arXiv:2010.04159), what packages run on a CPU"),
-    "gather": Contender("gather of rows", False, _formula(gather), note="four gathers a level, summed"),
-    "hf": Contender("transformers' module", False, _prepare_hf, _hf_why_not, "Hugging Face's grid_sample formula"),
-    "torch": Contender("ours, PyTorch", True, _ours("torch"), note="bags of rows, sampled products and a sort"),
-    **compiled(Contender("ours in C", True, _ours("cc"), lambda: _native_why_not(torch.empty(0)),
-                         "planes that fit the cache, sorted backward", ("cpu",))),
-    "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"),
-                        "atomics in the value's gradient", ("cuda",)),
-}, work)
+OPERATOR = Operator(
+    "deformable",
+    problem,
+    reference,
+    {
+        "grid_sample": Contender(
+            "grid_sample, as in mmcv",
+            False,
+            _formula(grid_sample),
+            note="the usual formula (arXiv:2010.04159), what packages run on a CPU",
+        ),
+        "gather": Contender(
+            "gather of rows", False, _formula(gather), note="four gathers a level, summed"
+        ),
+        "hf": Contender(
+            "transformers' module",
+            False,
+            _prepare_hf,
+            _hf_why_not,
+            "Hugging Face's grid_sample formula",
+        ),
+        "torch": Contender(
+            "ours, PyTorch", True, _ours("torch"), note="bags of rows, sampled products and a sort"
+        ),
+        **compiled(
+            Contender(
+                "ours in C",
+                True,
+                _ours("cc"),
+                lambda: _native_why_not(torch.empty(0)),
+                "planes that fit the cache, sorted backward",
+                ("cpu",),
+            )
+        ),
+        "triton": Contender(
+            "ours, Triton",
+            True,
+            _ours("triton"),
+            lambda: triton_why_not("cuda"),
+            "atomics in the value's gradient",
+            ("cuda",),
+        ),
+    },
+    work,
+)

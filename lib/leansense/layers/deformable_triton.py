@@ -19,7 +19,9 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # the module can be read everywhere; `layers.backend` says why the kernels cannot run
+except (
+    ImportError
+):  # the module can be read everywhere; `layers.backend` says why the kernels cannot run
 
     class tl:
         """Stands in for triton.language in annotations."""
@@ -51,16 +53,38 @@ def corner(value, x, y, width, height, live, stride, channel, d):
 
 # %% ../../../nbs/layers/31_deformable_triton.ipynb #e802ee5f
 @jit
-def forward_kernel(value, maps, at, weight, out, queries, pixels, heads, d, LEVELS: tl.constexpr, POINTS: tl.constexpr,
-                   BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+def forward_kernel(
+    value,
+    maps,
+    at,
+    weight,
+    out,
+    queries,
+    pixels,
+    heads,
+    d,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """out (B, Q, heads, d): BLOCK_Q queries of one head and one block of channels."""
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     channel = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    b, head, live, stride = tl.program_id(1) // heads, tl.program_id(1) % heads, q < queries, heads * d
+    b, head, live, stride = (
+        tl.program_id(1) // heads,
+        tl.program_id(1) % heads,
+        q < queries,
+        heads * d,
+    )
     row = (b.to(tl.int64) * queries + q) * heads + head
     total = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
     for level in range(LEVELS):
-        height, width, start = tl.load(maps + 3 * level), tl.load(maps + 3 * level + 1), tl.load(maps + 3 * level + 2)
+        height, width, start = (
+            tl.load(maps + 3 * level),
+            tl.load(maps + 3 * level + 1),
+            tl.load(maps + 3 * level + 2),
+        )
         image = value + ((b.to(tl.int64) * pixels + start) * heads + head) * d
         for point in range(POINTS):
             sample = row * (LEVELS * POINTS) + level * POINTS + point
@@ -95,20 +119,36 @@ def _on(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def forward(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def forward(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     """Deformable attention, (B, Q, heads * d) in value's type; contiguous, shaped as for deformable_attention."""
     (batch, pixels, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
     out = value.new_empty(batch, queries, heads * d)
     block = min(128, triton.next_power_of_2(d))
     with _on(value):
         forward_kernel[(triton.cdiv(queries, BLOCK_Q), batch * heads, triton.cdiv(d, block))](
-            value, _maps(shapes, value.device), locations, weights, out, queries, pixels, heads, d, LEVELS=levels,
-            POINTS=points, BLOCK_Q=BLOCK_Q, BLOCK_D=block)
+            value,
+            _maps(shapes, value.device),
+            locations,
+            weights,
+            out,
+            queries,
+            pixels,
+            heads,
+            d,
+            LEVELS=levels,
+            POINTS=points,
+            BLOCK_Q=BLOCK_Q,
+            BLOCK_D=block,
+        )
     return out
 
 # %% ../../../nbs/layers/31_deformable_triton.ipynb #680987fe
 @jit
-def add_corner(value, dvalue, x, y, width, height, live, stride, channel, d, g, share, ATOMIC: tl.constexpr):
+def add_corner(
+    value, dvalue, x, y, width, height, live, stride, channel, d, g, share, ATOMIC: tl.constexpr
+):
     """The dot products (BLOCK_Q) of a corner's rows with g; adds share * g to the corner's rows of dvalue."""
     v, offset, mask = corner(value, x, y, width, height, live, stride, channel, d)
     if ATOMIC:
@@ -120,19 +160,46 @@ def add_corner(value, dvalue, x, y, width, height, live, stride, channel, d, g, 
 def gradient_rows(gradient, row, live, channel, d):
     """Rows (BLOCK_Q, BLOCK_D) of the output's gradient in fp32."""
     mask = live[:, None] & (channel < d)[None, :]
-    return tl.load(gradient + row[:, None] * d + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(gradient + row[:, None] * d + channel[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
 
 # %% ../../../nbs/layers/31_deformable_triton.ipynb #b9410270
 @jit
-def backward_kernel(value, maps, at, weight, gradient, dvalue, dat, dweight, queries, pixels, heads, d,
-                    LEVELS: tl.constexpr, POINTS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
-                    ATOMIC: tl.constexpr):
+def backward_kernel(
+    value,
+    maps,
+    at,
+    weight,
+    gradient,
+    dvalue,
+    dat,
+    dweight,
+    queries,
+    pixels,
+    heads,
+    d,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
     """dat, dweight and, with ATOMIC, additions to dvalue (fp32): BLOCK_Q queries of one head, all channels."""
     q, channels = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    b, head, live, stride = tl.program_id(1) // heads, tl.program_id(1) % heads, q < queries, heads * d
+    b, head, live, stride = (
+        tl.program_id(1) // heads,
+        tl.program_id(1) % heads,
+        q < queries,
+        heads * d,
+    )
     row = (b.to(tl.int64) * queries + q) * heads + head
     for level in range(LEVELS):
-        height, width, start = tl.load(maps + 3 * level), tl.load(maps + 3 * level + 1), tl.load(maps + 3 * level + 2)
+        height, width, start = (
+            tl.load(maps + 3 * level),
+            tl.load(maps + 3 * level + 1),
+            tl.load(maps + 3 * level + 2),
+        )
         first = ((b.to(tl.int64) * pixels + start) * heads + head) * d
         image, dimage = value + first, dvalue + first
         for point in range(POINTS):
@@ -140,16 +207,29 @@ def backward_kernel(value, maps, at, weight, gradient, dvalue, dat, dweight, que
             x, fx = place(tl.load(at + 2 * sample, mask=live, other=0.0), width)
             y, fy = place(tl.load(at + 2 * sample + 1, mask=live, other=0.0), height)
             a = tl.load(weight + sample, mask=live, other=0.0).to(tl.float32)
-            w0, w1, w2, w3 = a * (1 - fy) * (1 - fx), a * (1 - fy) * fx, a * fy * (1 - fx), a * fy * fx
+            w0, w1, w2, w3 = (
+                a * (1 - fy) * (1 - fx),
+                a * (1 - fy) * fx,
+                a * fy * (1 - fx),
+                a * fy * fx,
+            )
             v0 = tl.zeros((BLOCK_Q,), dtype=tl.float32)
             v1, v2, v3 = v0, v0, v0
             for block in range(0, d, BLOCK_D):
                 c = block + channels
                 g = gradient_rows(gradient, row, live, c, d)
-                v0 += add_corner(image, dimage, x, y, width, height, live, stride, c, d, g, w0, ATOMIC)
-                v1 += add_corner(image, dimage, x + 1, y, width, height, live, stride, c, d, g, w1, ATOMIC)
-                v2 += add_corner(image, dimage, x, y + 1, width, height, live, stride, c, d, g, w2, ATOMIC)
-                v3 += add_corner(image, dimage, x + 1, y + 1, width, height, live, stride, c, d, g, w3, ATOMIC)
+                v0 += add_corner(
+                    image, dimage, x, y, width, height, live, stride, c, d, g, w0, ATOMIC
+                )
+                v1 += add_corner(
+                    image, dimage, x + 1, y, width, height, live, stride, c, d, g, w1, ATOMIC
+                )
+                v2 += add_corner(
+                    image, dimage, x, y + 1, width, height, live, stride, c, d, g, w2, ATOMIC
+                )
+                v3 += add_corner(
+                    image, dimage, x + 1, y + 1, width, height, live, stride, c, d, g, w3, ATOMIC
+                )
             da = (1 - fy) * ((1 - fx) * v0 + fx * v1) + fy * ((1 - fx) * v2 + fx * v3)
             dx = a * width * ((1 - fy) * (v1 - v0) + fy * (v3 - v2))
             dy = a * height * ((1 - fx) * (v2 - v0) + fx * (v3 - v1))
@@ -169,13 +249,35 @@ def _sorted_samples(shapes: Sequence[tuple[int, int]], locations: Tensor) -> tup
         start += h * w
     cells = torch.stack(cells, 3).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1)
     keys, order = cells.sort(dim=1, stable=True)
-    edges = torch.arange(start + 1, dtype=torch.int32, device=locations.device).expand(len(keys), -1).contiguous()
+    edges = (
+        torch.arange(start + 1, dtype=torch.int32, device=locations.device)
+        .expand(len(keys), -1)
+        .contiguous()
+    )
     return order.to(torch.int32), torch.searchsorted(keys, edges, out_int32=True)
 
 # %% ../../../nbs/layers/31_deformable_triton.ipynb #781a876d
 @jit
-def pixel_kernel(at, weight, gradient, order, first, dvalue, queries, pixels, heads, d, height, width, start, samples,
-                 LEVELS: tl.constexpr, POINTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def pixel_kernel(
+    at,
+    weight,
+    gradient,
+    order,
+    first,
+    dvalue,
+    queries,
+    pixels,
+    heads,
+    d,
+    height,
+    width,
+    start,
+    samples,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """One pixel's row of dvalue for one head and block of channels, from the samples of the four cells around it."""
     pixel, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -183,7 +285,12 @@ def pixel_kernel(at, weight, gradient, order, first, dvalue, queries, pixels, he
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for step in range(4):
         x, y = px - step % 2, py - step // 2
-        exists = (x >= 0) & (y >= 0) & ((x < width - 1) | (width == 1)) & ((y < height - 1) | (height == 1))
+        exists = (
+            (x >= 0)
+            & (y >= 0)
+            & ((x < width - 1) | (width == 1))
+            & ((y < height - 1) | (height == 1))
+        )
         cell = pair * (pixels + 1) + start + tl.where(exists, y * width + x, 0)
         begin = tl.load(first + cell)
         end = tl.where(exists, tl.load(first + cell + 1), begin)
@@ -194,30 +301,65 @@ def pixel_kernel(at, weight, gradient, order, first, dvalue, queries, pixels, he
             row = (b * queries + q) * heads + head
             where = row * (LEVELS * POINTS) + rest
             x_at = tl.load(at + 2 * where, mask=live, other=0.0).to(tl.float32) * width - 0.5 - px
-            y_at = tl.load(at + 2 * where + 1, mask=live, other=0.0).to(tl.float32) * height - 0.5 - py
+            y_at = (
+                tl.load(at + 2 * where + 1, mask=live, other=0.0).to(tl.float32) * height - 0.5 - py
+            )
             hat_x, hat_y = 1 - tl.abs(x_at), 1 - tl.abs(y_at)
             share = tl.where(hat_x < 0, 0.0, hat_x) * tl.where(hat_y < 0, 0.0, hat_y)
             share = share * tl.load(weight + where, mask=live, other=0.0).to(tl.float32)
             g = gradient_rows(gradient, row, live, channel, d)
             total += tl.sum(tl.where(live, share, 0.0)[:, None] * g, axis=0)
-    tl.store(dvalue + ((b * pixels + start + pixel) * heads + head) * d + channel, total, mask=channel < d)
+    tl.store(
+        dvalue + ((b * pixels + start + pixel) * heads + head) * d + channel,
+        total,
+        mask=channel < d,
+    )
 
 # %% ../../../nbs/layers/31_deformable_triton.ipynb #d41f28ce
-def _gather(shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, gradient: Tensor,
-            dvalue: Tensor, block: int) -> None:
+def _gather(
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    gradient: Tensor,
+    dvalue: Tensor,
+    block: int,
+) -> None:
     """Fill dvalue without atomics, one level after the other."""
     (batch, pixels, heads, d), (_, queries, _, levels, points, _) = dvalue.shape, locations.shape
     order, first = _sorted_samples(shapes, locations)
     start = 0
     for h, w in shapes:
         pixel_kernel[(h * w, batch * heads, triton.cdiv(d, block))](
-            locations, weights, gradient, order, first, dvalue, queries, pixels, heads, d, h, w, start,
-            queries * levels * points, LEVELS=levels, POINTS=points, BLOCK=16, BLOCK_D=block)
+            locations,
+            weights,
+            gradient,
+            order,
+            first,
+            dvalue,
+            queries,
+            pixels,
+            heads,
+            d,
+            h,
+            w,
+            start,
+            queries * levels * points,
+            LEVELS=levels,
+            POINTS=points,
+            BLOCK=16,
+            BLOCK_D=block,
+        )
         start += h * w
 
 
-def backward(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, gradient: Tensor,
-             deterministic: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    gradient: Tensor,
+    deterministic: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of value (fp32), locations and weights (their types), for that of the output; all contiguous.
 
     deterministic: without atomics; None: as torch.use_deterministic_algorithms says.
@@ -230,8 +372,24 @@ def backward(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor
     block = min(128, triton.next_power_of_2(d))
     with _on(value):
         backward_kernel[(triton.cdiv(queries, BLOCK_Q), batch * heads)](
-            value, _maps(shapes, value.device), locations, weights, gradient, dvalue, dlocations, dweights, queries,
-            pixels, heads, d, LEVELS=levels, POINTS=points, BLOCK_Q=BLOCK_Q, BLOCK_D=block, ATOMIC=not deterministic)
+            value,
+            _maps(shapes, value.device),
+            locations,
+            weights,
+            gradient,
+            dvalue,
+            dlocations,
+            dweights,
+            queries,
+            pixels,
+            heads,
+            d,
+            LEVELS=levels,
+            POINTS=points,
+            BLOCK_Q=BLOCK_Q,
+            BLOCK_D=block,
+            ATOMIC=not deterministic,
+        )
         if deterministic:
             _gather(shapes, locations, weights, gradient, dvalue, block)
     return dvalue, dlocations, dweights

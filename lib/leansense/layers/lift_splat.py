@@ -31,10 +31,14 @@ class Rig(NamedTuple):
 def looking_along(yaw: float) -> torch.Tensor:
     """Optical-to-ego rotation (3, 3) of a level camera that looks `yaw` degrees to the left of straight ahead."""
     c, s = math.cos(math.radians(yaw)), math.sin(math.radians(yaw))
-    return torch.tensor([[s, 0.0, c], [-c, 0.0, s], [0.0, -1.0, 0.0]])  # columns: right, down, forward
+    return torch.tensor(
+        [[s, 0.0, c], [-c, 0.0, s], [0.0, -1.0, 0.0]]
+    )  # columns: right, down, forward
 
 
-def surround_rig(batch: int = 1, resize: float = 0.22, crop: tuple[float, float] = (0.0, 48.0)) -> Rig:
+def surround_rig(
+    batch: int = 1, resize: float = 0.22, crop: tuple[float, float] = (0.0, 48.0)
+) -> Rig:
     """SimBEV's six cameras: front left, front, front right, back left, back, back right; 1600 x 900 pixels, 80 degrees.
 
     resize, crop: the augmentation, as in `augmentation_matrix`; the default makes images of 352 x 128.
@@ -44,14 +48,25 @@ def surround_rig(batch: int = 1, resize: float = 0.22, crop: tuple[float, float]
     focal = 800 / math.tan(math.radians(40))
     rots = torch.stack([looking_along(yaw) for yaw in yaws])
     trans = torch.tensor([(x, y, 1.6) for x, y in places])
-    intrins = torch.tensor([[focal, 0.0, 800.0], [0.0, focal, 450.0], [0.0, 0.0, 1.0]]).expand(6, 3, 3)
+    intrins = torch.tensor([[focal, 0.0, 800.0], [0.0, focal, 450.0], [0.0, 0.0, 1.0]]).expand(
+        6, 3, 3
+    )
     post_rots = torch.diag(torch.tensor([resize, resize, 1.0])).expand(6, 3, 3)
     post_trans = torch.tensor([-crop[0], -crop[1], 0.0]).expand(6, 3)
-    return Rig(*(m.expand(batch, *m.shape).contiguous() for m in (rots, trans, intrins, post_rots, post_trans)))
+    return Rig(
+        *(
+            m.expand(batch, *m.shape).contiguous()
+            for m in (rots, trans, intrins, post_rots, post_trans)
+        )
+    )
 
 # %% ../../../nbs/layers/20_lift_splat.ipynb #cd741189
-def augmentation_matrix(resize: float | tuple[float, float], crop: Sequence[float], flip: bool = False,
-                        rotate: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def augmentation_matrix(
+    resize: float | tuple[float, float],
+    crop: Sequence[float],
+    flip: bool = False,
+    rotate: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The image augmentation as (post_rot (3, 3), post_tran (3,)), fp32: uv' = post_rot[:2, :2] uv + post_tran[:2].
 
     resize: one factor or (horizontal, vertical). crop: box (left, top, right, bottom) in pixels of the resized image;
@@ -61,14 +76,21 @@ def augmentation_matrix(resize: float | tuple[float, float], crop: Sequence[floa
     left, top, right, bottom = (float(v) for v in crop)
     width, height = right - left, bottom - top
     if not (sx > 0 and sy > 0 and width > 0 and height > 0):
-        raise ValueError(f"resize={resize}, crop={tuple(crop)}: factors, and the crop's width and height, must be > 0")
+        raise ValueError(
+            f"resize={resize}, crop={tuple(crop)}: factors, and the crop's width and height, must be > 0"
+        )
     affine = torch.tensor([[sx, 0.0, -left], [0.0, sy, -top], [0.0, 0.0, 1.0]], dtype=torch.float64)
     if flip:
         affine = affine.new_tensor([[-1.0, 0.0, width], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) @ affine
     if rotate:
         c, s = math.cos(math.radians(rotate)), math.sin(math.radians(rotate))
         x, y = width / 2, height / 2  # the centre stays where it is
-        affine = affine.new_tensor([[c, s, x - c * x - s * y], [-s, c, y + s * x - c * y], [0.0, 0.0, 1.0]]) @ affine
+        affine = (
+            affine.new_tensor(
+                [[c, s, x - c * x - s * y], [-s, c, y + s * x - c * y], [0.0, 0.0, 1.0]]
+            )
+            @ affine
+        )
     post_rot = torch.eye(3, dtype=torch.float64)
     post_rot[:2, :2] = affine[:2, :2]
     post_tran = torch.cat((affine[:2, 2], affine.new_zeros(1)))
@@ -86,21 +108,35 @@ class Frustum(NamedTuple):
     d: torch.Tensor  # (D,) metres along the optical axis
 
 
-def make_frustum(grid: Grid, input_size: tuple[int, int] = (128, 352), downsample: int = 16,
-                 frustum_sampling: str = "cell_center", device: torch.device | str | None = None) -> Frustum:
+def make_frustum(
+    grid: Grid,
+    input_size: tuple[int, int] = (128, 352),
+    downsample: int = 16,
+    frustum_sampling: str = "cell_center",
+    device: torch.device | str | None = None,
+) -> Frustum:
     """The frustum of an image of input_size = (height, width) pixels seen by a network with stride `downsample`.
 
     A size that is no multiple of the stride has ceil(size / stride) feature pixels, as padded convolutions give.
     """
     if frustum_sampling not in FRUSTUM_SAMPLINGS:
-        raise ValueError(f"frustum_sampling={frustum_sampling!r}: choose from {', '.join(FRUSTUM_SAMPLINGS)}")
+        raise ValueError(
+            f"frustum_sampling={frustum_sampling!r}: choose from {', '.join(FRUSTUM_SAMPLINGS)}"
+        )
     if downsample < 1 or len(input_size) != 2 or min(input_size) < 1:
-        raise ValueError(f"input_size={input_size}, downsample={downsample}: give (height, width) and a stride >= 1")
+        raise ValueError(
+            f"input_size={input_size}, downsample={downsample}: give (height, width) and a stride >= 1"
+        )
     height, width = (-(-size // downsample) for size in input_size)
     if frustum_sampling == "cell_center":
-        u, v = (torch.arange(n, dtype=torch.float64) * downsample + (downsample - 1) / 2 for n in (width, height))
+        u, v = (
+            torch.arange(n, dtype=torch.float64) * downsample + (downsample - 1) / 2
+            for n in (width, height)
+        )
     else:
-        u, v = (torch.linspace(0, size - 1, n) for size, n in zip(input_size[::-1], (width, height)))
+        u, v = (
+            torch.linspace(0, size - 1, n) for size, n in zip(input_size[::-1], (width, height))
+        )
     d = grid.dbound[0] + grid.dbound[2] * torch.arange(grid.depths, dtype=torch.float64)
     return Frustum(*(x.to(device, torch.float32) for x in (u, v, d)))
 
@@ -119,14 +155,20 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 def inverse3(m: torch.Tensor) -> torch.Tensor:
     """Inverse of matrices (..., 3, 3) in closed form; singular ones raise ValueError (on the CPU, in eager mode)."""
     a, b, c = m.unbind(-2)
-    adjugate = torch.stack((torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)), -1)
+    adjugate = torch.stack(
+        (torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)), -1
+    )
     det = (a * adjugate[..., 0]).sum(-1)
     if m.device.type == "cpu" and not torch.compiler.is_compiling() and not (det.abs() > 0).all():
-        raise ValueError("a camera matrix is singular or not finite: check intrins and post_rots (zero focal length?)")
+        raise ValueError(
+            "a camera matrix is singular or not finite: check intrins and post_rots (zero focal length?)"
+        )
     return adjugate / det[..., None, None]
 
 
-def camera_matrix(intrins: torch.Tensor, post_rots: torch.Tensor, post_trans: torch.Tensor) -> torch.Tensor:
+def camera_matrix(
+    intrins: torch.Tensor, post_rots: torch.Tensor, post_trans: torch.Tensor
+) -> torch.Tensor:
     """(..., 3, 3), double: the camera matrix of the augmented image, d (u', v', 1) = P p_cam."""
     intrins, post_rots, post_trans = (x.to(_wide(x)) for x in (intrins, post_rots, post_trans))
     upper = torch.cat((post_rots[..., :2, :2], post_trans[..., :2, None]), -1)
@@ -134,31 +176,52 @@ def camera_matrix(intrins: torch.Tensor, post_rots: torch.Tensor, post_trans: to
     return torch.cat((upper, lower), -2) @ intrins
 
 # %% ../../../nbs/layers/20_lift_splat.ipynb #7fa9227a
-def get_geometry(frustum: Frustum, rots: torch.Tensor, trans: torch.Tensor, intrins: torch.Tensor,
-                 post_rots: torch.Tensor, post_trans: torch.Tensor) -> torch.Tensor:
+def get_geometry(
+    frustum: Frustum,
+    rots: torch.Tensor,
+    trans: torch.Tensor,
+    intrins: torch.Tensor,
+    post_rots: torch.Tensor,
+    post_trans: torch.Tensor,
+) -> torch.Tensor:
     """Ego-frame positions (B, N, D, fH, fW, 3), metres, fp32, of all frustum points of all cameras.
 
     rots (B, N, 3, 3) and trans (B, N, 3): camera to ego. intrins (B, N, 3, 3): K of the original image. post_rots
     (B, N, 3, 3), post_trans (B, N, 3): the image augmentation, its planar part. Never half precision, autocast or not.
     """
     shape = rots.shape[:-2]
-    wanted = {"rots": (*shape, 3, 3), "trans": (*shape, 3), "intrins": (*shape, 3, 3), "post_rots": (*shape, 3, 3),
-              "post_trans": (*shape, 3)}
+    wanted = {
+        "rots": (*shape, 3, 3),
+        "trans": (*shape, 3),
+        "intrins": (*shape, 3, 3),
+        "post_rots": (*shape, 3, 3),
+        "post_trans": (*shape, 3),
+    }
     for (name, want), given in zip(wanted.items(), (rots, trans, intrins, post_rots, post_trans)):
         if len(shape) != 2 or given.shape != want:
-            raise ValueError(f"{name} is {tuple(given.shape)}; with rots (B, N, 3, 3) it must be {want}")
+            raise ValueError(
+                f"{name} is {tuple(given.shape)}; with rots (B, N, 3, 3) it must be {want}"
+            )
     with torch.autocast(rots.device.type, enabled=False):
         to_ego = rots.to(_wide(rots)) @ inverse3(camera_matrix(intrins, post_rots, post_trans))
         u, v, d = (x.to(rots.device) for x in frustum)
         x, y, z = to_ego.movedim(-1, 0)[..., None, None]  # columns, each (B, N, 3, 1, 1)
-        rays = (x * u + (y * v[:, None] + z)).movedim(2, 0).float().contiguous()  # (3, B, N, fH, fW)
+        rays = (
+            (x * u + (y * v[:, None] + z)).movedim(2, 0).float().contiguous()
+        )  # (3, B, N, fH, fW)
         origin = trans.float().movedim(-1, 0)[..., None, None, None]
         points = rays[..., None] * d + origin  # (3, B, N, fH, fW, D)
     return points.movedim((0, -1), (-1, 2))
 
 # %% ../../../nbs/layers/20_lift_splat.ipynb #f4d23c23
-def project(points: torch.Tensor, rots: torch.Tensor, trans: torch.Tensor, intrins: torch.Tensor,
-            post_rots: torch.Tensor, post_trans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def project(
+    points: torch.Tensor,
+    rots: torch.Tensor,
+    trans: torch.Tensor,
+    intrins: torch.Tensor,
+    post_rots: torch.Tensor,
+    post_trans: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels (B, N, M, 2) in the augmented images and depths (B, N, M) of ego-frame points (B, M, 3) or (B, N, M, 3).
 
     A point is visible where its depth is positive and its pixel inside the image; others are returned all the same.
@@ -196,48 +259,76 @@ class PlanMemory:
 def _check_features(depth_logits, features, rots, frustum, sampling) -> None:
     """ValueError with one line unless depths and feature pixels are those of the frustum."""
     cameras = math.prod(rots.shape[:2])
-    for name, x, channels in (("depth_logits", depth_logits, len(frustum.d)), ("features", features, None)):
+    for name, x, channels in (
+        ("depth_logits", depth_logits, len(frustum.d)),
+        ("features", features, None),
+    ):
         wanted = (channels or x.shape[-3] if x.ndim > 3 else 0, len(frustum.v), len(frustum.u))
         if tuple(x.shape[-3:]) != wanted or x.shape[:-3] not in (rots.shape[:2], (cameras,)):
-            raise ValueError(f"{name} is {tuple(x.shape)}; {sampling['input_size']} pixels at stride "
-                             f"{sampling['downsample']} and (B, N) = {tuple(rots.shape[:2])} need (B, N, "
-                             f"{channels or 'C'}, {wanted[1]}, {wanted[2]}), B and N may be merged")
+            raise ValueError(
+                f"{name} is {tuple(x.shape)}; {sampling['input_size']} pixels at stride "
+                f"{sampling['downsample']} and (B, N) = {tuple(rots.shape[:2])} need (B, N, "
+                f"{channels or 'C'}, {wanted[1]}, {wanted[2]}), B and N may be merged"
+            )
 
 # %% ../../../nbs/layers/20_lift_splat.ipynb #ce3d52d0
 class LiftSplat(nn.Module):
     """Depth logits and features of N cameras -> a map (B, C nz, X, Y), channels_last; rows +x, columns +y (left)."""
 
-    def __init__(self, grid: Grid = Grid(), input_size: tuple[int, int] = (128, 352), downsample: int = 16,
-                 frustum_sampling: str = "cell_center", binning: str = "floor", backend: str = "auto",
-                 remember: int = 4):
+    def __init__(
+        self,
+        grid: Grid = Grid(),
+        input_size: tuple[int, int] = (128, 352),
+        downsample: int = 16,
+        frustum_sampling: str = "cell_center",
+        binning: str = "floor",
+        backend: str = "auto",
+        remember: int = 4,
+    ):
         super().__init__()
         if binning not in BINNINGS:
             raise ValueError(f"binning={binning!r} is unknown: choose from {', '.join(BINNINGS)}")
         self.grid, self.binning, self.backend = grid, binning, backend
-        self.sampling = dict(input_size=tuple(input_size), downsample=downsample, frustum_sampling=frustum_sampling)
+        self.sampling = dict(
+            input_size=tuple(input_size), downsample=downsample, frustum_sampling=frustum_sampling
+        )
         for name, values in make_frustum(grid, **self.sampling)._asdict().items():
             self.register_buffer(name, values, persistent=False)
         self.memory = PlanMemory(remember)  # of eval mode; remember=0 keeps none
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # .half() and the like round the frustum, so it is made afresh
-        for name, values in make_frustum(self.grid, **self.sampling, device=self.u.device)._asdict().items():
+        for name, values in (
+            make_frustum(self.grid, **self.sampling, device=self.u.device)._asdict().items()
+        ):
             setattr(self, name, values)
         return self
 
     def plan(self, rots, trans, intrins, post_rots, post_trans) -> PoolPlan:
         """A new plan for these matrices, which are shaped as in `get_geometry`."""
-        points = get_geometry(Frustum(self.u, self.v, self.d), rots, trans, intrins, post_rots, post_trans)
+        points = get_geometry(
+            Frustum(self.u, self.v, self.d), rots, trans, intrins, post_rots, post_trans
+        )
         return PoolPlan.build(points, self.grid, self.binning, ordered=self.backend not in PLAIN)
 
-    def forward(self, depth_logits, features, rots, trans, intrins, post_rots, post_trans, plan=None):
+    def forward(
+        self, depth_logits, features, rots, trans, intrins, post_rots, post_trans, plan=None
+    ):
         """depth_logits (B, N, D, fH, fW), features (B, N, C, fH, fW), B and N may be merged; matrices as in `plan`."""
         matrices = rots, trans, intrins, post_rots, post_trans
-        _check_features(depth_logits, features, rots, Frustum(self.u, self.v, self.d), self.sampling)
+        _check_features(
+            depth_logits, features, rots, Frustum(self.u, self.v, self.d), self.sampling
+        )
         if plan is None:
-            seen = torch.compiler.is_compiling() or torch.jit.is_tracing()  # by somebody who would keep the plan
+            seen = (
+                torch.compiler.is_compiling() or torch.jit.is_tracing()
+            )  # by somebody who would keep the plan
             fresh = self.training or self.memory.size < 1 or seen
-            plan = self.plan(*matrices) if fresh else self.memory.get(matrices, lambda: self.plan(*matrices))
+            plan = (
+                self.plan(*matrices)
+                if fresh
+                else self.memory.get(matrices, lambda: self.plan(*matrices))
+            )
         half = depth_logits.dtype in (torch.float16, torch.bfloat16)
         depth = depth_logits.softmax(-3, dtype=torch.float32 if half else None)
         return bev_pool(depth, features, plan, self.backend)

@@ -55,14 +55,19 @@ def _features(x: torch.Tensor, feature_map: str, out: torch.Tensor | None) -> to
     """phi(x), written into `out` if given."""
     if feature_map == "relu":
         return torch.clamp_min(x, 0, out=out)
-    return FEATURE_MAPS[feature_map](x) if out is None else torch.ops.aten.elu.out(x, out=out).add_(1)
+    return (
+        FEATURE_MAPS[feature_map](x) if out is None else torch.ops.aten.elu.out(x, out=out).add_(1)
+    )
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #6464b264
-Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # KV (B*heads, d, d), z (B*heads, d, 1), r (B*heads, 1, N)
+Kept = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]  # KV (B*heads, d, d), z (B*heads, d, 1), r (B*heads, 1, N)
 
 
-def _torch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str,
-                   eps: float) -> tuple[torch.Tensor, Kept]:
+def _torch_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, eps: float
+) -> tuple[torch.Tensor, Kept]:
     """The result, (B, heads, d, N), and what the backward pass needs beside the inputs."""
     phi = FEATURE_MAPS[feature_map]
     q3, k3, v3 = (x.flatten(0, 1) for x in (phi(q), phi(k), v))  # (B heads) d N
@@ -72,8 +77,15 @@ def _torch_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_ma
     return torch.bmm(kv, q3).mul_(r).view(q.shape), (kv, z, r)
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #632e3270
-def _torch_backward(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept,
-                    feature_map: str, into: Sequence[torch.Tensor | None]) -> None:
+def _torch_backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept: Kept,
+    feature_map: str,
+    into: Sequence[torch.Tensor | None],
+) -> None:
     """Write the gradients of q, k, v into the three tensors `into`; None: not wanted."""
     kv, z, r = kept
     dq, dk, dv = (None if x is None else x.flatten(0, 1) for x in into)
@@ -91,12 +103,18 @@ def _torch_backward(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v:
         dk.copy_(torch.bmm(features, s.transpose(-1, -2)).expand_as(dk))
         _times_slope(torch.baddbmm(dk, dkv.transpose(-1, -2), v3, out=dk), k3, feature_map)
     if dv is not None:
-        torch.bmm(dkv, _features(k3, feature_map, g), out=dv)  # the features of q in dv have done their duty
+        torch.bmm(
+            dkv, _features(k3, feature_map, g), out=dv
+        )  # the features of q in dv have done their duty
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #2c39edbf
 def _without_autocast(device: str) -> AbstractContextManager:
     """A context in which autocast is off; nothing at all where it is off already."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
 
 
 def _full_precision(core: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -108,16 +126,24 @@ def _full_precision(core: Callable[..., torch.Tensor], *inputs: torch.Tensor) ->
 
 def _floor(eps: float, dtype: torch.dtype) -> float:
     """eps, or the smallest number whose inverse is harmless in the type that sums have."""
-    return max(eps, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny ** 0.5)
+    return max(
+        eps, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny ** 0.5
+    )
 
 
-def _formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, eps: float) -> torch.Tensor:
+def _formula(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, eps: float
+) -> torch.Tensor:
     """Linear attention of (B, heads, d, N) tensors by the plain formula, with whatever autograd makes of it."""
     phi = FEATURE_MAPS[feature_map]
-    return _full_precision(lambda q, k, v: _factorised(phi(q), phi(k), v, _floor(eps, q.dtype)), q, k, v)
+    return _full_precision(
+        lambda q, k, v: _factorised(phi(q), phi(k), v, _floor(eps, q.dtype)), q, k, v
+    )
 
 
-def _twice(gradient: torch.Tensor, inputs: Sequence[torch.Tensor], formula: Callable[..., torch.Tensor]):
+def _twice(
+    gradient: torch.Tensor, inputs: Sequence[torch.Tensor], formula: Callable[..., torch.Tensor]
+):
     """The gradients of formula(*inputs) as a graph that can be differentiated again; None where not wanted."""
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(formula(*inputs), wanted, gradient, create_graph=True))
@@ -134,8 +160,16 @@ class Backend(NamedTuple):
 TORCH = Backend(_torch_forward, _torch_backward)
 
 
-def _run_backward(backend: Backend, gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                  kept: Kept, feature_map: str, into: Sequence[torch.Tensor | None]) -> None:
+def _run_backward(
+    backend: Backend,
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept: Kept,
+    feature_map: str,
+    into: Sequence[torch.Tensor | None],
+) -> None:
     """backend.backward without autocast; by PyTorch's operators when a dispatch mode wants to see them."""
     watched = backend is not TORCH and is_in_torch_dispatch_mode()
     with _without_autocast(q.device.type):
@@ -164,10 +198,15 @@ class _Attend(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         feature_map, eps, backend = ctx.how
         if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate once more
-            formula = lambda *x: _formula(*x, feature_map, eps)
+
+            def formula(*x):
+                return _formula(*x, feature_map, eps)
+
             return *_twice(gradient, (q, k, v), formula), None, None, None
-        into = [torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
-                for x, needed in zip((q, k, v), ctx.needs_input_grad)]
+        into = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
+            for x, needed in zip((q, k, v), ctx.needs_input_grad)
+        ]
         _run_backward(backend, gradient, q, k, v, kept, feature_map, into)
         return *into, None, None, None
 
@@ -190,7 +229,10 @@ class _AttendPacked(torch.autograd.Function):
         qkv, *kept = ctx.saved_tensors
         feature_map, eps, backend = ctx.how
         if torch.is_grad_enabled():
-            formula = lambda x: _formula(*x.chunk(3, 2), feature_map, eps)
+
+            def formula(x):
+                return _formula(*x.chunk(3, 2), feature_map, eps)
+
             return *_twice(gradient, (qkv,), formula), None, None, None
         parts = qkv.chunk(3, 2)
         if backend is TORCH and qkv.shape[2] * qkv.shape[3] < SMALL:
@@ -202,7 +244,10 @@ class _AttendPacked(torch.autograd.Function):
         return into, None, None, None
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #36c46ae7
-_MODULES = {"triton": "leansense.layers.linear_attention_triton", "cc": "leansense.layers.linear_attention_native"}
+_MODULES = {
+    "triton": "leansense.layers.linear_attention_triton",
+    "cc": "leansense.layers.linear_attention_native",
+}
 
 
 def _why_not(name: str, inputs: Sequence[torch.Tensor]) -> str:
@@ -228,24 +273,43 @@ def _backend(inputs: Sequence[torch.Tensor], wanted: str) -> str:
     return pick("linear_attention", wanted, probes | {"torch": str, "reference": str})
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #f392b0ae
-def _attend(function: type[torch.autograd.Function], formula: Callable[..., torch.Tensor],
-            inputs: tuple[torch.Tensor, ...], feature_map: str, eps: float, backend: str) -> torch.Tensor:
+def _attend(
+    function: type[torch.autograd.Function],
+    formula: Callable[..., torch.Tensor],
+    inputs: tuple[torch.Tensor, ...],
+    feature_map: str,
+    eps: float,
+    backend: str,
+) -> torch.Tensor:
     """The chosen back end inside `function`, or the formula where that is what was asked for or a tracer looks on."""
     _feature(feature_map)
-    plain = torch.compiler.is_compiling() or feature_map not in ("relu", "elu1")  # slopes of others: autograd's task
+    plain = torch.compiler.is_compiling() or feature_map not in (
+        "relu",
+        "elu1",
+    )  # slopes of others: autograd's task
     name = "reference" if plain else _backend(inputs, backend)
     if name == "reference":
         return formula(*inputs, feature_map, eps)
     watched = is_in_torch_dispatch_mode()
     kernels = TORCH if name == "torch" or watched else import_module(_MODULES[name])
-    core = lambda *x: function.apply(*x, feature_map, _floor(eps, x[0].dtype), kernels)
+
+    def core(*x):
+        return function.apply(*x, feature_map, _floor(eps, x[0].dtype), kernels)
+
     if name == "triton" and not watched and len({x.dtype for x in inputs}) == 1:
         return core(*inputs)  # reads and writes half precision, and adds up in single
     return _full_precision(core, *inputs)
 
 
-def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str = "relu", eps: float = 1e-6,
-                     fused: bool = True, backend: str = "auto") -> torch.Tensor:
+def linear_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    feature_map: str = "relu",
+    eps: float = 1e-6,
+    fused: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
     """phi(q) (phi(k)^T v) / (phi(q) sum phi(k) + eps) for q, k, v of shape (B, heads, d, N); returns that shape.
 
     feature_map: relu | elu1. eps: added to the denominator, so that a query whose features are all zero returns 0.
@@ -253,34 +317,55 @@ def linear_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_
     backend: auto | triton | cc | torch | reference, the last being fused=False by another name.
     """
     if not (q.shape == k.shape == v.shape and q.ndim == 4):
-        raise ValueError(f"q, k, v must share one shape (B, heads, d, N): {[tuple(x.shape) for x in (q, k, v)]}")
+        raise ValueError(
+            f"q, k, v must share one shape (B, heads, d, N): {[tuple(x.shape) for x in (q, k, v)]}"
+        )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must be on one device: {[str(x.device) for x in (q, k, v)]}")
-    return _attend(_Attend, _formula, (q, k, v), feature_map, eps, backend if fused else "reference")
+    return _attend(
+        _Attend, _formula, (q, k, v), feature_map, eps, backend if fused else "reference"
+    )
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #e6523b3c
-def linear_attention_qkv(qkv: torch.Tensor, heads: int, feature_map: str = "relu", eps: float = 1e-6,
-                         backend: str = "auto") -> torch.Tensor:
+def linear_attention_qkv(
+    qkv: torch.Tensor,
+    heads: int,
+    feature_map: str = "relu",
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> torch.Tensor:
     """Linear attention of one tensor (B, heads * 3d, ...), each head's q, k, v side by side -> (B, heads * d, ...).
 
     The axes behind the second are the tokens. The other arguments are those of linear_attention.
     """
     if qkv.ndim < 3 or heads < 1 or qkv.shape[1] % (3 * heads):
-        raise ValueError(f"qkv must be (B, heads * 3d, tokens) with heads={heads}, not {tuple(qkv.shape)}")
+        raise ValueError(
+            f"qkv must be (B, heads * 3d, tokens) with heads={heads}, not {tuple(qkv.shape)}"
+        )
     x = qkv.reshape(qkv.shape[0], heads, qkv.shape[1] // heads, math.prod(qkv.shape[2:]))
-    formula = lambda x, *how: _formula(*x.chunk(3, 2), *how)
+
+    def formula(x, *how):
+        return _formula(*x.chunk(3, 2), *how)
+
     out = _attend(_AttendPacked, formula, (x,), feature_map, eps, backend)
     return out.reshape(qkv.shape[0], qkv.shape[1] // 3, *qkv.shape[2:])
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #f8f649d4
-def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None,
-                      matrix: bool = False) -> torch.Tensor:
+def softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    matrix: bool = False,
+) -> torch.Tensor:
     """softmax(q^T k / sqrt(d) + bias) v for q, k, v of shape (B, heads, d, N); returns that shape.
 
     bias: (B or 1, heads or 1, N, N), added to the logits. matrix: store the N x N matrix as the plain formula does.
     """
     if not (q.shape == k.shape == v.shape and q.ndim == 4):
-        raise ValueError(f"q, k, v must share one shape (B, heads, d, N): {[tuple(x.shape) for x in (q, k, v)]}")
+        raise ValueError(
+            f"q, k, v must share one shape (B, heads, d, N): {[tuple(x.shape) for x in (q, k, v)]}"
+        )
     if not matrix:
         tokens_first = (x.transpose(-1, -2).contiguous() for x in (q, k, v))  # a view would be slow
         return F.scaled_dot_product_attention(*tokens_first, attn_mask=bias).transpose(-1, -2)
@@ -295,8 +380,13 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: t
     return _full_precision(core, q, k, v)
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #a73b63e7
-def sincos_2d(channels: int, height: int, width: int, device: torch.device | str = "cpu",
-              dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def sincos_2d(
+    channels: int,
+    height: int,
+    width: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """The (1, channels, height, width) sine code of positions; channels must be a multiple of 4, else ValueError."""
     if channels % 4:
         raise ValueError(f"sin-cos positions need a multiple of 4 channels, not {channels}")
@@ -328,19 +418,24 @@ class RelativePosition(nn.Module):
     def __init__(self, dim: int, size: tuple[int, int]):
         super().__init__()
         self.size = size
-        self.rel_h, self.rel_w = (nn.Parameter(torch.randn(2 * n - 1, dim) * dim**-0.5) for n in size)
+        self.rel_h, self.rel_w = (
+            nn.Parameter(torch.randn(2 * n - 1, dim) * dim**-0.5) for n in size
+        )
 
     def forward(self, q: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """What to add to the logits, (B, heads, N, N), for queries (B, heads, d, N); ValueError at another size."""
         if tuple(size) != tuple(self.size):
-            raise ValueError(f"relative positions were built for a {self.size} map and cannot serve {tuple(size)}")
+            raise ValueError(
+                f"relative positions were built for a {self.size} map and cannot serve {tuple(size)}"
+            )
         tokens = torch.arange(size[0] * size[1], device=q.device)
         y, x = tokens // size[1], tokens % size[1]
         q = (q * q.shape[-2] ** -0.5).transpose(-1, -2)  # (B, heads, N, d), scaled like the logits
         offset_y, offset_x = y - y[:, None] + size[0] - 1, x - x[:, None] + size[1] - 1
         shape = (*q.shape[:2], -1, -1)
-        return ((q @ self.rel_h.T).gather(-1, offset_y.expand(shape)) +
-                (q @ self.rel_w.T).gather(-1, offset_x.expand(shape)))
+        return (q @ self.rel_h.T).gather(-1, offset_y.expand(shape)) + (q @ self.rel_w.T).gather(
+            -1, offset_x.expand(shape)
+        )
 
 # %% ../../../nbs/layers/10_linear_attention.ipynb #594dca47
 POSITIONS = ("none", "sincos_q", "sincos_qk", "relative")
@@ -349,17 +444,27 @@ POSITIONS = ("none", "sincos_q", "sincos_qk", "relative")
 class _Attention2d(nn.Module):
     """Projections and position code common to both kinds of attention over a feature map."""
 
-    def __init__(self, channels: int, heads: int = 4, pos: str = "sincos_qk", size: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 4,
+        pos: str = "sincos_qk",
+        size: tuple[int, int] | None = None,
+    ):
         super().__init__()
         if heads < 1 or channels % heads:
             legal = [n for n in range(1, channels + 1) if channels % n == 0]
-            raise ValueError(f"heads={heads} does not divide the {channels} channels: choose from {legal}")
+            raise ValueError(
+                f"heads={heads} does not divide the {channels} channels: choose from {legal}"
+            )
         if pos not in POSITIONS:
             raise ValueError(f"pos={pos!r} is unknown: choose from {', '.join(POSITIONS)}")
         if pos.startswith("sincos") and channels % 4:
             raise ValueError(f"pos={pos!r} needs a multiple of 4 channels, not {channels}")
         if pos == "relative" and size is None:
-            raise ValueError("pos='relative' needs size=(h, w) of the feature map: its tables fit that size only")
+            raise ValueError(
+                "pos='relative' needs size=(h, w) of the feature map: its tables fit that size only"
+            )
         self.heads, self.pos = heads, pos
         self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(3))
         self.relative = RelativePosition(channels // heads, size) if pos == "relative" else None
@@ -378,8 +483,14 @@ class _Attention2d(nn.Module):
 class SoftmaxAttention2d(_Attention2d):
     """Softmax attention over a (B, C, H, W) map; matrix=True stores the N x N matrix, as the plain formula does."""
 
-    def __init__(self, channels: int, heads: int = 4, pos: str = "sincos_qk", size: tuple[int, int] | None = None,
-                 matrix: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 4,
+        pos: str = "sincos_qk",
+        size: tuple[int, int] | None = None,
+        matrix: bool = False,
+    ):
         super().__init__(channels, heads, pos, size)
         self.matrix = matrix
 
@@ -395,11 +506,20 @@ class LinearAttention2d(_Attention2d):
     on a machine with and without a C compiler.
     """
 
-    def __init__(self, channels: int, heads: int = 4, pos: str = "sincos_qk", feature_map: str = "relu",
-                 eps: float = 1e-6, backend: str = "torch"):
+    def __init__(
+        self,
+        channels: int,
+        heads: int = 4,
+        pos: str = "sincos_qk",
+        feature_map: str = "relu",
+        eps: float = 1e-6,
+        backend: str = "torch",
+    ):
         if pos == "relative":
-            raise ValueError("pos='relative' adds a term to each of the N x N logits, which linear attention never "
-                             "computes: use sincos_q, sincos_qk or none")
+            raise ValueError(
+                "pos='relative' adds a term to each of the N x N logits, which linear attention never "
+                "computes: use sincos_q, sincos_qk or none"
+            )
         super().__init__(channels, heads, pos)
         _feature(feature_map)
         self.feature_map, self.eps, self.backend = feature_map, eps, backend
@@ -411,7 +531,9 @@ class LinearAttention2d(_Attention2d):
 def other_attention(layer: _Attention2d, feature_map: str = "relu") -> _Attention2d:
     """The other kind of attention with a copy of this layer's weights: softmax for linear, linear for softmax."""
     channels, heads, pos = layer.q.in_channels, layer.heads, layer.pos
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: leave no trace
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # initial weights are drawn and thrown away: leave no trace
         if isinstance(layer, LinearAttention2d):
             other = SoftmaxAttention2d(channels, heads, pos)
         else:

@@ -17,7 +17,7 @@ from . import native
 from .linear_attention import FEATURE_MAPS, Kept, _times_slope, _torch_forward
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #652fcb3c
-VECTORS = r'''
+VECTORS = r"""
 #include <stdlib.h>
 #include <string.h>
 typedef float V __attribute__((vector_size(4 * W)));
@@ -49,10 +49,10 @@ INLINE F sums(V a, V b, V c, V d) {
 }
 INLINE float sum(V x) { return sums(x, x, x, x)[0]; }
 static long up(long n, long to) { return (n + to - 1) / to * to; }
-'''
+"""
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #a72a8ad4
-COPIES = r'''
+COPIES = r"""
 typedef struct { float *at; long row; } Head; /* d rows of N tokens, somewhere in a tensor */
 typedef struct { long N; int d, rows, relu; float eps; } Size;
 
@@ -83,10 +83,10 @@ static void put(Head y, long n, const float *from, long c, Size size) {
     else for (long t = 0; t < c; t++) to[t] = from[t];
   }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #81e035e0
-PRODUCTS = r'''
+PRODUCTS = r"""
 static void outer(float *M, const float *A, const float *B, int rows, long m) {
   for (int i = 0; i < rows; i += T)
     for (int j = 0; j < rows; j += 4) {
@@ -122,10 +122,10 @@ static void product(float *out, const float *M, int mi, int mj, const float *c, 
   for (; t + T * W <= m; t += T * W) tile(out + t, M, mi, mj, c, X + t, rows, T);
   for (; t < m; t += W) tile(out + t, M, mi, mj, c, X + t, rows, 1);
 }
-'''
+"""
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #edef2628
-FORWARD = r'''
+FORWARD = r"""
 static Size plain(Size size) { size.relu = 0; return size; }
 #define BLOCKS(size) \
   (long n = 0, c, m; c = (size).N - n < BLOCK ? (size).N - n : BLOCK, m = up(c, W), c > 0; n += BLOCK)
@@ -164,10 +164,10 @@ static void spread(Head out, float *kept, Head q, const float *KV, const float *
     memcpy(kept + n, r, 4 * c);
   }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #fa86d1c9
-ENTER = r'''
+ENTER = r"""
 typedef struct { float *at; long batch, head, row; } Tensor;
 static Head of(const Tensor *x, long h, long heads) {
   return (Head){x->at ? x->at + h / heads * x->batch + h % heads * x->head : 0, x->row};
@@ -189,10 +189,10 @@ int forward(const Tensor *x, float *KV, float *z, float *kept, long heads, long 
   free(A);
   return 0;
 }
-'''
+"""
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #06410bed
-BACKWARD = r'''
+BACKWARD = r"""
 static void queries(Head dq, float *dKV, float *dz, Head q, Head g, const float *KV, const float *z,
                     const float *kept, Size size, float *A, float *B, float *C, float *r) {
   for BLOCKS(size) {
@@ -220,10 +220,10 @@ static void queries(Head dq, float *dKV, float *dz, Head q, Head g, const float 
     if (dq.at) put(dq, n, C, c, size);
   }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #19763f5d
-KEYS = r'''
+KEYS = r"""
 static void keys(Head dk, Head dv, const float *dKV, const float *dz, Head k, Head v, Size size, float *A, float *B,
                  float *C) {
   for BLOCKS(size) {
@@ -240,10 +240,10 @@ static void keys(Head dk, Head dv, const float *dKV, const float *dz, Head k, He
     put(dk, n, C, c, size);
   }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #c66766db
-RETURN = r'''
+RETURN = r"""
 /* x: q, k, v, gradient and where theirs go */
 int backward(const Tensor *x, const float *KV, const float *z, const float *kept, long heads, long first, long last,
              long N, int d, int relu) {
@@ -263,7 +263,7 @@ int backward(const Tensor *x, const float *KV, const float *z, const float *kept
   free(A);
   return 0;
 }
-'''
+"""
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #4193047e
 SOURCE = VECTORS + COPIES + PRODUCTS + FORWARD + ENTER + BACKWARD + KEYS + RETURN
@@ -275,7 +275,12 @@ def why_not(x: torch.Tensor | None = None) -> str:
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #1f120edc
 class _Tensor(ctypes.Structure):
-    _fields_ = [("at", ctypes.c_void_p), ("batch", ctypes.c_long), ("head", ctypes.c_long), ("row", ctypes.c_long)]
+    _fields_ = [
+        ("at", ctypes.c_void_p),
+        ("batch", ctypes.c_long),
+        ("head", ctypes.c_long),
+        ("row", ctypes.c_long),
+    ]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -283,23 +288,35 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
-def _call(name: str, tensors: Sequence[torch.Tensor | None], kept: Sequence[torch.Tensor], *how) -> None:
+def _call(
+    name: str, tensors: Sequence[torch.Tensor | None], kept: Sequence[torch.Tensor], *how
+) -> None:
     """Run the C function over all heads of (B, heads, d, N) tensors, on as many threads as PyTorch has."""
-    function, (batch, heads, d, n) = getattr(native.library("linear_attention", SOURCE), name), tensors[0].shape
+    function, (batch, heads, d, n) = (
+        getattr(native.library("linear_attention", SOURCE), name),
+        tensors[0].shape,
+    )
     total = batch * heads
     parts = min(torch.get_num_threads(), total) if total * n * d * d > 1_000_000 else 1
-    table = (_Tensor * len(tensors))(*((0,) if x is None else (x.data_ptr(), *x.stride()[:3]) for x in tensors))
+    table = (_Tensor * len(tensors))(
+        *((0,) if x is None else (x.data_ptr(), *x.stride()[:3]) for x in tensors)
+    )
 
     def part(i: int) -> None:
-        heads_done = (ctypes.c_long(x) for x in (heads, total * i // parts, total * (i + 1) // parts, n))
+        heads_done = (
+            ctypes.c_long(x) for x in (heads, total * i // parts, total * (i + 1) // parts, n)
+        )
         if function(table, *map(native.pointer, kept), *heads_done, ctypes.c_int(d), *how):
-            raise MemoryError(f"linear attention: no memory for the scratch area of a head of {d} channels")
+            raise MemoryError(
+                f"linear attention: no memory for the scratch area of a head of {d} channels"
+            )
 
     native.parallel([partial(part, i) for i in range(parts)])
 
 # %% ../../../nbs/layers/12_linear_attention_native.ipynb #5a00c684
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str,
-            eps: float) -> tuple[torch.Tensor, Kept]:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, eps: float
+) -> tuple[torch.Tensor, Kept]:
     """The result, and KV, z and r for the backward pass; all fp32 on the CPU."""
     (batch, heads, d, n), relu = q.shape, feature_map == "relu"
     if not q.numel():
@@ -307,12 +324,25 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str,
     count, phi = batch * heads, (lambda x: x) if relu else FEATURE_MAPS[feature_map]
     kept = q.new_empty(count, d, d), q.new_empty(count, d, 1), q.new_empty(count, 1, n)
     out = q.new_empty(q.shape)
-    _call("forward", (*map(_rows, (phi(q), phi(k), v)), out), kept, ctypes.c_float(eps), ctypes.c_int(relu))
+    _call(
+        "forward",
+        (*map(_rows, (phi(q), phi(k), v)), out),
+        kept,
+        ctypes.c_float(eps),
+        ctypes.c_int(relu),
+    )
     return out, kept
 
 
-def backward(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept,
-             feature_map: str, into: Sequence[torch.Tensor | None]) -> None:
+def backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept: Kept,
+    feature_map: str,
+    into: Sequence[torch.Tensor | None],
+) -> None:
     """Write the gradients of q, k, v into the three tensors `into`; None: not wanted."""
     relu = feature_map == "relu"
     if not q.numel():

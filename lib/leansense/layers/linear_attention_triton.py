@@ -36,13 +36,17 @@ except ImportError:  # the module can be read everywhere; why_not says why the k
 @jit
 def head_of(x, head, heads, batch_stride, head_stride):
     """The address of a head's first number."""
-    return x + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
+    return (
+        x + (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
+    )
 
 
 @jit
 def load(x, row, c, n, live):
     """Channels c of tokens n as a (BD, BN) tile of fp32."""
-    return tl.load(x + c.to(tl.int64)[:, None] * row + n[None, :], mask=live, other=0.0).to(tl.float32)
+    return tl.load(x + c.to(tl.int64)[:, None] * row + n[None, :], mask=live, other=0.0).to(
+        tl.float32
+    )
 
 
 @jit
@@ -70,8 +74,27 @@ def times_slope(gradient, x, ELU: tl.constexpr):
 
 # %% ../../../nbs/layers/11_linear_attention_triton.ipynb #7e785ecc
 @jit
-def collect(k, v, kv, z, k_batch, k_head, k_row, v_batch, v_head, v_row, heads, tokens, d, splits, steps,
-            ELU: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def collect(
+    k,
+    v,
+    kv,
+    z,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    heads,
+    tokens,
+    d,
+    splits,
+    steps,
+    ELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
     """kv (B*heads, splits, d, d), z (B*heads, splits, d): the sums over each program's tokens."""
     program, c = tl.program_id(0), tl.arange(0, BD)
     head, split = program // splits, program % splits
@@ -88,12 +111,34 @@ def collect(k, v, kv, z, k_batch, k_head, k_row, v_batch, v_head, v_row, heads, 
 
 
 @jit
-def spread(q, kv, z, r, out, q_batch, q_head, q_row, heads, tokens, d, splits, steps, eps,
-           ELU: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def spread(
+    q,
+    kv,
+    z,
+    r,
+    out,
+    q_batch,
+    q_head,
+    q_row,
+    heads,
+    tokens,
+    d,
+    splits,
+    steps,
+    eps,
+    ELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
     """out (B, heads, d, N) and r (B*heads, N)."""
     program, c = tl.program_id(0), tl.arange(0, BD)
     head, split = (program // splits).to(tl.int64), program % splits
-    q, out, r = head_of(q, program // splits, heads, q_batch, q_head), out + head * d * tokens, r + head * tokens
+    q, out, r = (
+        head_of(q, program // splits, heads, q_batch, q_head),
+        out + head * d * tokens,
+        r + head * tokens,
+    )
     square = load(kv + head * d * d, d, c, c, (c < d)[:, None] & (c < d)[None, :])
     sums = tl.load(z + head * d + c, mask=c < d, other=0.0)
     for step in range(steps):
@@ -101,7 +146,9 @@ def spread(q, kv, z, r, out, q_batch, q_head, q_row, heads, tokens, d, splits, s
         live = (c < d)[:, None] & (n < tokens)[None, :]
         f = features(load(q, q_row, c, n, live), live, ELU)
         inverse = 1.0 / (tl.sum(sums[:, None] * f, 0) + eps)
-        store(out, tokens, c, n, live, tl.dot(square, f, input_precision=PRECISION) * inverse[None, :])
+        store(
+            out, tokens, c, n, live, tl.dot(square, f, input_precision=PRECISION) * inverse[None, :]
+        )
         tl.store(r + n, inverse, mask=n < tokens)
 
 # %% ../../../nbs/layers/11_linear_attention_triton.ipynb #f5c2529b
@@ -115,7 +162,12 @@ def _shares(q: torch.Tensor) -> tuple[int, int, dict]:
     tiles = triton.cdiv(n, block)
     steps = triton.cdiv(tiles, min(tiles, max(1, triton.cdiv(PROGRAMS, batch * heads))))
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
-    constants = {"PRECISION": precision, "BD": max(16, triton.next_power_of_2(d)), "BN": block, "num_warps": 4}
+    constants = {
+        "PRECISION": precision,
+        "BD": max(16, triton.next_power_of_2(d)),
+        "BN": block,
+        "num_warps": 4,
+    }
     return triton.cdiv(tiles, steps), steps, constants
 
 
@@ -134,8 +186,9 @@ def why_not(x: torch.Tensor) -> str:
     return triton_why_not(x.device.type)
 
 # %% ../../../nbs/layers/11_linear_attention_triton.ipynb #a5b9d1e5
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str,
-            eps: float) -> tuple[torch.Tensor, Kept]:
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, eps: float
+) -> tuple[torch.Tensor, Kept]:
     """The result, and KV, z and r (fp32) for the backward pass; q, k, v of one type, fp32, fp16 or bf16."""
     (batch, heads, d, n), count = q.shape, q.shape[0] * q.shape[1]
     if not q.numel() or d > WIDEST:
@@ -143,21 +196,58 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str,
         return out.to(q.dtype), kept
     q, k, v = map(_rows, (q, k, v))
     splits, steps, constants = _shares(q)
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
-    kv, z, r, out = new(count, splits, d, d), new(count, splits, d), new(count, 1, n), q.new_empty(q.shape)
+
+    def new(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    kv, z, r, out = (
+        new(count, splits, d, d),
+        new(count, splits, d),
+        new(count, 1, n),
+        q.new_empty(q.shape),
+    )
     constants["ELU"] = feature_map == "elu1"
     with _on(q):
-        collect[(count * splits,)](k, v, kv, z, *k.stride()[:3], *v.stride()[:3], heads, n, d, splits, steps,
-                                   **constants)
+        collect[(count * splits,)](
+            k, v, kv, z, *k.stride()[:3], *v.stride()[:3], heads, n, d, splits, steps, **constants
+        )
         kv, z = kv.sum(1), z.sum(1)
-        spread[(count * splits,)](q, kv, z, r, out, *q.stride()[:3], heads, n, d, splits, steps, eps, **constants)
+        spread[(count * splits,)](
+            q, kv, z, r, out, *q.stride()[:3], heads, n, d, splits, steps, eps, **constants
+        )
     return out, (kv, z[..., None], r)
 
 # %% ../../../nbs/layers/11_linear_attention_triton.ipynb #335d8f5a
 @jit
-def queries(q, g, kv, z, r, dq, dkv, dz, q_batch, q_head, q_row, g_batch, g_head, g_row, o_batch, o_head, o_row,
-            heads, tokens, d, splits, steps, WANTED: tl.constexpr, ELU: tl.constexpr, PRECISION: tl.constexpr,
-            BD: tl.constexpr, BN: tl.constexpr):
+def queries(
+    q,
+    g,
+    kv,
+    z,
+    r,
+    dq,
+    dkv,
+    dz,
+    q_batch,
+    q_head,
+    q_row,
+    g_batch,
+    g_head,
+    g_row,
+    o_batch,
+    o_head,
+    o_row,
+    heads,
+    tokens,
+    d,
+    splits,
+    steps,
+    WANTED: tl.constexpr,
+    ELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
     """dq, if WANTED, and dkv (B*heads, splits, d, d), dz (B*heads, splits, d) of each program's tokens."""
     program, c = tl.program_id(0), tl.arange(0, BD)
     head, split, inside = program // splits, program % splits, (c < d)[:, None] & (c < d)[None, :]
@@ -183,9 +273,37 @@ def queries(q, g, kv, z, r, dq, dkv, dz, q_batch, q_head, q_row, g_batch, g_head
 
 # %% ../../../nbs/layers/11_linear_attention_triton.ipynb #5bb8f57c
 @jit
-def keys(k, v, dkv, dz, dk, dv, k_batch, k_head, k_row, v_batch, v_head, v_row, a_batch, a_head, a_row, b_batch, b_head,
-         b_row, heads, tokens, d, splits, steps, DK: tl.constexpr, DV: tl.constexpr, ELU: tl.constexpr,
-         PRECISION: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def keys(
+    k,
+    v,
+    dkv,
+    dz,
+    dk,
+    dv,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    a_batch,
+    a_head,
+    a_row,
+    b_batch,
+    b_head,
+    b_row,
+    heads,
+    tokens,
+    d,
+    splits,
+    steps,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    ELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
     """dk, with strides a, and dv, with strides b, as far as wanted."""
     program, c = tl.program_id(0), tl.arange(0, BD)
     head, split = program // splits, program % splits
@@ -200,12 +318,29 @@ def keys(k, v, dkv, dz, dk, dv, k_batch, k_head, k_row, v_batch, v_head, v_row, 
             tile = tl.dot(square, features(x, live, ELU), input_precision=PRECISION)
             store(head_of(dv, head, heads, b_batch, b_head), b_row, c, n, live, tile)
         if DK:
-            tile = tl.dot(tl.trans(square), load(v, v_row, c, n, live), input_precision=PRECISION) + totals[:, None]
-            store(head_of(dk, head, heads, a_batch, a_head), a_row, c, n, live, times_slope(tile, x, ELU))
+            tile = (
+                tl.dot(tl.trans(square), load(v, v_row, c, n, live), input_precision=PRECISION)
+                + totals[:, None]
+            )
+            store(
+                head_of(dk, head, heads, a_batch, a_head),
+                a_row,
+                c,
+                n,
+                live,
+                times_slope(tile, x, ELU),
+            )
 
 # %% ../../../nbs/layers/11_linear_attention_triton.ipynb #f142e662
-def backward(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: Kept,
-             feature_map: str, into: Sequence[torch.Tensor | None]) -> None:
+def backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kept: Kept,
+    feature_map: str,
+    into: Sequence[torch.Tensor | None],
+) -> None:
     """Write the gradients of q, k, v into the three tensors `into`; None: not wanted."""
     (batch, heads, d, n), count = q.shape, q.shape[0] * q.shape[1]
     if not q.numel() or d > WIDEST:
@@ -218,14 +353,47 @@ def backward(gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     q, k, v, g = map(_rows, (q, k, v, gradient))
     splits, steps, constants = _shares(q)
     kv, z, r = kept
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    def new(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
     dkv, dz = new(count, splits, d, d), new(count, splits, d)
     constants["ELU"] = feature_map == "elu1"
     targets = [x if y is None else y for x, y in zip((q, k, v), into)]
     grid, strides = (count * splits,), lambda *tensors: [s for x in tensors for s in x.stride()[:3]]
     with _on(q):
-        queries[grid](q, g, kv, z, r, targets[0], dkv, dz, *strides(q, g, targets[0]), heads, n, d, splits, steps,
-                      WANTED=into[0] is not None, **constants)
+        queries[grid](
+            q,
+            g,
+            kv,
+            z,
+            r,
+            targets[0],
+            dkv,
+            dz,
+            *strides(q, g, targets[0]),
+            heads,
+            n,
+            d,
+            splits,
+            steps,
+            WANTED=into[0] is not None,
+            **constants,
+        )
         if into[1] is not None or into[2] is not None:
-            keys[grid](k, v, dkv.sum(1), dz.sum(1), *targets[1:], *strides(k, v, *targets[1:]), heads, n, d, splits,
-                       steps, DK=into[1] is not None, DV=into[2] is not None, **constants)
+            keys[grid](
+                k,
+                v,
+                dkv.sum(1),
+                dz.sum(1),
+                *targets[1:],
+                *strides(k, v, *targets[1:]),
+                heads,
+                n,
+                d,
+                splits,
+                steps,
+                DK=into[1] is not None,
+                DV=into[2] is not None,
+                **constants,
+            )

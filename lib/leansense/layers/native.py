@@ -28,7 +28,13 @@ ISAS = {  # name: flags, and what /proc/cpuinfo has to list for it
     "v3": (("-DW=8", "-march=x86-64-v3"), INSTRUCTIONS["v3"]),
     "generic": (("-DW=4",), INSTRUCTIONS["generic"]),
 }
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast")  # no -ffast-math: it breaks the exp's rounding
+FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=fast",
+)  # no -ffast-math: it breaks the exp's rounding
 
 # %% ../../../nbs/layers/04_native.ipynb #c2f6870f
 def compiler() -> list[str]:
@@ -39,8 +45,11 @@ def compiler() -> list[str]:
     for command in (given,) if given else (["cc"], ["gcc"], ["clang"]):
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
-    raise NativeError(f"no C compiler: {' '.join(given)} is not on the path" if given else
-                      "no C compiler on the path; install gcc or clang, or name one in CC")
+    raise NativeError(
+        f"no C compiler: {' '.join(given)} is not on the path"
+        if given
+        else "no C compiler on the path; install gcc or clang, or name one in CC"
+    )
 
 # %% ../../../nbs/layers/04_native.ipynb #e67b1274
 def cache_folder() -> Path:
@@ -54,9 +63,13 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         state = folder.stat()
     except OSError as error:
-        raise NativeError(f"{folder}: {error.strerror}; name a folder of your own in LEANSENSE_CACHE") from None
+        raise NativeError(
+            f"{folder}: {error.strerror}; name a folder of your own in LEANSENSE_CACHE"
+        ) from None
     if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
-        raise NativeError(f"{folder}: other users can write to it; chmod go-w it, or name another in LEANSENSE_CACHE")
+        raise NativeError(
+            f"{folder}: other users can write to it; chmod go-w it, or name another in LEANSENSE_CACHE"
+        )
     if not os.access(folder, os.W_OK):
         raise NativeError(f"{folder}: not writable; name a folder of your own in LEANSENSE_CACHE")
     return folder
@@ -89,13 +102,21 @@ def _compile(command: Sequence[str], source: str, target: Path) -> None:
         code, made, note = (Path(folder) / name for name in ("code.c", "made.so", "note"))
         code.write_text(source, encoding="utf-8")
         try:
-            done = subprocess.run([*command, str(code), "-o", str(made), "-lm"], capture_output=True, text=True,
-                                  timeout=300)
+            done = subprocess.run(
+                [*command, str(code), "-o", str(made), "-lm"],
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
         except (OSError, subprocess.SubprocessError) as error:
             raise NativeError(f"{command[0]} does not run: {error}") from None
         if done.returncode or not made.exists():
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise NativeError(f"{command[0]} failed: {lines[0][:200] if lines else f'exit status {done.returncode}'}")
+            lines = [
+                line for line in done.stderr.splitlines() if "error" in line
+            ] or done.stderr.splitlines()
+            raise NativeError(
+                f"{command[0]} failed: {lines[0][:200] if lines else f'exit status {done.returncode}'}"
+            )
         note.write_text(_hash(made.read_bytes()), encoding="ascii")
         made.chmod(0o700)  # whatever the umask: what a group may write is refused at the next start
         note.chmod(0o600)
@@ -119,7 +140,9 @@ _VARIABLES = ("LEANSENSE_CC", "LEANSENSE_CACHE", "CC", "XDG_CACHE_HOME", "HOME",
 
 
 @functools.cache
-def _load(name: str, source: str, extra: tuple[str, ...], kind: str, environment: tuple) -> ctypes.CDLL | str:
+def _load(
+    name: str, source: str, extra: tuple[str, ...], kind: str, environment: tuple
+) -> ctypes.CDLL | str:
     """The library, or why there is none; `environment` only renews the answer when a variable changes."""
     try:
         command, folder = tuple(compiler()), cache_folder()
@@ -161,7 +184,9 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     if tensor is None:
         return ctypes.c_void_p(None)
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"a pointer needs a contiguous tensor on the CPU, not {tensor.device}, {tensor.stride()}")
+        raise ValueError(
+            f"a pointer needs a contiguous tensor on the CPU, not {tensor.device}, {tensor.stride()}"
+        )
     return ctypes.c_void_p(tensor.data_ptr())
 
 # %% ../../../nbs/layers/04_native.ipynb #1e36d18b

@@ -21,7 +21,7 @@ from .native import library, parallel, why_not
 ACTIVATIONS = {"identity": nn.Identity(), "relu": F.relu, "silu": F.silu, "hardswish": F.hardswish}
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #4c16112a
-ACTS = r'''
+ACTS = r"""
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -59,10 +59,11 @@ static long tile_(const float *from, float *to, long C) {      /* repeat C numbe
     for (long r = 0; r < repeats; r++) memcpy(to + r * C, from, sizeof(float) * C);
     return C * repeats;
 }
-'''
+"""
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #e0efeaa2
-MOMENTS = r'''
+MOMENTS = (
+    r"""
 /* total[0..C) = sum of x - shift, total[C..2C) = sum of its square, over rows first..last */
 void moments(const float *restrict x, const float *shift, double *restrict total, long C, long first, long last) {
     float s[TILE], a[TILE], b[TILE];
@@ -81,8 +82,8 @@ void moments(const float *restrict x, const float *shift, double *restrict total
 }
 /* from the totals of n parts: mean, 1 / deviation, both also in single precision as a caller needs them, a and b */
 void statistics(const double *total, long n, double rows, double eps, const float *shift, const float *weight,
-                const float *bias, double *mean, double *rstd, float *mean_, float *variance_, ''' \
-    r'''float *a, float *b, long C) {
+                const float *bias, double *mean, double *rstd, float *mean_, float *variance_, """
+    r"""float *a, float *b, long C) {
     for (long c = 0; c < C; c++) {
         double first = 0, second = 0;
         for (long k = 0; k < n; k++) { first += total[2 * k * C + c]; second += total[(2 * k + 1) * C + c]; }
@@ -96,10 +97,11 @@ void statistics(const double *total, long n, double rows, double eps, const floa
         b[c] = bias[c] - weight[c] * rstd[c] * mean[c];
     }
 }
-'''
+"""
+)
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #4ff104bc
-_ACTIVATED = r'''
+_ACTIVATED = r"""
 /* y = f(a x + b) */
 void ACT_forward(const float *restrict x, const float *scale, const float *shift, float *restrict y, long C, long first,
                  long last) {
@@ -134,10 +136,10 @@ void ACT_sums(const float *restrict x, const float *restrict g, const float *sca
             for (long c = 0; c < C; c++) { total[c] += v[t + c]; total[C + c] += w[t + c]; }
     }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #70fc9035
-_RECOMPUTED = r'''
+_RECOMPUTED = r"""
 /* dx = a (g f'(a x + b) - p - q x) */
 void ACT_backward(const float *restrict x, const float *restrict g, const float *scale, const float *shift,
                   const float *p0, const float *q0, float *restrict dx, long C, long first, long last) {
@@ -153,8 +155,8 @@ void ACT_backward(const float *restrict x, const float *restrict g, const float 
         }
     }
 }
-'''
-_KEPT = r'''
+"""
+_KEPT = r"""
 /* the same where dx holds g f'(a x + b) already */
 void ACT_backward(const float *restrict x, const float *g, const float *scale, const float *shift, const float *p0,
                   const float *q0, float *restrict dx, long C, long first, long last) {
@@ -167,10 +169,10 @@ void ACT_backward(const float *restrict x, const float *g, const float *scale, c
         for (long i = 0; i < m; i++) o[i] = a[i] * (o[i] - p[i] - q[i] * xs[i]);
     }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #a98969e4
-_CHANNELS = r'''
+_CHANNELS = r"""
 /* from the totals of n parts: the gradients of weight and bias, p and q */
 void gradients(const double *total, long n, double rows, const double *mean, const float *mean_, const double *rstd,
                float *weight, float *bias, float *p, float *q, long C) {
@@ -185,7 +187,7 @@ void gradients(const double *total, long n, double rows, const double *mean, con
         p[c] = du / rows - slope * mean[c];
     }
 }
-'''
+"""
 KEEPING = ("silu",)  # activations whose derivative is too dear to be computed twice
 
 
@@ -196,7 +198,10 @@ def _loops(act: str) -> str:
     ).replace("ACT", act)
 
 
-SOURCE, FLAGS = ACTS + MOMENTS + _CHANNELS + "".join(map(_loops, ACTIVATIONS)), ("-fno-trapping-math",)
+SOURCE, FLAGS = (
+    ACTS + MOMENTS + _CHANNELS + "".join(map(_loops, ACTIVATIONS)),
+    ("-fno-trapping-math",),
+)
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #52f3f53b
 LARGEST = 8192  # channels: the size of the loops' tiles
@@ -217,8 +222,13 @@ def _addresses(tensor: torch.Tensor, count: int | None = None) -> list[ctypes.c_
     return [ctypes.c_void_p(first + n * step) for n in range(count or 1)]
 
 
-def _over(function, rows: int, channels: int, tensors: list[ctypes.c_void_p],
-          totals: list[ctypes.c_void_p] | None = None) -> None:
+def _over(
+    function,
+    rows: int,
+    channels: int,
+    tensors: list[ctypes.c_void_p],
+    totals: list[ctypes.c_void_p] | None = None,
+) -> None:
     """function(tensors, own totals (2, channels) float64 if given, channels, first, last) for each part of the rows."""
     parts, tasks = _parts(rows), []
     for n in range(parts):
@@ -236,14 +246,33 @@ class _NormAct(torch.autograd.Function):
         (B, C, H, W), compiled = x.shape, _compiled()
         rows, parts = B * H * W, _parts(B * H * W)
         shift, totals = x[0, :, 0, 0].contiguous(), x.new_empty(parts, 2, C, dtype=torch.float64)
-        wide, narrow, y = x.new_empty(2, C, dtype=torch.float64), x.new_empty(4, C), torch.empty_like(x)
-        (at_x,), (at_shift,), at_totals = _addresses(x), _addresses(shift), _addresses(totals, parts)
+        wide, narrow, y = (
+            x.new_empty(2, C, dtype=torch.float64),
+            x.new_empty(4, C),
+            torch.empty_like(x),
+        )
+        (at_x,), (at_shift,), at_totals = (
+            _addresses(x),
+            _addresses(shift),
+            _addresses(totals, parts),
+        )
         _over(compiled.moments, rows, C, [at_x, at_shift], at_totals)
         of_channels = _addresses(narrow, 4)
-        compiled.statistics(at_totals[0], ctypes.c_long(parts), ctypes.c_double(rows), ctypes.c_double(eps), at_shift,
-                            *_addresses(weight), *_addresses(bias), *_addresses(wide, 2), *of_channels,
-                            ctypes.c_long(C))
-        _over(getattr(compiled, f"{act}_forward"), rows, C, [at_x, *of_channels[2:], *_addresses(y)])
+        compiled.statistics(
+            at_totals[0],
+            ctypes.c_long(parts),
+            ctypes.c_double(rows),
+            ctypes.c_double(eps),
+            at_shift,
+            *_addresses(weight),
+            *_addresses(bias),
+            *_addresses(wide, 2),
+            *of_channels,
+            ctypes.c_long(C),
+        )
+        _over(
+            getattr(compiled, f"{act}_forward"), rows, C, [at_x, *of_channels[2:], *_addresses(y)]
+        )
         ctx.save_for_backward(x, wide, narrow)
         ctx.act = act
         ctx.mark_non_differentiable(narrow)
@@ -259,11 +288,28 @@ class _NormAct(torch.autograd.Function):
         dx, totals = torch.empty_like(x), x.new_empty(parts, 2, C, dtype=torch.float64)
         weight, bias, slopes = x.new_empty(C), x.new_empty(C), x.new_empty(2, C)
         (mean, _, a, b), (wide_mean, rstd), at_totals = (
-            _addresses(narrow, 4), _addresses(wide, 2), _addresses(totals, parts))
-        maps, (at_dx,), at_slopes = [*_addresses(x), *_addresses(grad)], _addresses(dx), _addresses(slopes, 2)
+            _addresses(narrow, 4),
+            _addresses(wide, 2),
+            _addresses(totals, parts),
+        )
+        maps, (at_dx,), at_slopes = (
+            [*_addresses(x), *_addresses(grad)],
+            _addresses(dx),
+            _addresses(slopes, 2),
+        )
         _over(getattr(compiled, f"{ctx.act}_sums"), rows, C, [*maps, a, b, mean, at_dx], at_totals)
-        compiled.gradients(at_totals[0], ctypes.c_long(parts), ctypes.c_double(rows), wide_mean, mean, rstd,
-                           *_addresses(weight), *_addresses(bias), *at_slopes, ctypes.c_long(C))
+        compiled.gradients(
+            at_totals[0],
+            ctypes.c_long(parts),
+            ctypes.c_double(rows),
+            wide_mean,
+            mean,
+            rstd,
+            *_addresses(weight),
+            *_addresses(bias),
+            *at_slopes,
+            ctypes.c_long(C),
+        )
         if not ctx.needs_input_grad[0]:
             return None, weight, bias, None, None
         _over(getattr(compiled, f"{ctx.act}_backward"), rows, C, [*maps, a, b, *at_slopes, at_dx])
@@ -278,7 +324,11 @@ def _native_why_not(x: torch.Tensor, norm: nn.Module) -> str:
         return "it needs float32 tensors on the CPU"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last) or x.shape[1] > LARGEST:
+    if (
+        x.ndim != 4
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or x.shape[1] > LARGEST
+    ):
         return f"it needs maps in channels-last order with at most {LARGEST} channels"
     if not norm.training and torch.is_grad_enabled():
         return "gradients of a norm in eval mode"
@@ -287,7 +337,9 @@ def _native_why_not(x: torch.Tensor, norm: nn.Module) -> str:
     return why_not("norm_act", SOURCE, FLAGS)
 
 # %% ../../../nbs/layers/25_norm_act.ipynb #b74c1f81
-def norm_act(x: torch.Tensor, norm: nn.Module, act: str = "relu", backend: str = "auto") -> torch.Tensor:
+def norm_act(
+    x: torch.Tensor, norm: nn.Module, act: str = "relu", backend: str = "auto"
+) -> torch.Tensor:
     """act(norm(x)) for maps (B, C, H, W); act: a key of ACTIVATIONS. backend: auto | cc | torch.
 
     norm: an nn.BatchNorm2d, whose running statistics move in training; any other module is simply called.
@@ -302,8 +354,12 @@ def norm_act(x: torch.Tensor, norm: nn.Module, act: str = "relu", backend: str =
         shift = norm.bias.double() - scale * norm.running_mean.double()
         y = torch.empty_like(x)
         tensors = x, scale.float(), shift.float(), y
-        _over(getattr(_compiled(), f"{act}_forward"), x.numel() // x.shape[1], x.shape[1],
-              sum(map(_addresses, tensors), []))
+        _over(
+            getattr(_compiled(), f"{act}_forward"),
+            x.numel() // x.shape[1],
+            x.shape[1],
+            sum(map(_addresses, tensors), []),
+        )
         return y
     y, statistics = _NormAct.apply(x, norm.weight, norm.bias, norm.eps, act)
     with torch.no_grad():
@@ -337,7 +393,13 @@ def fuse(network: nn.Module) -> nn.Module:
             act = _MODULES.get(type(getattr(child, "act", None)))
             if type(child) is BatchNormAct2d and act and type(child.drop) is nn.Identity:
                 norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
-                for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                for part in (
+                    "weight",
+                    "bias",
+                    "running_mean",
+                    "running_var",
+                    "num_batches_tracked",
+                ):
                     setattr(norm, part, getattr(child, part))
                 setattr(parent, name, NormAct(norm.train(child.training), act))
     return network

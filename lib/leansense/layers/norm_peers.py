@@ -17,7 +17,9 @@ from .native import why_not
 from .norm_act import ACTIVATIONS, FLAGS, SOURCE, norm_act
 
 # %% ../../../nbs/layers/74_norm_peers.ipynb #e49c2dcb
-def problem(size: dict, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
+def problem(
+    size: dict, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Problem:
     """x and a gradient (B, C, H, W), channels last, weight and bias; size: B, C, H, W and act, a key of ACTIVATIONS."""
     draw = torch.Generator().manual_seed(seed)
     shape = tuple(size[letter] for letter in "BCHW")
@@ -25,7 +27,9 @@ def problem(size: dict, seed: int = 0, dtype: torch.dtype = torch.float32, devic
     x, gradient = (m.to(device, dtype).contiguous(memory_format=torch.channels_last) for m in maps)
     weight, bias = (torch.rand(size["C"], generator=draw).to(device, dtype) for _ in range(2))
     inputs = {"x": x * 2 + 1, "weight": weight + 0.5, "bias": bias - 0.5}
-    return Problem({name: t.requires_grad_() for name, t in inputs.items()}, gradient, {"act": size["act"]})
+    return Problem(
+        {name: t.requires_grad_() for name, t in inputs.items()}, gradient, {"act": size["act"]}
+    )
 
 
 def work(size: dict) -> dict:
@@ -36,8 +40,16 @@ def work(size: dict) -> dict:
 
 def reference(given: Problem) -> torch.Tensor:
     """The formula, differentiable, in the type of the inputs."""
-    return ACTIVATIONS[given.extra["act"]](F.batch_norm(given.inputs["x"], None, None, given.inputs["weight"],
-                                                        given.inputs["bias"], training=True))
+    return ACTIVATIONS[given.extra["act"]](
+        F.batch_norm(
+            given.inputs["x"],
+            None,
+            None,
+            given.inputs["weight"],
+            given.inputs["bias"],
+            training=True,
+        )
+    )
 
 # %% ../../../nbs/layers/74_norm_peers.ipynb #6fad74f1
 def _norm(given: Problem) -> nn.BatchNorm2d:
@@ -60,8 +72,22 @@ def _ours(given: Problem) -> Callable:
     return lambda: norm_act(given.inputs["x"], norm, act, "cc")
 
 
-OPERATOR = Operator("norm_act", problem, reference, {
-    "torch": Contender("PyTorch", False, _stock, note="its two operations, ReLU in place"),
-    **compiled(Contender("ours in C", True, _ours, lambda: why_not("norm_act", SOURCE, FLAGS),
-                         "two passes forward, two backward", ("cpu",))),
-}, work)
+OPERATOR = Operator(
+    "norm_act",
+    problem,
+    reference,
+    {
+        "torch": Contender("PyTorch", False, _stock, note="its two operations, ReLU in place"),
+        **compiled(
+            Contender(
+                "ours in C",
+                True,
+                _ours,
+                lambda: why_not("norm_act", SOURCE, FLAGS),
+                "two passes forward, two backward",
+                ("cpu",),
+            )
+        ),
+    },
+    work,
+)

@@ -15,7 +15,13 @@ import torch
 from .backend import triton_why_not
 from .bench import Contender, Operator, Problem, compiled
 from .bev_pool import Grid, PoolPlan, _cc_why_not, bev_pool
-from .lift_splat import Rig, augmentation_matrix, get_geometry, make_frustum, surround_rig
+from leansense.layers.lift_splat import (
+    Rig,
+    augmentation_matrix,
+    get_geometry,
+    make_frustum,
+    surround_rig,
+)
 
 # %% ../../../nbs/layers/72_pool_peers.ipynb #7473ec77
 STRIDE, CHANNELS = 16, 64
@@ -32,7 +38,11 @@ def augmented_rig(batch: int, height: int, width: int, seed: int = 0) -> Rig:
             left = int(draw.uniform(0, max(0, 1600 * resize - size[0])))
             top = int((1 - draw.uniform(0, 0.22)) * 900 * resize) - size[1]
             rig.post_rots[b, n], rig.post_trans[b, n] = augmentation_matrix(
-                resize, (left, top, left + size[0], top + size[1]), draw.random() < 0.5, draw.uniform(-5.4, 5.4))
+                resize,
+                (left, top, left + size[0], top + size[1]),
+                draw.random() < 0.5,
+                draw.uniform(-5.4, 5.4),
+            )
     return rig
 
 
@@ -45,7 +55,9 @@ def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
     depth = torch.randn(B, 6, grid.depths, H, W, generator=draw).softmax(2)
     feat = torch.randn(B, 6, C, H, W, generator=draw)
     gradient = torch.randn(B, *grid.nx[:2], C, generator=draw).permute(0, 3, 1, 2)  # channels_last
-    inputs = {name: x.to(device, dtype).requires_grad_() for name, x in (("depth", depth), ("feat", feat))}
+    inputs = {
+        name: x.to(device, dtype).requires_grad_() for name, x in (("depth", depth), ("feat", feat))
+    }
     extra = {"points": points, "grid": grid, "plan": PoolPlan.build(points, grid)}
     return Problem(inputs, gradient.to(device, dtype), extra)
 
@@ -63,7 +75,7 @@ class _RunSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, _):
-        last, = ctx.saved_tensors
+        (last,) = ctx.saved_tensors
         return gradient[last.cumsum(0) - last.long()], None
 
 
@@ -71,7 +83,9 @@ def _indices(points: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tens
     """(sample, x, y, z) of all points (P, 4), int64, and which are inside."""
     lower = points.new_tensor([grid.xbound[0], grid.ybound[0], grid.zbound[0]])
     cell = ((points - lower) / points.new_tensor(grid.dx)).floor().long().reshape(-1, 3)
-    sample = torch.arange(points.shape[0], device=points.device).repeat_interleave(len(cell) // points.shape[0])
+    sample = torch.arange(points.shape[0], device=points.device).repeat_interleave(
+        len(cell) // points.shape[0]
+    )
     inside = ((cell >= 0) & (cell < torch.tensor(grid.nx, device=cell.device))).all(1)
     return torch.cat((sample[:, None], cell), 1), inside
 
@@ -123,7 +137,14 @@ class _CachedRanks(torch.autograd.Function):
         to_depth = (rows * feat.index_select(0, which_pixel)).sum(1)
         rows.mul_(depth.index_select(0, which_depth)[:, None])
         to_feat = torch.zeros_like(feat).index_add_(0, which_pixel, rows)
-        return torch.zeros_like(depth).index_copy_(0, which_depth, to_depth), to_feat, None, None, None, None
+        return (
+            torch.zeros_like(depth).index_copy_(0, which_depth, to_depth),
+            to_feat,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def prepare_cached_ranks(given: Problem):
@@ -131,8 +152,12 @@ def prepare_cached_ranks(given: Problem):
     plan, (depth, feat) = given.extra["plan"], given.inputs.values()
     B, N, D, H, W = plan.shape
     count = torch.arange(depth.numel(), device=depth.device)
-    number = count.view(plan.shape).permute(0, 1, 3, 4, 2).flatten()  # pixel by pixel -> place in memory
-    which_depth, which_pixel, which_cell = (x[plan.inside < 0] for x in (number, count // D, plan.cells.long()))
+    number = (
+        count.view(plan.shape).permute(0, 1, 3, 4, 2).flatten()
+    )  # pixel by pixel -> place in memory
+    which_depth, which_pixel, which_cell = (
+        x[plan.inside < 0] for x in (number, count // D, plan.cells.long())
+    )
     total = math.prod(plan.grid.nx) * B
 
     def compute():
@@ -157,7 +182,9 @@ def _rebuilt(given: Problem):
 
 def _each_call(function):
     def prepare(given):
-        points = given.extra["points"].contiguous()  # x, y, z side by side, as the published code has them
+        points = given.extra[
+            "points"
+        ].contiguous()  # x, y, z side by side, as the published code has them
         return lambda: function(*given.inputs.values(), points, given.extra["grid"])
 
     return prepare
@@ -176,14 +203,50 @@ def work(size: dict) -> dict:
     return {"bytes": bytes_, "flops": 2 * pixels * grid.depths * C, "exps": 0}
 
 # %% ../../../nbs/layers/72_pool_peers.ipynb #32dd674d
-OPERATOR = Operator("bev_pool", problem, reference, {
-    "lss": Contender("LSS, cumulative sum", False, _each_call(lss_cumsum),
-                     note="sorted in every call (arXiv:2008.05711)"),
-    "index_add": Contender("multiply out, index_add", False, _each_call(scatter), note="the usual port"),
-    "bev_pool_v2": Contender("BEVPoolv2, in PyTorch", False, prepare_cached_ranks,
-                             note="cached ranks (arXiv:2211.17111), without its CUDA kernel"),
-    "torch": Contender("ours, plan held", True, _ours("torch"), note="embedding_bag and sampled_addmm"),
-    **compiled(Contender("ours in C, plan held", True, _ours("cc"), _cc_why_not, "gradients are read once", ("cpu",))),
-    "rebuilt": Contender("ours, plan built in each call", True, _rebuilt, note="as under image augmentation"),
-    "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"), "plan held", ("cuda",)),
-}, work)
+OPERATOR = Operator(
+    "bev_pool",
+    problem,
+    reference,
+    {
+        "lss": Contender(
+            "LSS, cumulative sum",
+            False,
+            _each_call(lss_cumsum),
+            note="sorted in every call (arXiv:2008.05711)",
+        ),
+        "index_add": Contender(
+            "multiply out, index_add", False, _each_call(scatter), note="the usual port"
+        ),
+        "bev_pool_v2": Contender(
+            "BEVPoolv2, in PyTorch",
+            False,
+            prepare_cached_ranks,
+            note="cached ranks (arXiv:2211.17111), without its CUDA kernel",
+        ),
+        "torch": Contender(
+            "ours, plan held", True, _ours("torch"), note="embedding_bag and sampled_addmm"
+        ),
+        **compiled(
+            Contender(
+                "ours in C, plan held",
+                True,
+                _ours("cc"),
+                _cc_why_not,
+                "gradients are read once",
+                ("cpu",),
+            )
+        ),
+        "rebuilt": Contender(
+            "ours, plan built in each call", True, _rebuilt, note="as under image augmentation"
+        ),
+        "triton": Contender(
+            "ours, Triton",
+            True,
+            _ours("triton"),
+            lambda: triton_why_not("cuda"),
+            "plan held",
+            ("cuda",),
+        ),
+    },
+    work,
+)

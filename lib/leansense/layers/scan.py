@@ -64,8 +64,17 @@ def _time_first(part: slice, *tensors: Tensor) -> list[Tensor]:
     return [v[part].transpose(0, 1).contiguous() for v in tensors]
 
 
-def _sweep(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor, tile: int, reverse: bool,
-           save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _sweep(
+    delta: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    first: Tensor,
+    tile: int,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, last state, states at the chunks' starts (chunks, b, N, D)); A: (N, D), first: (b, N, D)."""
     (batch, length, channels), states = x.shape, A.shape[0]
     y, last = torch.empty_like(x), torch.empty_like(first)
@@ -101,8 +110,17 @@ def _adjoint(a: Sequence[Tensor], g: Sequence[Tensor], arriving: Tensor, order: 
         g[early].addcmul_(a[late], g[late])
 
 # %% ../../../nbs/layers/00_scan.ipynb #2390e3cc
-def _sums(a: Tensor, g: Tensor, before: Tensor, after: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor,
-          dy: Tensor) -> tuple[Tensor, ...]:
+def _sums(
+    a: Tensor,
+    g: Tensor,
+    before: Tensor,
+    after: Tensor,
+    delta: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dy: Tensor,
+) -> tuple[Tensor, ...]:
     """A chunk's (dA, dx, ddelta, dB, dC); a, g and before are used up: g becomes e."""
     flat_g, column = g.flatten(0, 1), lambda v: v.flatten(0, 1).unsqueeze(2)
     dC = torch.bmm(after.flatten(0, 1), column(dy)).view(B.shape)
@@ -113,8 +131,19 @@ def _sums(a: Tensor, g: Tensor, before: Tensor, after: Tensor, delta: Tensor, x:
     return q.mul_(delta.unsqueeze(2)).sum((0, 1)), dx, ddelta, dB, dC
 
 # %% ../../../nbs/layers/00_scan.ipynb #917b250c
-def _sweep_back(dy: Tensor, arriving: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, saved: Tensor,
-                tile: int, reverse: bool, again: bool) -> tuple[Tensor | None, ...]:
+def _sweep_back(
+    dy: Tensor,
+    arriving: Tensor,
+    delta: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    saved: Tensor,
+    tile: int,
+    reverse: bool,
+    again: bool,
+) -> tuple[Tensor | None, ...]:
     """(dx, ddelta, dA, dB, dC, y) for the gradients of y and of the last state; y only if `again`."""
     (batch, length, channels), states = x.shape, A.shape[0]
     whole = [x.new_empty(v.shape) for v in (x, delta, B, C, x)]
@@ -128,7 +157,9 @@ def _sweep_back(dy: Tensor, arriving: Tensor, delta: Tensor, x: Tensor, A: Tenso
         for k in range(saved.shape[0] - 1, -1, -1):
             count = min(tile, length - k * tile)
             rows = _rows(length, k * tile, count, reverse)
-            before, after = (h[1 : count + 1], h[:count]) if reverse else (h[:count], h[1 : count + 1])
+            before, after = (
+                (h[1 : count + 1], h[:count]) if reverse else (h[:count], h[1 : count + 1])
+            )
             h[count if reverse else 0] = saved[k, part]
             _fill(a[:count], after, delta_[rows], x_[rows], A, B_[rows])
             _advance(a_t, after.unbind(0), saved[k, part], _order(count, reverse))
@@ -136,7 +167,9 @@ def _sweep_back(dy: Tensor, arriving: Tensor, delta: Tensor, x: Tensor, A: Tenso
                 y_[rows] = _read(C_[rows], after)
             torch.mul(dy_[rows].unsqueeze(2), C_[rows].unsqueeze(3), out=g[:count])
             _adjoint(a_t, g_t, e, _order(count, not reverse))
-            dA_, *found = _sums(a[:count], g[:count], before, after, delta_[rows], x_[rows], A, B_[rows], dy_[rows])
+            dA_, *found = _sums(
+                a[:count], g[:count], before, after, delta_[rows], x_[rows], A, B_[rows], dy_[rows]
+            )
             dA += dA_
             for v, value in zip(into, found):
                 v[rows] = value
@@ -151,7 +184,9 @@ def _fold(v: Tensor, parts: int, reverse: bool) -> Tensor:
     """(B, L, n) -> (B parts, steps, n), padded with zeros where the scan ends."""
     batch, length, n = v.shape
     missing = parts * -(-length // parts) - length
-    return F.pad(v, (0, 0, missing, 0) if reverse else (0, 0, 0, missing)).reshape(batch * parts, -1, n)
+    return F.pad(v, (0, 0, missing, 0) if reverse else (0, 0, 0, missing)).reshape(
+        batch * parts, -1, n
+    )
 
 
 def _unfold(v: Tensor, length: int, parts: int, reverse: bool) -> Tensor:
@@ -170,8 +205,18 @@ def _carry(own: Tensor, decay: Tensor, first: Tensor, parts: int, reverse: bool)
     return torch.stack(begins, 1).flatten(0, 1)
 
 # %% ../../../nbs/layers/00_scan.ipynb #23adba02
-def _parallel(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor, tile: int, reverse: bool,
-              save: bool, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _parallel(
+    delta: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    first: Tensor,
+    tile: int,
+    reverse: bool,
+    save: bool,
+    parts: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """_sweep with the sequence in `parts` that run at the same time."""
     length = x.shape[1]
     delta, x, B, C = (_fold(v, parts, reverse) for v in (delta, x, B, C))
@@ -182,19 +227,38 @@ def _parallel(delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, first: 
     return _unfold(y, length, parts, reverse), last[(0 if reverse else parts - 1) :: parts], saved
 
 
-def _parallel_back(dy: Tensor, arriving: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                   saved: Tensor, tile: int, reverse: bool, again: bool, parts: int) -> tuple[Tensor | None, ...]:
+def _parallel_back(
+    dy: Tensor,
+    arriving: Tensor,
+    delta: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    saved: Tensor,
+    tile: int,
+    reverse: bool,
+    again: bool,
+    parts: int,
+) -> tuple[Tensor | None, ...]:
     """_sweep_back with the sequence in `parts` that run at the same time."""
     length = x.shape[1]
     dy, delta, x, B, C = (_fold(v, parts, reverse) for v in (dy, delta, x, B, C))
     nothing = arriving.new_zeros(x.shape[0], *arriving.shape[1:])
-    shifted = delta.roll(1 if reverse else -1, 1)  # the decay between g of a step and g of the one before it
+    shifted = delta.roll(
+        1 if reverse else -1, 1
+    )  # the decay between g of a step and g of the one before it
     own = _sweep(shifted, dy, A, C, C, nothing, tile, not reverse, False)[1]
     at_first = delta[:, -1 if reverse else 0].unsqueeze(1)
     own *= (at_first * A).exp()
     arrives = _carry(own, (delta.sum(1).unsqueeze(1) * A).exp(), arriving, parts, not reverse)
-    dx, ddelta, dA, dB, dC, y = _sweep_back(dy, arrives, delta, x, A, B, C, saved, tile, reverse, again)
-    open_up = lambda v: None if v is None else _unfold(v, length, parts, reverse).contiguous()
+    dx, ddelta, dA, dB, dC, y = _sweep_back(
+        dy, arrives, delta, x, A, B, C, saved, tile, reverse, again
+    )
+
+    def open_up(v):
+        return None if v is None else _unfold(v, length, parts, reverse).contiguous()
+
     return open_up(dx), open_up(ddelta), dA, open_up(dB), open_up(dC), open_up(y)
 
 # %% ../../../nbs/layers/00_scan.ipynb #1a312f87
@@ -217,7 +281,9 @@ def _torch_forward(u, delta, A, B, C, D, z, bias, softplus, reverse, save, tile,
     return y.contiguous(), last.mT.contiguous(), saved
 
 # %% ../../../nbs/layers/00_scan.ipynb #753e58cd
-def _torch_backward(dy, dlast, u, delta, A, B, C, D, z, bias, saved, softplus, reverse, tile, parts):
+def _torch_backward(
+    dy, dlast, u, delta, A, B, C, D, z, bias, saved, softplus, reverse, tile, parts
+):
     """Gradients of u, delta, A, B, C, D, z, bias; None where there is no input."""
     raw, delta = delta, _step_size(delta, bias, softplus)
     x, dz, outer = delta * u, None, dy
@@ -227,7 +293,9 @@ def _torch_backward(dy, dlast, u, delta, A, B, C, D, z, bias, saved, softplus, r
     arriving = u.new_zeros(u.shape[0], A.shape[1], u.shape[2]) if dlast is None else dlast.mT
     sweep = _sweep_back if parts == 1 else partial(_parallel_back, parts=parts)
     again, rates = z is not None, A.T.contiguous()
-    dx, ddelta, dA, dB, dC, y = sweep(dy, arriving, delta, x, rates, B, C, saved, tile, reverse, again)
+    dx, ddelta, dA, dB, dC, y = sweep(
+        dy, arriving, delta, x, rates, B, C, saved, tile, reverse, again
+    )
     if z is not None:
         y = y if D is None else y.addcmul_(u, D)
         dz = y.mul_(outer).mul_(gate * (1 + z * (1 - gate)))
@@ -244,8 +312,8 @@ def _torch_backward(dy, dlast, u, delta, A, B, C, D, z, bias, saved, softplus, r
 def _extension() -> Any:
     """The module selective_scan_cuda, or the reason why it cannot be had, as a string."""
     try:
-        import torch  # noqa: F401  (the extension's symbols are in its libraries)
         import selective_scan_cuda
+        import torch  # noqa: F401  (the extension's symbols are in its libraries)
     except (ImportError, OSError) as error:
         return f"selective_scan_cuda (of mamba-ssm) is not importable: {str(error).splitlines()[0][:160]}"
     return selective_scan_cuda
@@ -266,9 +334,25 @@ def _back(x: Tensor, reverse: bool) -> Tensor:
 
 def _extension_inputs(u, delta, A, B, C, D, z, bias, reverse):
     """The tensors in the order, types and layout of the extension's two functions."""
-    same = lambda x: None if x is None else _turn(x.to(u.dtype), reverse)  # one type for all that varies in time
-    full = lambda x: None if x is None else x.float().contiguous()
-    return (same(u), same(delta), full(A), same(B).unsqueeze(1), same(C).unsqueeze(1), full(D), same(z), full(bias))
+
+    def same(x):
+        return (
+            None if x is None else _turn(x.to(u.dtype), reverse)
+        )  # one type for all that varies in time
+
+    def full(x):
+        return None if x is None else x.float().contiguous()
+
+    return (
+        same(u),
+        same(delta),
+        full(A),
+        same(B).unsqueeze(1),
+        same(C).unsqueeze(1),
+        full(D),
+        same(z),
+        full(bias),
+    )
 
 # %% ../../../nbs/layers/00_scan.ipynb #ceb62e50
 def _extension_forward(u, delta, A, B, C, D, z, bias, softplus, reverse):
@@ -285,10 +369,19 @@ def _extension_backward(dy, u, delta, A, B, C, D, z, bias, states, plain, softpl
     inputs = _extension_inputs(u, delta, A, B, C, D, z, bias, reverse)
     out = plain if z is not None else None
     du, ddelta, dA, dB, dC, dD, dbias, *rest = _extension().bwd(
-        *inputs, _turn(dy.to(u.dtype), reverse), states, out, None, softplus, False)
+        *inputs, _turn(dy.to(u.dtype), reverse), states, out, None, softplus, False
+    )
     back = partial(_back, reverse=reverse)
-    return (back(du), back(ddelta), dA, back(dB.squeeze(1)), back(dC.squeeze(1)), dD if D is not None else None,
-            back(rest[0]) if z is not None else None, dbias if bias is not None else None)
+    return (
+        back(du),
+        back(ddelta),
+        dA,
+        back(dB.squeeze(1)),
+        back(dC.squeeze(1)),
+        dD if D is not None else None,
+        back(rest[0]) if z is not None else None,
+        dbias if bias is not None else None,
+    )
 
 # %% ../../../nbs/layers/00_scan.ipynb #55602c25
 def _probes(u: Tensor, A: Tensor, double: bool, last: bool) -> dict[str, Callable[[], str]]:
@@ -299,19 +392,29 @@ def _probes(u: Tensor, A: Tensor, double: bool, last: bool) -> dict[str, Callabl
         if device != "cuda":
             return f"tensors are on {device}; the extension needs a CUDA device"
         if double or states > 256 or last:
-            return "no float64, at most 256 states, and no gradient of the last state in the extension"
+            return (
+                "no float64, at most 256 states, and no gradient of the last state in the extension"
+            )
         return found if isinstance(found := _extension(), str) else ""
 
     def triton():
-        return "float64 inputs; the kernels compute in float32" if double else triton_why_not(device)
+        return (
+            "float64 inputs; the kernels compute in float32" if double else triton_why_not(device)
+        )
 
     def compiled():
         if device != "cpu":
             return f"tensors are on {device}; the C kernel runs on the CPU"
-        return "float64 inputs; the C kernel computes in float32" if double else scan_native.why_not()
+        return (
+            "float64 inputs; the C kernel computes in float32" if double else scan_native.why_not()
+        )
 
     probes = {"mamba_ssm": extension, "triton": triton, "cc": compiled, "torch": lambda: ""}
-    order = ("cc", "torch", "triton", "mamba_ssm") if device == "cpu" else ("mamba_ssm", "triton", "torch", "cc")
+    order = (
+        ("cc", "torch", "triton", "mamba_ssm")
+        if device == "cpu"
+        else ("mamba_ssm", "triton", "torch", "cc")
+    )
     return {name: probes[name] for name in order}
 
 # %% ../../../nbs/layers/00_scan.ipynb #3c748bfd
@@ -321,7 +424,11 @@ def _double(*tensors: Tensor | None) -> bool:
 
 def _no_autocast(device: str) -> AbstractContextManager:
     """Autocast off, if it is on."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
 
 
 def _parts_of(length: int, device: torch.device) -> int:
@@ -329,13 +436,32 @@ def _parts_of(length: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, (length + PART - 1) // PART)
 
 
-def _forward(u, delta, A, B, C, D, z, bias, softplus: bool, reverse: bool, backend: str, tile: int, save: bool):
+def _forward(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    softplus: bool,
+    reverse: bool,
+    backend: str,
+    tile: int,
+    save: bool,
+):
     """(y, last, saved, plain) from one back end; saved and plain are for its backward pass."""
     empty = torch.empty(0, device=u.device)
     tensors = (u, delta, A, B, C, D, z, bias)
     kind = torch.float64 if _double(*tensors) else torch.float32
     if u.numel() == 0:
-        return torch.empty_like(u), u.new_zeros(u.shape[0], *A.shape, dtype=kind), empty, empty.clone()
+        return (
+            torch.empty_like(u),
+            u.new_zeros(u.shape[0], *A.shape, dtype=kind),
+            empty,
+            empty.clone(),
+        )
     with _no_autocast(u.device.type):
         if backend == "mamba_ssm":
             y, last, saved, plain = _extension_forward(*tensors, softplus, reverse)
@@ -349,7 +475,9 @@ def _forward(u, delta, A, B, C, D, z, bias, softplus: bool, reverse: bool, backe
         if backend == "cc":
             y, last, saved = scan_native.forward(*wide, softplus, reverse, save)
         else:
-            y, last, saved = _torch_forward(*wide, softplus, reverse, save, tile, _parts_of(u.shape[1], u.device))
+            y, last, saved = _torch_forward(
+                *wide, softplus, reverse, save, tile, _parts_of(u.shape[1], u.device)
+            )
         return y.to(u.dtype), last, saved.flatten(), empty
 
 # %% ../../../nbs/layers/00_scan.ipynb #af584b6b
@@ -370,8 +498,24 @@ def _saved_shape(u: Tensor, A: Tensor, backend: str, tile: int) -> tuple[int, ..
     return (steps + tile - 1) // tile, batch * parts, states, channels
 
 # %% ../../../nbs/layers/00_scan.ipynb #dbe74347
-def _backward(dy, dlast, u, delta, A, B, C, D, z, bias, saved, plain, softplus: bool, reverse: bool, backend: str,
-              tile: int) -> list[Tensor | None]:
+def _backward(
+    dy,
+    dlast,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    saved,
+    plain,
+    softplus: bool,
+    reverse: bool,
+    backend: str,
+    tile: int,
+) -> list[Tensor | None]:
     """Gradients of u, delta, A, B, C, D, z, bias in their own types, None where there is no input."""
     tensors = (u, delta, A, B, C, D, z, bias)
     if u.numel() == 0:
@@ -412,7 +556,13 @@ class _SelectiveScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dlast):
         found = _backward(dy, dlast, *ctx.saved_tensors, *ctx.options)
-        return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad)), None, None, None, None
+        return (
+            *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad)),
+            None,
+            None,
+            None,
+            None,
+        )
 
 # %% ../../../nbs/layers/00_scan.ipynb #24dc3fa5
 def _resolve(backend: str, u: Tensor, tensors: Sequence[Tensor | None], last: bool) -> str:
@@ -421,9 +571,22 @@ def _resolve(backend: str, u: Tensor, tensors: Sequence[Tensor | None], last: bo
 
 # %% ../../../nbs/layers/00_scan.ipynb #cbc79ed8
 @torch.library.custom_op("leansense::selective_scan", mutates_args=())
-def _operator(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-              bias: Tensor | None, softplus: bool, reverse: bool, backend: str, tile: int, save: bool,
-              last: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _operator(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+    backend: str,
+    tile: int,
+    save: bool,
+    last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (u, delta, A, B, C, D, z, bias)
     return _forward(*tensors, softplus, reverse, _resolve(backend, u, tensors, last), tile, save)
 
@@ -435,17 +598,38 @@ def _(u, delta, A, B, C, D, z, bias, softplus, reverse, backend, tile, save, las
     chosen = _resolve(backend, u, tensors, last)
     keeps = u.numel() > 0 and (save or chosen == "mamba_ssm")
     kept = math.prod(_saved_shape(u, A, chosen, tile)) if keeps else 0
-    plain = (u.shape[0], u.shape[2], u.shape[1]) if chosen == "mamba_ssm" and z is not None else (0,)
+    plain = (
+        (u.shape[0], u.shape[2], u.shape[1]) if chosen == "mamba_ssm" and z is not None else (0,)
+    )
     make = partial(torch.empty, device=u.device)
-    return (make(u.shape, dtype=u.dtype), make((u.shape[0], *A.shape), dtype=kind), make(kept, dtype=kind),
-            make(plain, dtype=u.dtype if chosen == "mamba_ssm" else torch.float32))
+    return (
+        make(u.shape, dtype=u.dtype),
+        make((u.shape[0], *A.shape), dtype=kind),
+        make(kept, dtype=kind),
+        make(plain, dtype=u.dtype if chosen == "mamba_ssm" else torch.float32),
+    )
 
 # %% ../../../nbs/layers/00_scan.ipynb #523ef719
 @torch.library.custom_op("leansense::selective_scan_backward", mutates_args=())
-def _operator_backward(dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
-                       C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None, saved: Tensor,
-                       plain: Tensor, softplus: bool, reverse: bool, backend: str, tile: int,
-                       last: bool) -> list[Tensor]:
+def _operator_backward(
+    dy: Tensor | None,
+    dlast: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    plain: Tensor,
+    softplus: bool,
+    reverse: bool,
+    backend: str,
+    tile: int,
+    last: bool,
+) -> list[Tensor]:
     tensors = (u, delta, A, B, C, D, z, bias)
     chosen = _resolve(backend, u, tensors, last)
     found = _backward(dy, dlast, *tensors, saved, plain, softplus, reverse, chosen, tile)
@@ -453,7 +637,9 @@ def _operator_backward(dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta
 
 
 @_operator_backward.register_fake
-def _(dy, dlast, u, delta, A, B, C, D, z, bias, saved, plain, softplus, reverse, backend, tile, last):
+def _(
+    dy, dlast, u, delta, A, B, C, D, z, bias, saved, plain, softplus, reverse, backend, tile, last
+):
     return [x.new_empty(x.shape) for x in (u, delta, A, B, C, D, z, bias) if x is not None]
 
 
@@ -473,8 +659,14 @@ def _differentiate(ctx, dy, dlast, *_):
 _operator.register_autograd(_differentiate, setup_context=_remember)
 
 # %% ../../../nbs/layers/00_scan.ipynb #30821502
-def selective_scan_flops(u: Sequence[int], states: int, skip: bool = True, gate: bool = False, softplus: bool = False,
-                         backward: bool = False) -> int:
+def selective_scan_flops(
+    u: Sequence[int],
+    states: int,
+    skip: bool = True,
+    gate: bool = False,
+    softplus: bool = False,
+    backward: bool = False,
+) -> int:
     """FLOPs of the operator for u of shape (B, L, D); an exponential counts as one, a multiply-add as two."""
     elements = math.prod(u)
     once = 1 + 2 * skip + 4 * gate + 4 * softplus
@@ -487,45 +679,75 @@ def _count(u, delta, A, B, C, D, z, bias, softplus, *_, **__) -> int:
 
 
 @register_flop_formula(torch.ops.leansense.selective_scan_backward)
-def _count_backward(dy, dlast, u, delta, A, B, C, D, z, bias, saved, plain, softplus, *_, **__) -> int:
+def _count_backward(
+    dy, dlast, u, delta, A, B, C, D, z, bias, saved, plain, softplus, *_, **__
+) -> int:
     return selective_scan_flops(u, A[1], D is not None, z is not None, softplus, backward=True)
 
 # %% ../../../nbs/layers/00_scan.ipynb #1100067c
 def _check(u, delta, A, B, C, D, z, bias) -> None:
     """ValueError, in one line, for arguments that do not fit together."""
     if u.ndim != 3 or A.ndim != 2:
-        raise ValueError(f"selective_scan: u must be (B, L, D) and A (D, N), not {tuple(u.shape)} and {tuple(A.shape)}")
+        raise ValueError(
+            f"selective_scan: u must be (B, L, D) and A (D, N), not {tuple(u.shape)} and {tuple(A.shape)}"
+        )
     (batch, length, channels), states = u.shape, A.shape[1]
     if states < 1:
         raise ValueError("selective_scan: A needs at least one state, its shape is (D, N)")
     per_token, per_channel = (batch, length, channels), (channels,)
-    wanted = {"delta": (delta, per_token), "A": (A, (channels, states)), "B": (B, (batch, length, states)),
-              "C": (C, (batch, length, states)), "D": (D, per_channel), "z": (z, per_token),
-              "delta_bias": (bias, per_channel)}
+    wanted = {
+        "delta": (delta, per_token),
+        "A": (A, (channels, states)),
+        "B": (B, (batch, length, states)),
+        "C": (C, (batch, length, states)),
+        "D": (D, per_channel),
+        "z": (z, per_token),
+        "delta_bias": (bias, per_channel),
+    }
     for name, (x, shape) in wanted.items():
         if x is None:
             continue
         if tuple(x.shape) != shape:
-            raise ValueError(f"selective_scan: {name} has shape {tuple(x.shape)}, with u {tuple(u.shape)} and "
-                             f"{states} states it must be {shape}")
+            raise ValueError(
+                f"selective_scan: {name} has shape {tuple(x.shape)}, with u {tuple(u.shape)} and "
+                f"{states} states it must be {shape}"
+            )
         if x.device != u.device:
-            raise ValueError(f"selective_scan: {name} is on {x.device} and u on {u.device}; move one of them")
+            raise ValueError(
+                f"selective_scan: {name} is on {x.device} and u on {u.device}; move one of them"
+            )
         if not x.is_floating_point():
-            raise ValueError(f"selective_scan: {name} is {x.dtype}; real floating-point tensors are needed")
+            raise ValueError(
+                f"selective_scan: {name} is {x.dtype}; real floating-point tensors are needed"
+            )
     if not u.is_floating_point():
         raise ValueError(f"selective_scan: u is {u.dtype}; real floating-point tensors are needed")
 
 # %% ../../../nbs/layers/00_scan.ipynb #92a0b8bf
 def _traced(u: Tensor) -> bool:
     """Whether somebody is watching: a compiler, an exporter, a dispatch mode, or a tensor that is no plain one."""
-    return (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(u) not in (Tensor, nn.Parameter)
-            or torch.jit.is_tracing())
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or type(u) not in (Tensor, nn.Parameter)
+        or torch.jit.is_tracing()
+    )
 
 
-def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                   z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-                   reverse: bool = False, backend: str = "auto", return_last_state: bool = False,
-                   ) -> Tensor | tuple[Tensor, Tensor]:
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan, channel-last: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t.
 
     u, delta: (B, L, D). A: (D, N). B, C: (B, L, N). D, delta_bias: (D,). z: (B, L, D); y is multiplied by silu(z).
@@ -550,21 +772,38 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     return (y, state) if return_last_state else y
 
 # %% ../../../nbs/layers/00_scan.ipynb #184453b0
-def selective_scan_step(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-                        D: Tensor | None = None, z: Tensor | None = None, delta_bias: Tensor | None = None,
-                        delta_softplus: bool = False) -> tuple[Tensor, Tensor]:
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
     """One step of `selective_scan`: (y (B, D), new state (B, D, N)) for one token u, delta, z (B, D), B, C (B, N).
 
     state: (B, D, N), fp32 or float64, zeros at the start; it is not changed. ValueError for shapes that do not fit.
     """
-    _check(u.unsqueeze(1), *(x if x is None else x.unsqueeze(1) if x.ndim == 2 and x is not A else x
-                             for x in (delta, A, B, C, D, z, delta_bias)))
+    _check(
+        u.unsqueeze(1),
+        *(
+            x if x is None else x.unsqueeze(1) if x.ndim == 2 and x is not A else x
+            for x in (delta, A, B, C, D, z, delta_bias)
+        ),
+    )
     if state.shape != (*u.shape, A.shape[1]):
-        raise ValueError(f"selective_scan_step: state has shape {tuple(state.shape)}, must be {(*u.shape, A.shape[1])}")
+        raise ValueError(
+            f"selective_scan_step: state has shape {tuple(state.shape)}, must be {(*u.shape, A.shape[1])}"
+        )
     kind = torch.float64 if _double(state, u) else torch.float32
     with _no_autocast(u.device.type):
         x, A, B, C, D, z, delta_bias, delta, state = (
-            None if v is None else v.to(kind) for v in (u, A, B, C, D, z, delta_bias, delta, state))
+            None if v is None else v.to(kind) for v in (u, A, B, C, D, z, delta_bias, delta, state)
+        )
         delta = _step_size(delta, delta_bias, delta_softplus).unsqueeze(-1)
         state = (delta * A).exp() * state + delta * x.unsqueeze(-1) * B.unsqueeze(1)
         y = (state @ C.unsqueeze(-1)).squeeze(-1)
@@ -632,8 +871,14 @@ class _CompiledConv(torch.autograd.Function):
         return *scan_native.conv_backward(dy, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
-                  reverse: bool = False, backend: str = "auto") -> Tensor:
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
     """Depthwise causal convolution of x (B, L, D), channel-last: y_t sees t and the K - 1 tokens before it.
 
     weight: (D, K) or (D, 1, K); bias: (D,). activation: None | "silu". reverse: it sees the K - 1 tokens after it.
@@ -642,10 +887,14 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     weight = weight.squeeze(1) if weight.ndim == 3 else weight
     fits = x.ndim == 3 and weight.ndim == 2 and len(weight) == x.shape[2]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(f"causal_conv1d: x (B, L, D), weight (D, K) and bias (D,) are needed, not {tuple(x.shape)}, "
-                         f"{tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}")
+        raise ValueError(
+            f"causal_conv1d: x (B, L, D), weight (D, K) and bias (D,) are needed, not {tuple(x.shape)}, "
+            f"{tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
+        )
     if activation not in (None, "silu"):
-        raise ValueError(f"causal_conv1d: activation={activation!r} is unknown: choose None or 'silu'")
+        raise ValueError(
+            f"causal_conv1d: activation={activation!r} is unknown: choose None or 'silu'"
+        )
     kind, tensors = torch.float64 if _double(x, weight, bias) else torch.float32, (x, weight, bias)
     wide = [v if v is None else v.to(kind) for v in tensors]
     if _traced(x) or not x.numel():
@@ -663,7 +912,9 @@ def _inverse_softplus(y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _init_dt(projection: nn.Linear, dt_min: float, dt_max: float, init: str, scale: float, floor: float) -> None:
+def _init_dt(
+    projection: nn.Linear, dt_min: float, dt_max: float, init: str, scale: float, floor: float
+) -> None:
     """Initialise the projection of delta: its weight keeps the variance, its bias makes steps of dt_min .. dt_max."""
     spread = projection.in_features**-0.5 * scale
     if init == "constant":
@@ -681,19 +932,37 @@ def _init_dt(projection: nn.Linear, dt_min: float, dt_max: float, init: str, sca
 class _MambaWeights(nn.Module):
     """The parameters of a Mamba block."""
 
-    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | str, dt_min: float,
-                 dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float, conv_bias: bool, bias: bool,
-                 device, dtype):
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        d_conv: int,
+        expand: float,
+        dt_rank: int | str,
+        dt_min: float,
+        dt_max: float,
+        dt_init: str,
+        dt_scale: float,
+        dt_init_floor: float,
+        conv_bias: bool,
+        bias: bool,
+        device,
+        dtype,
+    ):
         super().__init__()
         inner = int(expand * d_model)
         if min(d_model, d_state, d_conv, inner) < 1:
-            raise ValueError(f"Mamba: d_model={d_model}, d_state={d_state}, d_conv={d_conv}, expand={expand}: each "
-                             f"must be 1 or more, and expand * d_model too")
+            raise ValueError(
+                f"Mamba: d_model={d_model}, d_state={d_state}, d_conv={d_conv}, expand={expand}: each "
+                f"must be 1 or more, and expand * d_model too"
+            )
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, inner
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else int(dt_rank)
         kind = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * inner, bias=bias, **kind)
-        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias, **kind)
+        self.conv1d = nn.Conv1d(
+            inner, inner, d_conv, groups=inner, padding=d_conv - 1, bias=conv_bias, **kind
+        )
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **kind)
         self.dt_proj = nn.Linear(self.dt_rank, inner, bias=True, **kind)
         _init_dt(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
@@ -712,17 +981,23 @@ class _MambaWeights(nn.Module):
 class _MambaStep(_MambaWeights):
     """A Mamba block for one token at a time."""
 
-    def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 0, dtype: torch.dtype | None = None):
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int = 0, dtype: torch.dtype | None = None
+    ):
         """The two states before the first token: zeros of (B, d_inner, d_conv) and (B, d_inner, d_state).
 
         max_seqlen is for mamba-ssm's signature: a recurrence needs no length. The scan's state is fp32 or float64.
         """
         weight = self.conv1d.weight
         kind = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
-        return (weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype or weight.dtype),
-                weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=kind))
+        return (
+            weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype or weight.dtype),
+            weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=kind),
+        )
 
-    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(
+        self, x: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One token: x (B, 1, d_model) -> (output (B, 1, d_model), new conv state, new scan state)."""
         if x.ndim != 3 or x.shape[1:] != (1, self.d_model):
             raise ValueError(f"Mamba.step: x must be (B, 1, {self.d_model}), not {tuple(x.shape)}")
@@ -732,7 +1007,9 @@ class _MambaStep(_MambaWeights):
         u = F.silu(u if self.conv1d.bias is None else u + self.conv1d.bias).to(stream.dtype)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         delta = F.linear(dt, self.dt_proj.weight)  # its bias is added inside the scan, in fp32
-        y, ssm_state = selective_scan_step(ssm_state, u, delta, self.rates(), B, C, self.D, z, self.dt_proj.bias, True)
+        y, ssm_state = selective_scan_step(
+            ssm_state, u, delta, self.rates(), B, C, self.D, z, self.dt_proj.bias, True
+        )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
 # %% ../../../nbs/layers/00_scan.ipynb #f26fc016
@@ -744,12 +1021,40 @@ class Mamba(_MambaStep):
     conv_bias, bias: of the convolution, of the two outer projections. backend: see `selective_scan`.
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2, dt_rank: int | str = "auto",
-                 dt_min: float = 0.001, dt_max: float = 0.1, dt_init: str = "random", dt_scale: float = 1.0,
-                 dt_init_floor: float = 1e-4, conv_bias: bool = True, bias: bool = False, backend: str = "auto",
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None):
-        super().__init__(d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor,
-                         conv_bias, bias, device, dtype)
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            dt_rank,
+            dt_min,
+            dt_max,
+            dt_init,
+            dt_scale,
+            dt_init_floor,
+            conv_bias,
+            bias,
+            device,
+            dtype,
+        )
         self.backend = backend
 
     def forward(self, x: Tensor, reverse: bool = False, return_states: bool = False):
@@ -764,12 +1069,27 @@ class Mamba(_MambaStep):
         u = causal_conv1d(stream, self.conv1d.weight, self.conv1d.bias, "silu", reverse, simple)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
         delta = F.linear(dt, self.dt_proj.weight)
-        found = selective_scan(u, delta, self.rates(), B, C, self.D, z, self.dt_proj.bias, True, reverse, self.backend,
-                               return_states)
+        found = selective_scan(
+            u,
+            delta,
+            self.rates(),
+            B,
+            C,
+            self.D,
+            z,
+            self.dt_proj.bias,
+            True,
+            reverse,
+            self.backend,
+            return_states,
+        )
         if not return_states:
             return self.out_proj(found)
         seen = stream[:, : self.d_conv].flip(1) if reverse else stream[:, -self.d_conv :]
-        return self.out_proj(found[0]), (F.pad(seen, (0, 0, self.d_conv - seen.shape[1], 0)).mT.contiguous(), found[1])
+        return self.out_proj(found[0]), (
+            F.pad(seen, (0, 0, self.d_conv - seen.shape[1], 0)).mT.contiguous(),
+            found[1],
+        )
 
 # %% ../../../nbs/layers/00_scan.ipynb #33675592
 def bidirectional(x: Tensor, ahead: Mamba, behind: Mamba) -> tuple[Tensor, Tensor]:

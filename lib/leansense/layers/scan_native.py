@@ -18,7 +18,7 @@ from torch import Tensor
 from . import native
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #95696df1
-SCAN_VECTORS = r'''
+SCAN_VECTORS = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,10 +52,10 @@ static inline float total(vf x) {
     for (int i = 0; i < W; i++) sum += x[i];
     return sum;
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #286a89ff
-SCAN_POWER = r'''
+SCAN_POWER = r"""
 /* 2^(d a), to 7e-8; |d a| < 126 unless `wide` */
 INLINE vf power(vf d, vf a, int wide) {
     const vf magic = splat(12582912.0f);
@@ -75,10 +75,10 @@ INLINE vf power(vf d, vf a, int wide) {
     return y;
 }
 INLINE vf exponential(vf x) { return power(x, splat(1.44269504f), 1); }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #2977f47e
-SCAN_SOFTPLUS = r'''
+SCAN_SOFTPLUS = r"""
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exponential(-x)); }
 
 /* log(1 + e^x) and its slope */
@@ -94,10 +94,10 @@ INLINE void softplus(vf x, vf *value, vf *slope) {
     *value = larger(x, splat(0.0f)) + 2.0f * s * p;
     *slope = choose(x < splat(0.0f), e * r, r);
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #50a9577d
-SCAN_CALL = r'''
+SCAN_CALL = r"""
 #define STEPS (W == 16 ? 12 : 16)  /* time steps from one checkpoint to the next */
 #define STATES 8  /* states and channels are padded to multiples of these */
 #define PAD 16
@@ -133,10 +133,10 @@ INLINE void copy_states(const call *c, const room *w, int64_t b, int64_t d0, int
                 else *p = lanes[i * w->padded + n][l];
             }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #e0f068c7
-SCAN_ROOM = r'''
+SCAN_ROOM = r"""
 static int make_room(const call *c, int64_t d0, int64_t d1, int backward, room *w) {
     int64_t np = w->padded = padded(c->states, STATES), blocks = w->blocks = (d1 - d0 + W - 1) / W, all = blocks * np;
     int64_t vectors = 2 * all + blocks + (backward ? all + 2 * STEPS * np + (2 * STEPS + 1) * BACK : 0);
@@ -166,10 +166,10 @@ static int make_room(const call *c, int64_t d0, int64_t d1, int backward, room *
     }
     return 0;
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #bf84d791
-SCAN_TILE = r'''
+SCAN_TILE = r"""
 typedef struct {
     vf u[STEPS], delta[STEPS], slope[STEPS], x[STEPS], y[STEPS], dy[STEPS], dx[STEPS], ddelta[STEPS], dz[STEPS];
     int wide;
@@ -196,10 +196,10 @@ INLINE void load_tile(const call *c, vf most, tile *s, int64_t b, int64_t t0, in
     }
     s->wide = any(longest * most > splat(100.0f));
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #62e7502c
-SCAN_FORWARD_TILE = r'''
+SCAN_FORWARD_TILE = r"""
 INLINE void forward_tile(vf *states, const vf *A, tile *s, const room *w, int steps, int wide) {
     for (int64_t n = 0; n < w->padded; n += AHEAD) {
         vf h[AHEAD];
@@ -218,10 +218,10 @@ INLINE void forward_tile(vf *states, const vf *A, tile *s, const room *w, int st
         memcpy(states + n, h, sizeof h);
     }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #e86d3056
-SCAN_FORWARD = r'''
+SCAN_FORWARD = r"""
 INLINE void finish_tile(const call *c, tile *s, int64_t b, int64_t t0, int steps, int64_t d, int64_t lanes) {
     vf skip = c->D ? load(c->D + d, lanes) : splat(0.0f);
     for (int t = 0; t < steps; t++) {
@@ -260,10 +260,10 @@ int scan_forward(const call *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1) 
     free(w.memory);
     return 0;
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #600ff658
-SCAN_BACKWARD_TILE = r'''
+SCAN_BACKWARD_TILE = r"""
 /* runs BACK states through a tile again, noting decays and the path of the states; y only where a gate needs it */
 INLINE void replay(const vf *states, const vf *A, tile *s, const room *w, int64_t n, int steps, int gated, int wide) {
     vf h[BACK];
@@ -300,10 +300,10 @@ INLINE void adjoint(vf *e, vf *dA, const vf *A, tile *s, const room *w, int64_t 
         s->dx[t] = dx, s->ddelta[t] = ddelta;
     }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #82b96a0d
-SCAN_BACKWARD_ENDS = r'''
+SCAN_BACKWARD_ENDS = r"""
 INLINE void load_gradient(const call *c, tile *s, int64_t b, int64_t t0, int steps, int64_t d, int64_t lanes) {
     for (int t = 0; t < steps; t++) {
         int64_t r = row(c, b, t0 + t);
@@ -332,10 +332,10 @@ INLINE void store_gradient(const call *c, tile *s, int64_t b, int64_t t0, int st
     if (c->dD) add_to(c->dD + b * c->channels + d, dskip, lanes);
     if (c->dbias) add_to(c->dbias + b * c->channels + d, dbias, lanes);
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #500e6074
-SCAN_BACKWARD = r'''
+SCAN_BACKWARD = r"""
 INLINE void backward_tile(const vf *h, const call *c, tile *s, const room *w, int64_t i, int steps, int wide) {
     for (int64_t n = 0; n < w->padded; n += BACK) {
         vf e[BACK], dA[BACK], *A = w->A + i * w->padded;
@@ -370,10 +370,10 @@ static void backward_step(const call *c, room *w, tile *s, int64_t b, int64_t k,
             c->dC[at] = total(w->dC[t * np + n]);
         }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #f7e8ee05
-SCAN_BACKWARD_ALL = r'''
+SCAN_BACKWARD_ALL = r"""
 int scan_backward(const call *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1) {
     room w;
     tile s;
@@ -388,22 +388,75 @@ int scan_backward(const call *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1)
     free(w.memory);
     return 0;
 }
-'''
-SOURCE = "".join((SCAN_VECTORS, SCAN_POWER, SCAN_SOFTPLUS, SCAN_CALL, SCAN_ROOM, SCAN_TILE, SCAN_FORWARD_TILE,
-                  SCAN_FORWARD, SCAN_BACKWARD_TILE, SCAN_BACKWARD_ENDS, SCAN_BACKWARD, SCAN_BACKWARD_ALL))
+"""
+SOURCE = "".join(
+    (
+        SCAN_VECTORS,
+        SCAN_POWER,
+        SCAN_SOFTPLUS,
+        SCAN_CALL,
+        SCAN_ROOM,
+        SCAN_TILE,
+        SCAN_FORWARD_TILE,
+        SCAN_FORWARD,
+        SCAN_BACKWARD_TILE,
+        SCAN_BACKWARD_ENDS,
+        SCAN_BACKWARD,
+        SCAN_BACKWARD_ALL,
+    )
+)
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #128d5653
-STEPS, PAD, STATES = 12, 16, 8  # as in the C source; the smallest STEPS there, so that checkpoints always fit
-_SIZES = ("batch", "length", "channels", "states", "softplus", "reverse",
-          "u_row", "delta_row", "b_row", "c_row", "z_row", "dy_row")
-_ADDRESSES = ("u", "delta", "A", "B", "C", "D", "z", "bias", "y", "last", "saved", "dy", "dlast",
-              "du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias")
+STEPS, PAD, STATES = (
+    12,
+    16,
+    8,
+)  # as in the C source; the smallest STEPS there, so that checkpoints always fit
+_SIZES = (
+    "batch",
+    "length",
+    "channels",
+    "states",
+    "softplus",
+    "reverse",
+    "u_row",
+    "delta_row",
+    "b_row",
+    "c_row",
+    "z_row",
+    "dy_row",
+)
+_ADDRESSES = (
+    "u",
+    "delta",
+    "A",
+    "B",
+    "C",
+    "D",
+    "z",
+    "bias",
+    "y",
+    "last",
+    "saved",
+    "dy",
+    "dlast",
+    "du",
+    "ddelta",
+    "dA",
+    "dB",
+    "dC",
+    "dD",
+    "dz",
+    "dbias",
+)
 
 
 class _Call(ctypes.Structure):
     """The structure `call` of the C source."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in _SIZES] + [(name, ctypes.c_void_p) for name in _ADDRESSES]
+    _fields_ = [(name, ctypes.c_int64) for name in _SIZES] + [
+        (name, ctypes.c_void_p) for name in _ADDRESSES
+    ]
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #53d7bc84
 def even_rows(x: Tensor) -> Tensor:
@@ -415,26 +468,51 @@ def even_rows(x: Tensor) -> Tensor:
 
 def _sizes(u: Tensor, A: Tensor, softplus: bool, reverse: bool) -> dict[str, int]:
     """The whole numbers of a call."""
-    return {"batch": u.shape[0], "length": u.shape[1], "channels": u.shape[2], "states": A.shape[1],
-            "softplus": softplus, "reverse": reverse}
+    return {
+        "batch": u.shape[0],
+        "length": u.shape[1],
+        "channels": u.shape[2],
+        "states": A.shape[1],
+        "softplus": softplus,
+        "reverse": reverse,
+    }
 
 
 def _inputs(u, delta, A, B, C, D, z, bias) -> dict[str, Tensor | None]:
     """The inputs of a call by the structure's names, in a layout that the C code reads."""
-    plain = lambda x: x if x is None else x.contiguous()
-    even = lambda x: x if x is None else even_rows(x)
-    return {"u": even(u), "delta": even(delta), "A": plain(A), "B": even(B), "C": even(C), "D": plain(D), "z": even(z),
-            "bias": plain(bias)}
+
+    def plain(x):
+        return x if x is None else x.contiguous()
+
+    def even(x):
+        return x if x is None else even_rows(x)
+
+    return {
+        "u": even(u),
+        "delta": even(delta),
+        "A": plain(A),
+        "B": even(B),
+        "C": even(C),
+        "D": plain(D),
+        "z": even(z),
+        "bias": plain(bias),
+    }
 
 
 def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, int, int]:
     """The shape of the checkpoints: (B, tiles, padded channels x padded states)."""
-    padded = lambda n, unit: (n + unit - 1) // unit * unit
+
+    def padded(n, unit):
+        return (n + unit - 1) // unit * unit
+
     return batch, (length + STEPS - 1) // STEPS, padded(channels, PAD) * padded(states, STATES)
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #f98da721
-def _parts(batch: int, channels: int, threads: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _parts(
+    batch: int, channels: int, threads: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """How to split (batch, channels) for so many threads: ranges of batch rows, ranges of channels."""
+
     def ranges(count, pieces, unit):
         step = -(-count // (pieces * unit)) * unit
         return [(start, min(start + step, count)) for start in range(0, count, step)]
@@ -445,9 +523,14 @@ def _parts(batch: int, channels: int, threads: int) -> tuple[list[tuple[int, int
 
 def _describe(sizes: dict[str, int], tensors: dict[str, Tensor | None]) -> _Call:
     """The structure for one call; rows of the tensors that have a stride are taken from them."""
-    rows = {f"{name.lower()}_row": tensors[name].stride(1)
-            for name in ("u", "delta", "B", "C", "z", "dy") if tensors.get(name) is not None}
-    return _Call(**sizes, **rows, **{name: x.data_ptr() for name, x in tensors.items() if x is not None})
+    rows = {
+        f"{name.lower()}_row": tensors[name].stride(1)
+        for name in ("u", "delta", "B", "C", "z", "dy")
+        if tensors.get(name) is not None
+    }
+    return _Call(
+        **sizes, **rows, **{name: x.data_ptr() for name, x in tensors.items() if x is not None}
+    )
 
 
 def _run(function: str, parts: list[tuple[_Call, int, int, int, int]]) -> None:
@@ -461,40 +544,104 @@ def _run(function: str, parts: list[tuple[_Call, int, int, int, int]]) -> None:
     native.parallel([partial(one, *part) for part in parts])
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #11f56669
-def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-            bias: Tensor | None, softplus: bool, reverse: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, last state (B, D, N), checkpoints) of the scan of fp32 tensors on the CPU, none of them empty."""
     batch, length, channels = u.shape
     states = A.shape[1]
-    made = {"y": u.new_empty(u.shape), "last": u.new_empty(batch, channels, states),
-            "saved": u.new_empty(saved_shape(batch, length, channels, states)) if save else None}
-    tensors = _inputs(u, delta, A, B, C, D, z, bias) | made  # a name, so that copies live until the call is over
+    made = {
+        "y": u.new_empty(u.shape),
+        "last": u.new_empty(batch, channels, states),
+        "saved": u.new_empty(saved_shape(batch, length, channels, states)) if save else None,
+    }
+    tensors = (
+        _inputs(u, delta, A, B, C, D, z, bias) | made
+    )  # a name, so that copies live until the call is over
     call = _describe(_sizes(u, A, softplus, reverse), tensors)
     rows, columns = _parts(batch, channels, torch.get_num_threads())
     _run("scan_forward", [(call, *row, *column) for row in rows for column in columns])
     return made["y"], made["last"], made["saved"] if save else u.new_empty(0)
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #5a3466a6
-def backward(dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-             D: Tensor | None, z: Tensor | None, bias: Tensor | None, saved: Tensor, softplus: bool,
-             reverse: bool) -> tuple[Tensor | None, ...]:
+def backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor | None, ...]:
     """Gradients of (u, delta, A, B, C, D, z, bias) for those of y and the last state; None where there is no input."""
     batch, length, channels = u.shape
     states = A.shape[1]
     rows, columns = _parts(batch, channels, torch.get_num_threads())
-    zeros = lambda like: None if like is None else u.new_zeros(batch, channels)
-    made = {"du": u.new_empty(u.shape), "ddelta": u.new_empty(u.shape), "dA": u.new_empty(batch, channels, states),
-            "dB": u.new_empty(len(columns), batch, length, states), "dD": zeros(D), "dbias": zeros(bias),
-            "dC": u.new_empty(len(columns), batch, length, states), "dz": None if z is None else u.new_empty(u.shape)}
-    tensors = _inputs(u, delta, A, B, C, D, z, bias) | made | {
-        "saved": saved, "dy": even_rows(dy), "dlast": None if dlast is None else dlast.contiguous()}
+
+    def zeros(like):
+        return None if like is None else u.new_zeros(batch, channels)
+
+    made = {
+        "du": u.new_empty(u.shape),
+        "ddelta": u.new_empty(u.shape),
+        "dA": u.new_empty(batch, channels, states),
+        "dB": u.new_empty(len(columns), batch, length, states),
+        "dD": zeros(D),
+        "dbias": zeros(bias),
+        "dC": u.new_empty(len(columns), batch, length, states),
+        "dz": None if z is None else u.new_empty(u.shape),
+    }
+    tensors = (
+        _inputs(u, delta, A, B, C, D, z, bias)
+        | made
+        | {
+            "saved": saved,
+            "dy": even_rows(dy),
+            "dlast": None if dlast is None else dlast.contiguous(),
+        }
+    )
     sizes = _sizes(u, A, softplus, reverse)
-    calls = [_describe(sizes, tensors | {"dB": made["dB"][p], "dC": made["dC"][p]}) for p in range(len(columns))]
-    _run("scan_backward", [(calls[p], *row, *column) for row in rows for p, column in enumerate(columns)])
-    added = lambda x: x if x is None else x.sum(0)
-    parts = lambda x: x[0] if len(columns) == 1 else x.sum(0)
-    return (made["du"], made["ddelta"], added(made["dA"]), parts(made["dB"]), parts(made["dC"]), added(made["dD"]),
-            made["dz"], added(made["dbias"]))
+    calls = [
+        _describe(sizes, tensors | {"dB": made["dB"][p], "dC": made["dC"][p]})
+        for p in range(len(columns))
+    ]
+    _run(
+        "scan_backward",
+        [(calls[p], *row, *column) for row in rows for p, column in enumerate(columns)],
+    )
+
+    def added(x):
+        return x if x is None else x.sum(0)
+
+    def parts(x):
+        return x[0] if len(columns) == 1 else x.sum(0)
+
+    return (
+        made["du"],
+        made["ddelta"],
+        added(made["dA"]),
+        parts(made["dB"]),
+        parts(made["dC"]),
+        added(made["dD"]),
+        made["dz"],
+        added(made["dbias"]),
+    )
 
 # %% ../../../nbs/layers/03_scan_native.ipynb #3d2652bd
 def why_not() -> str:
@@ -568,37 +715,79 @@ CONV_SOURCE = "".join((SCAN_VECTORS, SCAN_POWER, SCAN_SOFTPLUS, CONV, CONV_BACKW
 class _Conv(ctypes.Structure):
     """The structure `conv` of the C source."""
 
-    _fields_ = ([(name, ctypes.c_int64) for name in ("batch", "length", "channels", "taps", "silu", "reverse", "x_row",
-                                                     "dy_row")]
-                + [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "dy", "y", "dx", "dweight", "dbias")])
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("batch", "length", "channels", "taps", "silu", "reverse", "x_row", "dy_row")
+    ] + [
+        (name, ctypes.c_void_p)
+        for name in ("x", "weight", "bias", "dy", "y", "dx", "dweight", "dbias")
+    ]
 
 
-def _convolve(function: str, x: Tensor, weight: Tensor, silu: bool, reverse: bool, **tensors: Tensor | None) -> None:
+def _convolve(
+    function: str, x: Tensor, weight: Tensor, silu: bool, reverse: bool, **tensors: Tensor | None
+) -> None:
     """Call a C function of the convolution, split among the threads."""
     batch, length, channels = x.shape
     tensors |= {"x": even_rows(x), "weight": weight.t().contiguous()}
     rows = {f"{name}_row": tensors[name].stride(1) for name in ("x", "dy") if name in tensors}
     addresses = {name: v.data_ptr() for name, v in tensors.items() if v is not None}
-    call = _Conv(batch=batch, length=length, channels=channels, taps=weight.shape[1], silu=silu, reverse=reverse,
-                 **rows, **addresses)
+    call = _Conv(
+        batch=batch,
+        length=length,
+        channels=channels,
+        taps=weight.shape[1],
+        silu=silu,
+        reverse=reverse,
+        **rows,
+        **addresses,
+    )
     compiled = getattr(native.library("conv", CONV_SOURCE), function)
     rows, columns = _parts(batch, channels, torch.get_num_threads())
-    native.parallel([partial(compiled, ctypes.byref(call), *map(ctypes.c_int64, (*row, *column)))
-                     for row in rows for column in columns])
+    native.parallel(
+        [
+            partial(compiled, ctypes.byref(call), *map(ctypes.c_int64, (*row, *column)))
+            for row in rows
+            for column in columns
+        ]
+    )
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
     """Causal convolution of fp32 x (B, L, D) with weight (D, K), then silu if asked for."""
     y = x.new_empty(x.shape)
-    _convolve("conv_forward", x, weight, silu, reverse, y=y, bias=bias if bias is None else bias.contiguous())
+    _convolve(
+        "conv_forward",
+        x,
+        weight,
+        silu,
+        reverse,
+        y=y,
+        bias=bias if bias is None else bias.contiguous(),
+    )
     return y
 
 
-def conv_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool,
-                  reverse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight and bias (None if there is none)."""
     (batch, _, channels), taps = x.shape, weight.shape[1]
-    dx, dweight, dbias = x.new_empty(x.shape), x.new_zeros(batch, taps, channels), x.new_zeros(batch, channels)
-    _convolve("conv_backward", x, weight, silu, reverse, dy=even_rows(dy), dx=dx, dweight=dweight, dbias=dbias,
-              bias=bias if bias is None else bias.contiguous())
+    dx, dweight, dbias = (
+        x.new_empty(x.shape),
+        x.new_zeros(batch, taps, channels),
+        x.new_zeros(batch, channels),
+    )
+    _convolve(
+        "conv_backward",
+        x,
+        weight,
+        silu,
+        reverse,
+        dy=even_rows(dy),
+        dx=dx,
+        dweight=dweight,
+        dbias=dbias,
+        bias=bias if bias is None else bias.contiguous(),
+    )
     return dx, dweight.sum(0).t(), None if bias is None else dbias.sum(0)

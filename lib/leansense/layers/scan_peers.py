@@ -10,7 +10,6 @@ import math
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import triton_why_not
@@ -23,10 +22,18 @@ def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
     """u, delta (B, L, D), A (D, N), B, C (B, L, N), D (D,) and a gradient; size: B, L, D and, if wanted, N."""
     batch, length, channels, states = size["B"], size["L"], size["D"], size.get("N", 16)
     draw = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=draw)
-    made = {"u": normal(batch, length, channels), "delta": 0.1 * torch.rand(batch, length, channels, generator=draw),
-            "A": -torch.arange(1.0, states + 1).repeat(channels, 1), "B": normal(batch, length, states),
-            "C": normal(batch, length, states), "D": torch.ones(channels)}
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    made = {
+        "u": normal(batch, length, channels),
+        "delta": 0.1 * torch.rand(batch, length, channels, generator=draw),
+        "A": -torch.arange(1.0, states + 1).repeat(channels, 1),
+        "B": normal(batch, length, states),
+        "C": normal(batch, length, states),
+        "D": torch.ones(channels),
+    }
     inputs = {name: x.to(device, dtype).requires_grad_() for name, x in made.items()}
     return Problem(inputs, normal(batch, length, channels).to(device, dtype))
 
@@ -34,9 +41,11 @@ def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
 def work(size: dict) -> dict[str, float]:
     """What no forward pass can avoid: bytes of fp32 inputs and output, FLOPs, exponentials."""
     batch, length, channels, states = size["B"], size["L"], size["D"], size.get("N", 16)
-    return {"bytes": 4.0 * batch * length * (3 * channels + 2 * states),
-            "exps": 1.0 * batch * length * channels * states,
-            "flops": float(selective_scan_flops((batch, length, channels), states))}
+    return {
+        "bytes": 4.0 * batch * length * (3 * channels + 2 * states),
+        "exps": 1.0 * batch * length * channels * states,
+        "flops": float(selective_scan_flops((batch, length, channels), states)),
+    }
 
 # %% ../../../nbs/layers/70_scan_peers.ipynb #c05b9928
 def _discretised(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +105,10 @@ def _accelerated(problem: Problem):
     def compute():
         u, delta, A, B, C, D = problem.inputs.values()
         batch, length, channels = u.shape
-        rows = (x.permute(0, 2, 3, 1).reshape(batch, -1, length).contiguous() for x in _discretised(u, delta, A, B))
+        rows = (
+            x.permute(0, 2, 3, 1).reshape(batch, -1, length).contiguous()
+            for x in _discretised(u, delta, A, B)
+        )
         states = scan(*rows).view(batch, channels, -1, length)
         return torch.einsum("bdnl,bln->bld", states, C) + D * u
 
@@ -115,7 +127,9 @@ def _transformers(problem: Problem):
 
 def _missing(package: str):
     """A probe that says whether a package of the extra `bench` is there, without importing it."""
-    return lambda: "" if find_spec(package) else f"{package} is not installed; pip install 'leansense[bench]'"
+    return lambda: (
+        "" if find_spec(package) else f"{package} is not installed; pip install 'leansense[bench]'"
+    )
 
 # %% ../../../nbs/layers/70_scan_peers.ipynb #40def5f0
 def _plain(function):
@@ -133,24 +147,76 @@ def _no_extension() -> str:
 
 
 CONTENDERS = {
-    "mambapy": Contender("mamba.py", False, _mambapy, _missing("mambapy"),
-                         "Blelloch's parallel scan with its own backward pass, package mambapy."),
-    "accelerated": Contender("accelerated_scan", False, _accelerated, _missing("accelerated_scan"),
-                             "The reference scan of the package accelerated_scan, a tree with time innermost."),
-    "hf": Contender("transformers", False, _transformers, _missing("transformers"),
-                    "What the Mamba of transformers runs without kernels: a loop over slices."),
-    "ref": Contender("reference loop", False, _plain(loop_slices),
-                     note="The loop of the published reference formula, arXiv:2312.00752, a slice per step."),
-    "seq": Contender("loop, unbind", False, _plain(loop_unbind), note="The same loop without slicing; linear time."),
-    "cumsum": Contender("chunked cumsum", False, _plain(chunked_cumsum),
-                        note="Chunks of 64 in closed form, as VMamba's, arXiv:2401.10166; NaN for large steps."),
-    "mamba_ssm": Contender("mamba-ssm", False, _ours("mamba_ssm"), _no_extension,
-                           "The published CUDA kernel through selective_scan_cuda, layout copies included.", ("cuda",)),
-    "torch": Contender("ours, PyTorch", True, _ours("torch"),
-                       note="Chunks in cache, one operation per step, own backward."),
-    **compiled(Contender("ours, C", True, _ours("cc"), no_compiler, "States in registers; needs a C compiler.",
-                         ("cpu",))),
-    "triton": Contender("ours, Triton", True, _ours("triton"), lambda: triton_why_not("cuda"),
-                        "Chunks in parallel, a tree inside each.", ("cuda",)),
+    "mambapy": Contender(
+        "mamba.py",
+        False,
+        _mambapy,
+        _missing("mambapy"),
+        "Blelloch's parallel scan with its own backward pass, package mambapy.",
+    ),
+    "accelerated": Contender(
+        "accelerated_scan",
+        False,
+        _accelerated,
+        _missing("accelerated_scan"),
+        "The reference scan of the package accelerated_scan, a tree with time innermost.",
+    ),
+    "hf": Contender(
+        "transformers",
+        False,
+        _transformers,
+        _missing("transformers"),
+        "What the Mamba of transformers runs without kernels: a loop over slices.",
+    ),
+    "ref": Contender(
+        "reference loop",
+        False,
+        _plain(loop_slices),
+        note="The loop of the published reference formula, arXiv:2312.00752, a slice per step.",
+    ),
+    "seq": Contender(
+        "loop, unbind",
+        False,
+        _plain(loop_unbind),
+        note="The same loop without slicing; linear time.",
+    ),
+    "cumsum": Contender(
+        "chunked cumsum",
+        False,
+        _plain(chunked_cumsum),
+        note="Chunks of 64 in closed form, as VMamba's, arXiv:2401.10166; NaN for large steps.",
+    ),
+    "mamba_ssm": Contender(
+        "mamba-ssm",
+        False,
+        _ours("mamba_ssm"),
+        _no_extension,
+        "The published CUDA kernel through selective_scan_cuda, layout copies included.",
+        ("cuda",),
+    ),
+    "torch": Contender(
+        "ours, PyTorch",
+        True,
+        _ours("torch"),
+        note="Chunks in cache, one operation per step, own backward.",
+    ),
+    **compiled(
+        Contender(
+            "ours, C",
+            True,
+            _ours("cc"),
+            no_compiler,
+            "States in registers; needs a C compiler.",
+            ("cpu",),
+        )
+    ),
+    "triton": Contender(
+        "ours, Triton",
+        True,
+        _ours("triton"),
+        lambda: triton_why_not("cuda"),
+        "Chunks in parallel, a tree inside each.",
+        ("cuda",),
+    ),
 }
 OPERATOR = Operator("scan", problem, lambda p: loop_unbind(*p.inputs.values()), CONTENDERS, work)

@@ -18,7 +18,9 @@ try:
     import triton.language as tl
 
     jit = triton.jit
-except ImportError:  # the module can be read everywhere; `layers.backend` says why the kernels cannot run
+except (
+    ImportError
+):  # the module can be read everywhere; `layers.backend` says why the kernels cannot run
 
     class tl:
         """Stands in for triton.language in annotations."""
@@ -49,11 +51,15 @@ def combine(a1, b1, a2, b2):
 def tile(pointer, row, row_ok, stride, d, channels):
     """A (T, BD) tile in fp32, zero outside."""
     mask = row_ok[:, None] & (d < channels)[None, :]
-    return tl.load(pointer + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(
+        pointer + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0
+    ).to(tl.float32)
 
 
 @jit
-def step_size(delta, bias, row, row_ok, stride, d, channels, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+def step_size(
+    delta, bias, row, row_ok, stride, d, channels, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr
+):
     """(raw, delta), both (T, BD)."""
     raw = tile(delta, row, row_ok, stride, d, channels)
     if BIAS:
@@ -79,7 +85,9 @@ def sigmoid(x):
 def projection(pointer, row, row_ok, stride, n, states):
     """A (T, BN) tile of B or C in fp32, zero outside."""
     mask = row_ok[:, None] & (n < states)[None, :]
-    return tl.load(pointer + row.to(tl.int64)[:, None] * stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(
+        pointer + row.to(tl.int64)[:, None] * stride + n[None, :], mask=mask, other=0.0
+    ).to(tl.float32)
 
 
 @jit
@@ -92,13 +100,39 @@ def matrix(pointer, d, channels, n, states):
 @jit
 def put_matrix(pointer, values, d, channels, n, states):
     """Store a (BD, BN) tile of a (D, N) matrix."""
-    tl.store(pointer + d[:, None] * states + n[None, :], values, mask=(d < channels)[:, None] & (n < states)[None, :])
+    tl.store(
+        pointer + d[:, None] * states + n[None, :],
+        values,
+        mask=(d < channels)[:, None] & (n < states)[None, :],
+    )
 
 # %% ../../../nbs/layers/01_scan_triton.ipynb #7d0c8d47
 @jit
-def summary(x, delta, A, P, bias, z, own, total, length, channels, states, x_row, delta_row, p_row, z_row,
-            BACK: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-            T: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def summary(
+    x,
+    delta,
+    A,
+    P,
+    bias,
+    z,
+    own,
+    total,
+    length,
+    channels,
+    states,
+    x_row,
+    delta_row,
+    p_row,
+    z_row,
+    BACK: tl.constexpr,
+    GATE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    T: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
     """own (B, K, D, N): each chunk's result from zero; total (B, K, D): its sum of delta. x, P: u, B or dy, C."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     d, n = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN)
@@ -114,7 +148,9 @@ def summary(x, delta, A, P, bias, z, own, total, length, channels, states, x_row
     else:
         value *= size
         row_next, exists_next = rows(chunk, 1, length, REVERSE, T)
-        following = step_size(delta, bias, row_next, exists_next, delta_row, d, channels, BIAS, SOFTPLUS)[1]
+        following = step_size(
+            delta, bias, row_next, exists_next, delta_row, d, channels, BIAS, SOFTPLUS
+        )[1]
         time = tl.cumsum(following, 0, reverse=True)
     rate = matrix(A, d, channels, n, states)
     weight = tl.exp(time[:, :, None] * rate[None, :, :]) * value[:, :, None]
@@ -125,13 +161,28 @@ def summary(x, delta, A, P, bias, z, own, total, length, channels, states, x_row
 
 # %% ../../../nbs/layers/01_scan_triton.ipynb #d173f417
 @jit
-def carry(own, total, A, slots, chunks, channels, states, BACK: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
-          BN: tl.constexpr):
+def carry(
+    own,
+    total,
+    A,
+    slots,
+    chunks,
+    channels,
+    states,
+    BACK: tl.constexpr,
+    G: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Fill slots (B, K + 1, D, N) from each chunk's own result and its sum of delta."""
     b = tl.program_id(1).to(tl.int64)
     d, n, group = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, G)
     size = channels * states
-    own, total, slots = own + b * chunks * size, total + b * chunks * channels, slots + b * (chunks + 1) * size
+    own, total, slots = (
+        own + b * chunks * size,
+        total + b * chunks * channels,
+        slots + b * (chunks + 1) * size,
+    )
     rate = matrix(A, d, channels, n, states)
     state = matrix(slots + (chunks if BACK else 0) * size, d, channels, n, states)
     inside = ((d < channels)[:, None] & (n < states)[None, :])[None, :, :]
@@ -139,34 +190,70 @@ def carry(own, total, A, slots, chunks, channels, states, BACK: tl.constexpr, G:
         place = first + group
         chunk = tl.where(BACK, chunks - 1 - place, place)
         exists = place < chunks
-        time = tl.load(total + chunk[:, None] * channels + d[None, :], mask=exists[:, None] & (d < channels)[None, :],
-                       other=0.0)
+        time = tl.load(
+            total + chunk[:, None] * channels + d[None, :],
+            mask=exists[:, None] & (d < channels)[None, :],
+            other=0.0,
+        )
         at = chunk.to(tl.int64)[:, None, None] * size + d[None, :, None] * states + n[None, None, :]
         added = tl.load(own + at, mask=exists[:, None, None] & inside, other=0.0)
         decay = tl.exp(time[:, :, None] * rate[None, :, :])
         added += tl.where(group[:, None, None] == 0, decay * state[None, :, :], 0.0)
         states_after = tl.associative_scan((decay, added), 0, combine)[1]
-        tl.store(slots + at + (0 if BACK else size), states_after, mask=exists[:, None, None] & inside)
+        tl.store(
+            slots + at + (0 if BACK else size), states_after, mask=exists[:, None, None] & inside
+        )
         state = tl.sum(tl.where(group[:, None, None] == G - 1, states_after, 0.0), 0)
 
 # %% ../../../nbs/layers/01_scan_triton.ipynb #b66078b9
 @jit
-def output(u, delta, A, B, C, D, z, bias, slots, y, length, channels, states, u_row, delta_row, b_row, c_row, z_row,
-           SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-           T: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def output(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    slots,
+    y,
+    length,
+    channels,
+    states,
+    u_row,
+    delta_row,
+    b_row,
+    c_row,
+    z_row,
+    SKIP: tl.constexpr,
+    GATE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    T: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
     """y (B, L, D) from the state in which each chunk begins."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     d, n, t = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, T)
     row, exists = rows(chunk, 0, length, REVERSE, T)
-    size = step_size(delta + b * length * delta_row, bias, row, exists, delta_row, d, channels, BIAS, SOFTPLUS)[1]
+    size = step_size(
+        delta + b * length * delta_row, bias, row, exists, delta_row, d, channels, BIAS, SOFTPLUS
+    )[1]
     value = tile(u + b * length * u_row, row, exists, u_row, d, channels)
     decay = tl.exp(size[:, :, None] * matrix(A, d, channels, n, states)[None, :, :])
-    added = (size * value)[:, :, None] * projection(B + b * length * b_row, row, exists, b_row, n, states)[:, None, :]
+    added = (size * value)[:, :, None] * projection(
+        B + b * length * b_row, row, exists, b_row, n, states
+    )[:, None, :]
     at = (b * (tl.num_programs(0) + 1) + chunk) * channels * states
     begin = matrix(slots + at, d, channels, n, states)
     added += tl.where(t[:, None, None] == 0, decay * begin[None, :, :], 0.0)
     h = tl.associative_scan((decay, added), 0, combine)[1]
-    result = tl.sum(h * projection(C + b * length * c_row, row, exists, c_row, n, states)[:, None, :], 2)
+    result = tl.sum(
+        h * projection(C + b * length * c_row, row, exists, c_row, n, states)[:, None, :], 2
+    )
     if SKIP:
         result += value * tl.load(D + d, mask=d < channels, other=0.0).to(tl.float32)[None, :]
     if GATE:
@@ -201,28 +288,113 @@ def _inputs(u, delta, A, B, C, D, z, bias) -> tuple[list[Tensor], list[int]]:
     return [u, delta, fixed[0], B, C, fixed[1], z, fixed[2]], [x.stride(1) for x in varying]
 
 # %% ../../../nbs/layers/01_scan_triton.ipynb #2076e868
-def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-            bias: Tensor | None, softplus: bool, reverse: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(y, last state (B, D, N) in fp32, the states between chunks) of the scan, none of the inputs empty."""
     batch, length, channels = u.shape
     states, (grid, chunks, padded) = A.shape[1], _plan(u, A)
     (u_, delta_, A_, B_, C_, D_, z_, bias_), strides = _inputs(u, delta, A, B, C, D, z, bias)
-    slots = torch.empty(saved_shape(batch, length, channels, states), device=u.device, dtype=torch.float32)
+    slots = torch.empty(
+        saved_shape(batch, length, channels, states), device=u.device, dtype=torch.float32
+    )
     slots[:, 0] = 0
-    own, total = torch.empty_like(slots[:, 1:]).contiguous(), slots.new_empty(batch, chunks, channels)
+    own, total = (
+        torch.empty_like(slots[:, 1:]).contiguous(),
+        slots.new_empty(batch, chunks, channels),
+    )
     y = torch.empty(u.shape, device=u.device, dtype=u.dtype)
     sizes, flags = (length, channels, states), (bias is not None, softplus, reverse)
-    summary[grid](u_, delta_, A_, B_, bias_, z_, own, total, *sizes, *strides[:3], strides[4], False, False, *flags,
-                  T=T, BD=BD, BN=padded, num_warps=4)
-    carry[grid[1:]](own, total, A_, slots, chunks, channels, states, False, G=GROUP, BD=BD, BN=padded, num_warps=4)
-    output[grid](u_, delta_, A_, B_, C_, D_, z_, bias_, slots, y, *sizes, *strides, D is not None, z is not None,
-                 *flags, T=T, BD=BD, BN=padded, num_warps=4)
+    summary[grid](
+        u_,
+        delta_,
+        A_,
+        B_,
+        bias_,
+        z_,
+        own,
+        total,
+        *sizes,
+        *strides[:3],
+        strides[4],
+        False,
+        False,
+        *flags,
+        T=T,
+        BD=BD,
+        BN=padded,
+        num_warps=4,
+    )
+    carry[grid[1:]](
+        own,
+        total,
+        A_,
+        slots,
+        chunks,
+        channels,
+        states,
+        False,
+        G=GROUP,
+        BD=BD,
+        BN=padded,
+        num_warps=4,
+    )
+    output[grid](
+        u_,
+        delta_,
+        A_,
+        B_,
+        C_,
+        D_,
+        z_,
+        bias_,
+        slots,
+        y,
+        *sizes,
+        *strides,
+        D is not None,
+        z is not None,
+        *flags,
+        T=T,
+        BD=BD,
+        BN=padded,
+        num_warps=4,
+    )
     return y, slots[:, -1].clone(), slots if save else slots.new_empty(0)
 
 # %% ../../../nbs/layers/01_scan_triton.ipynb #c7b7020c
 @jit
-def states_before(u, delta, rate, B, bias, begin, chunk, length, d, channels, n, states, u_row, delta_row, b_row,
-                  BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr):
+def states_before(
+    u,
+    delta,
+    rate,
+    B,
+    bias,
+    begin,
+    chunk,
+    length,
+    d,
+    channels,
+    n,
+    states,
+    u_row,
+    delta_row,
+    b_row,
+    BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    T: tl.constexpr,
+):
     """The state before each step of a chunk, (T, BD, BN); begin: (BD, BN)."""
     t = tl.arange(0, T)
     row, exists = rows(chunk, -1, length, REVERSE, T)
@@ -234,23 +406,76 @@ def states_before(u, delta, rate, B, bias, begin, chunk, length, d, channels, n,
 
 
 @jit
-def derivative(delta, rate, bias, arriving, dy, Ct, chunk, length, d, channels, delta_row,
-               BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr):
+def derivative(
+    delta,
+    rate,
+    bias,
+    arriving,
+    dy,
+    Ct,
+    chunk,
+    length,
+    d,
+    channels,
+    delta_row,
+    BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    T: tl.constexpr,
+):
     """g of each step, (T, BD, BN); dy: (T, BD), Ct: (T, BN), arriving: (BD, BN), from later chunks."""
     t = tl.arange(0, T)
     row, exists = rows(chunk, 1, length, REVERSE, T)
     size = step_size(delta, bias, row, exists, delta_row, d, channels, BIAS, SOFTPLUS)[1]
-    added = dy[:, :, None] * Ct[:, None, :] + tl.where(t[:, None, None] == T - 1, arriving[None, :, :], 0.0)
-    return tl.associative_scan((tl.exp(size[:, :, None] * rate[None, :, :]), added), 0, combine, reverse=True)[1]
+    added = dy[:, :, None] * Ct[:, None, :] + tl.where(
+        t[:, None, None] == T - 1, arriving[None, :, :], 0.0
+    )
+    return tl.associative_scan(
+        (tl.exp(size[:, :, None] * rate[None, :, :]), added), 0, combine, reverse=True
+    )[1]
 
 # %% ../../../nbs/layers/01_scan_triton.ipynb #1d66220f
 @jit
-def store_gradients(g, grad, value, raw, size, before, after, decay, rate, Bt, skip, du, ddelta, dA, dB, dC, dD, dbias,
-                    b, chunk, block, row, exists, length, d, channels, n, states, SOFTPLUS: tl.constexpr):
+def store_gradients(
+    g,
+    grad,
+    value,
+    raw,
+    size,
+    before,
+    after,
+    decay,
+    rate,
+    Bt,
+    skip,
+    du,
+    ddelta,
+    dA,
+    dB,
+    dC,
+    dD,
+    dbias,
+    b,
+    chunk,
+    block,
+    row,
+    exists,
+    length,
+    d,
+    channels,
+    n,
+    states,
+    SOFTPLUS: tl.constexpr,
+):
     """From g, states and decays of a chunk, (T, BD, BN), to everything that is stored; grad: dy, value: u, (T, BD)."""
-    inside, at_row = exists[:, None] & (d < channels)[None, :], (b * length + row.to(tl.int64))[:, None] * channels
+    inside, at_row = (
+        exists[:, None] & (d < channels)[None, :],
+        (b * length + row.to(tl.int64))[:, None] * channels,
+    )
     dx = tl.sum(g * Bt[:, None, :], 2)
-    part = ((block * tl.num_programs(2) + b) * length + row.to(tl.int64))[:, None] * states + n[None, :]
+    part = ((block * tl.num_programs(2) + b) * length + row.to(tl.int64))[:, None] * states + n[
+        None, :
+    ]
     mask = exists[:, None] & (n < states)[None, :]
     tl.store(dC + part, tl.sum(after * grad[:, :, None], 1), mask=mask)
     tl.store(dB + part, tl.sum(g * (size * value)[:, :, None], 1), mask=mask)
@@ -268,10 +493,44 @@ def store_gradients(g, grad, value, raw, size, before, after, decay, rate, Bt, s
 
 # %% ../../../nbs/layers/01_scan_triton.ipynb #dcf910a3
 @jit
-def gradient(u, delta, A, B, C, D, z, bias, slots, arrivals, dy, du, ddelta, dA, dB, dC, dD, dz, dbias,
-             length, channels, states, u_row, delta_row, b_row, c_row, z_row, dy_row,
-             SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-             T: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def gradient(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    bias,
+    slots,
+    arrivals,
+    dy,
+    du,
+    ddelta,
+    dA,
+    dB,
+    dC,
+    dD,
+    dz,
+    dbias,
+    length,
+    channels,
+    states,
+    u_row,
+    delta_row,
+    b_row,
+    c_row,
+    z_row,
+    dy_row,
+    SKIP: tl.constexpr,
+    GATE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    T: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Gradients of one chunk, BD channels and all states."""
     chunk, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     d, n = block * BD + tl.arange(0, BD), tl.arange(0, BN)
@@ -279,13 +538,41 @@ def gradient(u, delta, A, B, C, D, z, bias, slots, arrivals, dy, du, ddelta, dA,
     u, delta, dy = u + b * length * u_row, delta + b * length * delta_row, dy + b * length * dy_row
     B, C = B + b * length * b_row, C + b * length * c_row
     raw, size = step_size(delta, bias, row, exists, delta_row, d, channels, BIAS, SOFTPLUS)
-    value, grad = tile(u, row, exists, u_row, d, channels), tile(dy, row, exists, dy_row, d, channels)
-    Bt, Ct = projection(B, row, exists, b_row, n, states), projection(C, row, exists, c_row, n, states)
-    rate, at = matrix(A, d, channels, n, states), (b * (tl.num_programs(0) + 1) + chunk) * channels * states
+    value, grad = (
+        tile(u, row, exists, u_row, d, channels),
+        tile(dy, row, exists, dy_row, d, channels),
+    )
+    Bt, Ct = (
+        projection(B, row, exists, b_row, n, states),
+        projection(C, row, exists, c_row, n, states),
+    )
+    rate, at = (
+        matrix(A, d, channels, n, states),
+        (b * (tl.num_programs(0) + 1) + chunk) * channels * states,
+    )
     begin = matrix(slots + at, d, channels, n, states)
     arriving = matrix(arrivals + at + channels * states, d, channels, n, states)
-    before = states_before(u, delta, rate, B, bias, begin, chunk, length, d, channels, n, states, u_row, delta_row,
-                           b_row, BIAS, SOFTPLUS, REVERSE, T)
+    before = states_before(
+        u,
+        delta,
+        rate,
+        B,
+        bias,
+        begin,
+        chunk,
+        length,
+        d,
+        channels,
+        n,
+        states,
+        u_row,
+        delta_row,
+        b_row,
+        BIAS,
+        SOFTPLUS,
+        REVERSE,
+        T,
+    )
     decay = tl.exp(size[:, :, None] * rate[None, :, :])
     after = decay * before + (size * value)[:, :, None] * Bt[:, None, :]
     skip = tl.zeros([BD], tl.float32)
@@ -295,18 +582,77 @@ def gradient(u, delta, A, B, C, D, z, bias, slots, arrivals, dy, du, ddelta, dA,
         gate = tile(z + b * length * z_row, row, exists, z_row, d, channels)
         slope, plain = sigmoid(gate), tl.sum(after * Ct[:, None, :], 2) + value * skip[None, :]
         at_row = (b * length + row.to(tl.int64))[:, None] * channels + d[None, :]
-        tl.store(dz + at_row, grad * plain * slope * (1 + gate * (1 - slope)),
-                 mask=exists[:, None] & (d < channels)[None, :])
+        tl.store(
+            dz + at_row,
+            grad * plain * slope * (1 + gate * (1 - slope)),
+            mask=exists[:, None] & (d < channels)[None, :],
+        )
         grad *= gate * slope
-    g = derivative(delta, rate, bias, arriving, grad, Ct, chunk, length, d, channels, delta_row, BIAS, SOFTPLUS,
-                   REVERSE, T)
-    store_gradients(g, grad, value, raw, size, before, after, decay, rate, Bt, skip, du, ddelta, dA, dB, dC, dD, dbias,
-                    b, chunk, block, row, exists, length, d, channels, n, states, SOFTPLUS)
+    g = derivative(
+        delta,
+        rate,
+        bias,
+        arriving,
+        grad,
+        Ct,
+        chunk,
+        length,
+        d,
+        channels,
+        delta_row,
+        BIAS,
+        SOFTPLUS,
+        REVERSE,
+        T,
+    )
+    store_gradients(
+        g,
+        grad,
+        value,
+        raw,
+        size,
+        before,
+        after,
+        decay,
+        rate,
+        Bt,
+        skip,
+        du,
+        ddelta,
+        dA,
+        dB,
+        dC,
+        dD,
+        dbias,
+        b,
+        chunk,
+        block,
+        row,
+        exists,
+        length,
+        d,
+        channels,
+        n,
+        states,
+        SOFTPLUS,
+    )
 
 # %% ../../../nbs/layers/01_scan_triton.ipynb #435c0b2f
-def backward(dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
-             D: Tensor | None, z: Tensor | None, bias: Tensor | None, saved: Tensor, softplus: bool,
-             reverse: bool) -> tuple[Tensor | None, ...]:
+def backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor | None, ...]:
     """Gradients of (u, delta, A, B, C, D, z, bias) for those of y and the last state; None where there is no input."""
     batch, length, channels = u.shape
     states, (grid, chunks, padded) = A.shape[1], _plan(u, A)
@@ -314,17 +660,92 @@ def backward(dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tens
     dy = even_rows(dy)
     arrivals = torch.empty_like(saved)
     arrivals[:, -1] = 0 if dlast is None else dlast
-    own, total = saved.new_empty(batch, chunks, channels, states), saved.new_empty(batch, chunks, channels)
+    own, total = (
+        saved.new_empty(batch, chunks, channels, states),
+        saved.new_empty(batch, chunks, channels),
+    )
     sizes, flags = (length, channels, states), (bias is not None, softplus, reverse)
-    summary[grid](dy, delta_, A_, C_, bias_, z_, own, total, *sizes, dy.stride(1), strides[1], *strides[3:], True,
-                  z is not None, *flags, T=T, BD=BD, BN=padded, num_warps=4)
-    carry[grid[1:]](own, total, A_, arrivals, chunks, channels, states, True, G=GROUP, BD=BD, BN=padded, num_warps=4)
-    made = {name: torch.empty(u.shape, device=u.device, dtype=x.dtype) for name, x in (("u", u), ("delta", delta))}
+    summary[grid](
+        dy,
+        delta_,
+        A_,
+        C_,
+        bias_,
+        z_,
+        own,
+        total,
+        *sizes,
+        dy.stride(1),
+        strides[1],
+        *strides[3:],
+        True,
+        z is not None,
+        *flags,
+        T=T,
+        BD=BD,
+        BN=padded,
+        num_warps=4,
+    )
+    carry[grid[1:]](
+        own,
+        total,
+        A_,
+        arrivals,
+        chunks,
+        channels,
+        states,
+        True,
+        G=GROUP,
+        BD=BD,
+        BN=padded,
+        num_warps=4,
+    )
+    made = {
+        name: torch.empty(u.shape, device=u.device, dtype=x.dtype)
+        for name, x in (("u", u), ("delta", delta))
+    }
     made |= {"A": own, "B": saved.new_empty(grid[1], batch, length, states)}  # own has been used
-    made |= {"C": torch.empty_like(made["B"]), "D": torch.empty_like(total),
-             "z": u if z is None else torch.empty(u.shape, device=u.device, dtype=z.dtype), "bias": total}
-    gradient[grid](u_, delta_, A_, B_, C_, D_, z_, bias_, saved, arrivals, dy, *made.values(), *sizes, *strides,
-                   dy.stride(1), D is not None, z is not None, *flags, T=T, BD=BD, BN=padded, num_warps=4)
-    over = lambda name, x, axes: None if x is None else made[name].sum(axes)
-    return (made["u"], made["delta"], over("A", A, (0, 1)), over("B", B, 0), over("C", C, 0), over("D", D, (0, 1)),
-            None if z is None else made["z"], over("bias", bias, (0, 1)))
+    made |= {
+        "C": torch.empty_like(made["B"]),
+        "D": torch.empty_like(total),
+        "z": u if z is None else torch.empty(u.shape, device=u.device, dtype=z.dtype),
+        "bias": total,
+    }
+    gradient[grid](
+        u_,
+        delta_,
+        A_,
+        B_,
+        C_,
+        D_,
+        z_,
+        bias_,
+        saved,
+        arrivals,
+        dy,
+        *made.values(),
+        *sizes,
+        *strides,
+        dy.stride(1),
+        D is not None,
+        z is not None,
+        *flags,
+        T=T,
+        BD=BD,
+        BN=padded,
+        num_warps=4,
+    )
+
+    def over(name, x, axes):
+        return None if x is None else made[name].sum(axes)
+
+    return (
+        made["u"],
+        made["delta"],
+        over("A", A, (0, 1)),
+        over("B", B, 0),
+        over("C", C, 0),
+        over("D", D, (0, 1)),
+        None if z is None else made["z"],
+        over("bias", bias, (0, 1)),
+    )

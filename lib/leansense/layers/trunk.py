@@ -21,8 +21,13 @@ from .norm_act import fuse
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms inside `module` leave their running statistics alone within the block."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    before = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
+    norms = [
+        m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+    ]
+    before = [
+        (m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone())
+        for m in norms
+    ]
     for norm in norms:
         norm.momentum = 0.0  # running = 1 * running + 0 * this batch
     try:
@@ -34,10 +39,16 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
                 norm.num_batches_tracked.copy_(batches)
 
 
-def recompute(module: nn.Module, *inputs: torch.Tensor, function: Callable | None = None) -> torch.Tensor:
+def recompute(
+    module: nn.Module, *inputs: torch.Tensor, function: Callable | None = None
+) -> torch.Tensor:
     """function(*inputs), default module(*inputs), whose inner activations are computed again for the backward pass."""
-    return checkpoint(function or module, *inputs, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(module)))
+    return checkpoint(
+        function or module,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(module)),
+    )
 
 # %% ../../../nbs/layers/26_trunk.ipynb #da043ab8
 def hub_weights(name: str, seconds: float = 5.0) -> str:
@@ -51,7 +62,9 @@ def hub_weights(name: str, seconds: float = 5.0) -> str:
     config = timm.get_pretrained_cfg(name)
     hub, file = (config.hf_hub_id if config else None), "model.safetensors"
     if not hub:
-        raise ValueError(f"pretrained=True: timm has no weights for {name!r}: train it from scratch or choose another")
+        raise ValueError(
+            f"pretrained=True: timm has no weights for {name!r}: train it from scratch or choose another"
+        )
     cached = huggingface_hub.try_to_load_from_cache(hub, file)
     if isinstance(cached, str):
         return cached
@@ -60,11 +73,15 @@ def hub_weights(name: str, seconds: float = 5.0) -> str:
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
             raise OSError("offline by HF_HUB_OFFLINE")
         with contextlib.suppress(urllib.error.HTTPError):  # an error page is an answer, too
-            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(
+                urllib.request.Request(endpoint, method="HEAD"), timeout=seconds
+            ).close()
         return huggingface_hub.hf_hub_download(hub, file, etag_timeout=seconds)
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise ConnectionError(f"pretrained=True needs {hub} from the hub, which cannot be reached: copy its {file} "
-                              f"into the cache or set pretrained=False ({type(error).__name__})") from None
+        raise ConnectionError(
+            f"pretrained=True needs {hub} from the hub, which cannot be reached: copy its {file} "
+            f"into the cache or set pretrained=False ({type(error).__name__})"
+        ) from None
 
 # %% ../../../nbs/layers/26_trunk.ipynb #d68484eb
 def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Module:
@@ -81,8 +98,10 @@ def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Mod
         reductions = []
     missing = [stride for stride in strides if stride not in reductions]
     if missing:
-        raise ValueError(f"trunk={name!r} has no feature map at stride {missing[0]}: choose a convolutional pyramid "
-                         f"such as efficientnet_b0, resnet18 or mobilenetv3_small_100")
+        raise ValueError(
+            f"trunk={name!r} has no feature map at stride {missing[0]}: choose a convolutional pyramid "
+            f"such as efficientnet_b0, resnet18 or mobilenetv3_small_100"
+        )
     last = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
     return timm.create_model(name, features_only=True, out_indices=last, **settings)
 
@@ -90,8 +109,15 @@ def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Mod
 def _stages(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """The network's stages in order, by timm's names; empty for a kind of network that cannot be taken apart."""
     if hasattr(network, "conv_stem") and hasattr(network, "blocks"):
-        stem = [getattr(network, part) for part in ("conv_stem", "bn1", "act1") if hasattr(network, part)]
-        return [("stem", nn.Sequential(*stem)), *((f"blocks.{n}", block) for n, block in enumerate(network.blocks))]
+        stem = [
+            getattr(network, part)
+            for part in ("conv_stem", "bn1", "act1")
+            if hasattr(network, part)
+        ]
+        return [
+            ("stem", nn.Sequential(*stem)),
+            *((f"blocks.{n}", block) for n, block in enumerate(network.blocks)),
+        ]
     return list(network.items()) if isinstance(network, nn.ModuleDict) else []
 
 
@@ -102,21 +128,32 @@ class Trunk(nn.Module):
     settings: for timm's create_model, such as drop_path_rate.
     """
 
-    def __init__(self, name: str, strides: tuple[int, ...] = (16, 32), pretrained: bool = False,
-                 checkpointing: bool = False, keep_head: bool = False, **settings):
+    def __init__(
+        self,
+        name: str,
+        strides: tuple[int, ...] = (16, 32),
+        pretrained: bool = False,
+        checkpointing: bool = False,
+        keep_head: bool = False,
+        **settings,
+    ):
         super().__init__()
         path = hub_weights(name) if pretrained else ""  # before any work is done
         if path:
             settings |= {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
         network = create(name, strides, **settings)
         self.channels = network.feature_info.channels()
-        self.taps = set(getattr(network, "return_layers", network.feature_info.module_name()))  # where maps come from
+        self.taps = set(
+            getattr(network, "return_layers", network.feature_info.module_name())
+        )  # where maps come from
         self.network, self.checkpointing = fuse(network), checkpointing
         if keep_head:
             import timm
 
             whole = timm.create_model(name)
-            self.head = nn.ModuleDict({part: getattr(whole, part) for part in ("conv_head", "bn2", "classifier")})
+            self.head = nn.ModuleDict(
+                {part: getattr(whole, part) for part in ("conv_head", "bn2", "classifier")}
+            )
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         stages = _stages(self.network) if self.checkpointing and self.training else []
@@ -124,7 +161,9 @@ class Trunk(nn.Module):
             return self.network(images)
         maps, x = [], images
         for name, stage in stages:
-            plain = not torch.is_grad_enabled() or next(stage.children(), None) is None  # a lone ReLU may be in place
+            plain = (
+                not torch.is_grad_enabled() or next(stage.children(), None) is None
+            )  # a lone ReLU may be in place
             x = stage(x) if plain else recompute(stage, x)
             if name in self.taps:
                 maps.append(x)

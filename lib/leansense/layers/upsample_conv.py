@@ -32,7 +32,9 @@ def axis_weights(coarse: int, fine: int, align_corners: bool) -> tuple[torch.Ten
 
 
 @functools.lru_cache(64)
-def axis_adjoint(coarse: int, fine: int, align_corners: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def axis_adjoint(
+    coarse: int, fine: int, align_corners: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same by coarse position: starts (coarse + 1), fine positions (2 fine) int32 and weights (2 fine) float64."""
     neighbours, weights = axis_weights(coarse, fine, align_corners)
     order = neighbours.flatten().argsort(stable=True)
@@ -41,7 +43,7 @@ def axis_adjoint(coarse: int, fine: int, align_corners: bool) -> tuple[torch.Ten
     return starts.int(), (order // 2).int(), weights.flatten()[order].contiguous()
 
 # %% ../../../nbs/layers/23_upsample_conv.ipynb #228d0087
-GATHER = r'''
+GATHER = r"""
 /* y(fh, fw, O) += the interpolated, shifted sum of z(h, w, k, k, O), rows first..last; t: w k O numbers of scratch. */
 void NAME(gather)(const T *restrict z, T *restrict y, T *restrict t, const int *ri, const double *rw, const int *ci,
                   const double *cw, long w, long fh, long fw, long k, long O, long first, long last) {
@@ -70,10 +72,10 @@ void NAME(gather)(const T *restrict z, T *restrict y, T *restrict t, const int *
         }
     }
 }
-'''
+"""
 
 # %% ../../../nbs/layers/23_upsample_conv.ipynb #8c67430d
-SCATTER = r'''
+SCATTER = r"""
 /* z(h, w, k, k, O) = the adjoint of gather applied to y(fh, fw, O), coarse rows first..last; t: fw O numbers. */
 void NAME(scatter)(const T *restrict y, T *restrict z, T *restrict t, const int *rs, const int *ri, const double *rw,
                    const int *cs, const int *ci, const double *cw, long w, long fh, long fw, long k, long O, long first,
@@ -103,10 +105,13 @@ void NAME(scatter)(const T *restrict y, T *restrict z, T *restrict t, const int 
                 }
         }
 }
-'''
-_BOTH = "#undef T\n#undef NAME\n#define T {}\n#define NAME(x) x##_{}\n" + (GATHER + SCATTER).replace("{", "{{").replace(
-    "}", "}}")
-SOURCE = "#include <string.h>\n" + _BOTH.format("float", "float32") + _BOTH.format("double", "float64")
+"""
+_BOTH = "#undef T\n#undef NAME\n#define T {}\n#define NAME(x) x##_{}\n" + (
+    GATHER + SCATTER
+).replace("{", "{{").replace("}", "}}")
+SOURCE = (
+    "#include <string.h>\n" + _BOTH.format("float", "float32") + _BOTH.format("double", "float64")
+)
 
 # %% ../../../nbs/layers/23_upsample_conv.ipynb #3ec0e7a8
 def _by_rows(run, rows: int, scratch: int, like: torch.Tensor) -> None:
@@ -114,7 +119,9 @@ def _by_rows(run, rows: int, scratch: int, like: torch.Tensor) -> None:
     parts = max(min(torch.get_num_threads(), rows), 1)
     edges = [rows * n // parts for n in range(parts + 1)]
     buffers = like.new_empty(parts, scratch)
-    parallel([functools.partial(run, pointer(buffers[n]), edges[n], edges[n + 1]) for n in range(parts)])
+    parallel(
+        [functools.partial(run, pointer(buffers[n]), edges[n], edges[n + 1]) for n in range(parts)]
+    )
 
 
 def _gather(z: torch.Tensor, y: torch.Tensor, corners: bool) -> None:
@@ -123,8 +130,14 @@ def _gather(z: torch.Tensor, y: torch.Tensor, corners: bool) -> None:
     function = getattr(library("upsample_conv", SOURCE), f"gather_{str(z.dtype)[6:]}")
     tables = [pointer(t) for t in (*axis_weights(h, H, corners), *axis_weights(w, W, corners))]
     sizes = [ctypes.c_long(n) for n in (w, H, W, k, O)]
-    _by_rows(lambda t, first, last: function(pointer(z), pointer(y), t, *tables, *sizes, ctypes.c_long(first),
-                                             ctypes.c_long(last)), H, w * k * O, z)
+    _by_rows(
+        lambda t, first, last: function(
+            pointer(z), pointer(y), t, *tables, *sizes, ctypes.c_long(first), ctypes.c_long(last)
+        ),
+        H,
+        w * k * O,
+        z,
+    )
 
 
 def _scatter(y: torch.Tensor, z: torch.Tensor, corners: bool) -> None:
@@ -133,8 +146,14 @@ def _scatter(y: torch.Tensor, z: torch.Tensor, corners: bool) -> None:
     function = getattr(library("upsample_conv", SOURCE), f"scatter_{str(z.dtype)[6:]}")
     tables = [pointer(t) for t in (*axis_adjoint(h, H, corners), *axis_adjoint(w, W, corners))]
     sizes = [ctypes.c_long(n) for n in (w, H, W, k, O)]
-    _by_rows(lambda t, first, last: function(pointer(y), pointer(z), t, *tables, *sizes, ctypes.c_long(first),
-                                             ctypes.c_long(last)), h, W * O, z)
+    _by_rows(
+        lambda t, first, last: function(
+            pointer(y), pointer(z), t, *tables, *sizes, ctypes.c_long(first), ctypes.c_long(last)
+        ),
+        h,
+        W * O,
+        z,
+    )
 
 # %% ../../../nbs/layers/23_upsample_conv.ipynb #3cd7bebe
 class _AddUpsampled(torch.autograd.Function):
@@ -181,15 +200,23 @@ def _native_why_not(*tensors: torch.Tensor) -> str:
     first = tensors[0]
     if any(t.device.type != "cpu" for t in tensors):
         return f"tensors are on {first.device.type}; the loops in C run on the CPU"
-    if first.dtype not in (torch.float32, torch.float64) or any(t.dtype != first.dtype for t in tensors):
+    if first.dtype not in (torch.float32, torch.float64) or any(
+        t.dtype != first.dtype for t in tensors
+    ):
         return "it needs float32 or float64 throughout"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     return why_not("upsample_conv", SOURCE)
 
 
-def upsample_conv(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], skip: torch.Tensor | None = None,
-                  align_corners: bool = True, backend: str = "auto") -> torch.Tensor:
+def upsample_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    size: tuple[int, int],
+    skip: torch.Tensor | None = None,
+    align_corners: bool = True,
+    backend: str = "auto",
+) -> torch.Tensor:
     """conv2d(cat([skip, interpolate(x, size)]), weight), bilinear, zero padding k // 2, stride 1: (B, O, H, W).
 
     x: (B, C, h, w). weight: (O, S + C, k, k), k odd. skip: (B, S, H, W) or None (S = 0). size: (H, W).
@@ -197,8 +224,10 @@ def upsample_conv(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], 
     """
     S, k = 0 if skip is None else skip.shape[1], weight.shape[-1]
     if weight.shape[1] != S + x.shape[1] or weight.shape[-2] != k or k % 2 == 0:
-        raise ValueError(f"weight of shape {tuple(weight.shape)}: needs {S} + {x.shape[1]} input channels (skip's and "
-                         f"x's) and a square kernel of odd size")
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)}: needs {S} + {x.shape[1]} input channels (skip's and "
+            f"x's) and a square kernel of odd size"
+        )
     if skip is not None and skip.shape != (x.shape[0], S, *size):
         raise ValueError(f"skip of shape {tuple(skip.shape)}: needs {(x.shape[0], S, *size)}")
     tensors = [t for t in (x, weight, skip) if t is not None]
@@ -208,7 +237,9 @@ def upsample_conv(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], 
         fine = interpolate(x, size, mode="bilinear", align_corners=align_corners)
         return conv2d(fine if skip is None else torch.cat([skip, fine], 1), weight)
     if skip is None:
-        y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=x.dtype, memory_format=torch.channels_last).zero_()
+        y = torch.empty(
+            x.shape[0], weight.shape[0], *size, dtype=x.dtype, memory_format=torch.channels_last
+        ).zero_()
     else:
         y = conv2d(skip, weight[:, :S]).contiguous(memory_format=torch.channels_last)
     return _AddUpsampled.apply(y, x, weight[:, S:], align_corners)
@@ -217,9 +248,23 @@ def upsample_conv(x: torch.Tensor, weight: torch.Tensor, size: tuple[int, int], 
 class UpsampleConv2d(nn.Conv2d):
     """x (B, C, h, w), enlarged to `size` or by `scale` and laid behind skip (B, S, H, W), convolved: (B, O, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, skip_channels: int = 0,
-                 scale: int = 2, align_corners: bool = True, backend: str = "auto"):
-        super().__init__(skip_channels + in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        skip_channels: int = 0,
+        scale: int = 2,
+        align_corners: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            skip_channels + in_channels,
+            out_channels,
+            kernel_size,
+            padding=kernel_size // 2,
+            bias=False,
+        )
         self.scale, self.align_corners, self.backend = scale, align_corners, backend
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:

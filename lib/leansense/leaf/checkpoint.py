@@ -81,15 +81,26 @@ def rebuild(path: str | Path) -> tuple[nn.Module, dict]:
 # %% ../../../nbs/leaf/30_checkpoint.ipynb #78d889b4
 def _number(value: object, least: float) -> bool:
     """Whether `value` is a finite number above `least`."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > least
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value > least
+    )
 
 
 def _fault(meta: dict) -> str:
     """What is wrong with the meta of a checkpoint; empty when a prediction can be made with it."""
-    config, ids, variant = meta[NETWORK], meta.get("label2id"), (meta.get("params") or {}).get("variant")
+    config, ids, variant = (
+        meta[NETWORK],
+        meta.get("label2id"),
+        (meta.get("params") or {}).get("variant"),
+    )
     if not isinstance(ids, dict) or not ids:
         return "holds no class names (label2id)"
-    if any(type(k) is not int for k in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
+    if any(type(k) is not int for k in ids.values()) or sorted(ids.values()) != list(
+        range(len(ids))
+    ):
         return f"label2id numbers its classes {list(ids.values())}, not 0 to {len(ids) - 1}"
     if len(ids) != config["num_classes"]:
         return f"label2id names {len(ids)} classes, the network has {config['num_classes']}"
@@ -116,7 +127,9 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     model, content = rebuild(path)
     meta = content.get("meta")
     if not isinstance(meta, dict):
-        raise ValueError(f"{path}: weights without class names; give the <model-name>_best.pt beside it")
+        raise ValueError(
+            f"{path}: weights without class names; give the <model-name>_best.pt beside it"
+        )
     fault = _fault(meta)
     if fault:
         raise ValueError(f"{path}: {fault}; give an unchanged <model-name>_best.pt, or train again")

@@ -181,22 +181,35 @@ def _classes(path: Path, report: Report) -> tuple[str, ...]:
 
 # %% ../../../nbs/leaf/00_data.ipynb #06de1f20
 def _words(
-    where: Path, found: dict[str, list[int]], allowed: Sequence[str], what: str, fix: str, report: Report
+    where: Path,
+    found: dict[str, list[int]],
+    allowed: Sequence[str],
+    what: str,
+    fix: str,
+    report: Report,
 ) -> None:
     """Report each word that is not allowed once, with its first line, its count and the nearest allowed word."""
     wrong = [word for word in found if word not in allowed]
     for word in wrong:
         lines = found[word]
         times = f" ({len(lines)} rows)" if len(lines) > 1 else ""
-        report.add(f"{where} line {lines[0]}", f"{what.format(word)}{times}{_nearest(word, allowed)}", fix)
+        report.add(
+            f"{where} line {lines[0]}", f"{what.format(word)}{times}{_nearest(word, allowed)}", fix
+        )
 
 
-def _samples(where: Path, rows: list, classes: Sequence[str], names: tuple[str, str], report: Report) -> list[Sample]:
+def _samples(
+    where: Path, rows: list, classes: Sequence[str], names: tuple[str, str], report: Report
+) -> list[Sample]:
     """Samples of the rows (line, path, label, split); `names` are those of the table and of the class list."""
     labels, splits, samples = defaultdict(list), defaultdict(list), []
     for line, name, label, split in rows:
         if not (name and label and split):
-            report.add(f"{where} line {line}", "path, label or split is empty", "fill it in or remove the row")
+            report.add(
+                f"{where} line {line}",
+                "path, label or split is empty",
+                "fill it in or remove the row",
+            )
             continue
         labels[label].append(line)
         splits[split].append(line)
@@ -208,7 +221,14 @@ def _samples(where: Path, rows: list, classes: Sequence[str], names: tuple[str, 
     if classes:
         known = f"add it to {names[1]} or correct the row"
         _words(where, labels, classes, "label {!r} is not in " + names[1], known, report)
-    _words(where, splits, SPLITS, "split {!r} is not one of train, valid, test", "correct the column", report)
+    _words(
+        where,
+        splits,
+        SPLITS,
+        "split {!r} is not one of train, valid, test",
+        "correct the column",
+        report,
+    )
     return samples
 
 # %% ../../../nbs/leaf/00_data.ipynb #9aad4b3f
@@ -280,7 +300,7 @@ def _kaggle(
     table: Path, rows: list, ids: Path, options: dict, report: Report
 ) -> tuple[tuple[str, ...], list[Sample]]:
     """Classes and samples of the Kaggle layout, split by `leansense.leaf.split`."""
-    from leansense.leaf.split import near_copies, assign, group, hashes
+    from leansense.leaf.split import assign, group, hashes, near_copies
 
     classes = (
         _classes(ids, report)

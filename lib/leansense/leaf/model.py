@@ -166,7 +166,9 @@ def check_size(image_size: int) -> int:
     """`image_size` if the backbone can halve it five times, else ValueError with the two nearest sizes that work."""
     if image_size < 32 or image_size % 32:
         below = max(image_size // 32 * 32, 32)
-        raise ValueError(f"image_size={image_size} is not a multiple of 32: use {below} or {below + 32}")
+        raise ValueError(
+            f"image_size={image_size} is not a multiple of 32: use {below} or {below + 32}"
+        )
     return image_size
 
 
@@ -175,23 +177,36 @@ def _check(config: dict) -> None:
     variant = config["variant"]
     if variant not in VARIANTS:
         near = difflib.get_close_matches(str(variant), VARIANTS, 1, 0)[0]
-        raise ValueError(f"variant={variant!r} is unknown: did you mean {near!r}? There are {', '.join(VARIANTS)}")
+        raise ValueError(
+            f"variant={variant!r} is unknown: did you mean {near!r}? There are {', '.join(VARIANTS)}"
+        )
     if config["num_classes"] < 2:
         raise ValueError(f"num_classes={config['num_classes']}: at least 2 classes are needed")
     if not 0 <= config["dropout"] < 1:
         raise ValueError(f"dropout={config['dropout']}: give a probability from 0 to below 1")
-    for name, known in (("pos", POSITIONS), ("feature_map", FEATURE_MAPS), ("attn_stride", STRIDES)):
+    for name, known in (
+        ("pos", POSITIONS),
+        ("feature_map", FEATURE_MAPS),
+        ("attn_stride", STRIDES),
+    ):
         if config[name] not in known:
-            raise ValueError(f"{name}={config[name]!r} is unknown: choose from {', '.join(map(str, known))}")
+            raise ValueError(
+                f"{name}={config[name]!r} is unknown: choose from {', '.join(map(str, known))}"
+            )
     check_size(config["image_size"])
     for name, default, users in (
-        ("reduction", None, ("ca", "hybrid")), ("feature_map", "relu", ("bot_linear",)),
-        ("heads", 4, ("bot", "bot_linear", "hybrid")), ("pos", "sincos_qk", ("bot", "bot_linear", "hybrid")),
-        ("matrix", False, ("bot", "hybrid")), ("attn_stride", 32, ("bot", "bot_linear")),
+        ("reduction", None, ("ca", "hybrid")),
+        ("feature_map", "relu", ("bot_linear",)),
+        ("heads", 4, ("bot", "bot_linear", "hybrid")),
+        ("pos", "sincos_qk", ("bot", "bot_linear", "hybrid")),
+        ("matrix", False, ("bot", "hybrid")),
+        ("attn_stride", 32, ("bot", "bot_linear")),
     ):
         if config[name] != default and variant not in users:
-            raise ValueError(f"{name}={config[name]!r} has no effect on {variant!r}, only on {', '.join(users)}: "
-                             f"leave it out")
+            raise ValueError(
+                f"{name}={config[name]!r} has no effect on {variant!r}, only on {', '.join(users)}: "
+                f"leave it out"
+            )
     if config["reduction"] is not None and config["reduction"] < 1:
         raise ValueError(f"reduction={config['reduction']}: give a divisor of 1 or more")
 
@@ -341,10 +356,22 @@ def hub_weights(seconds: float = 5.0) -> str:
         raise ConnectionError(f"{advice} ({type(error).__name__})") from None
 
 # %% ../../../nbs/leaf/10_model.ipynb #153f2909
-def build(variant: str, num_classes: int, heads: int = 4, reduction: int | None = None, dropout: float | None = None,
-          feature_map: str = "relu", pos: str = "sincos_qk", attn_stride: int = 32, matrix: bool = False,
-          keep_unused_head: bool = False, weights: str = "", pretrained: bool = False, faithful: bool = False,
-          image_size: int = 224) -> LeafNet:
+def build(
+    variant: str,
+    num_classes: int,
+    heads: int = 4,
+    reduction: int | None = None,
+    dropout: float | None = None,
+    feature_map: str = "relu",
+    pos: str = "sincos_qk",
+    attn_stride: int = 32,
+    matrix: bool = False,
+    keep_unused_head: bool = False,
+    weights: str = "",
+    pretrained: bool = False,
+    faithful: bool = False,
+    image_size: int = 224,
+) -> LeafNet:
     """A leaf classifier, see VARIANTS; ValueError, one line, for settings that are wrong or would have no effect.
 
     heads: of the BoT block, a divisor of 144. reduction: of coordinate attention only; None: 16.
@@ -354,17 +381,35 @@ def build(variant: str, num_classes: int, heads: int = 4, reduction: int | None 
     keep_unused_head: 590,848 published parameters that nothing uses. faithful: the published code, see above.
     weights: local file, of the backbone or of this model. pretrained: fetch the backbone's from the hub.
     """
-    config = dict(variant=variant, num_classes=num_classes, heads=heads, reduction=reduction, dropout=dropout,
-                  feature_map=feature_map, pos=pos, attn_stride=attn_stride, matrix=matrix,
-                  keep_unused_head=keep_unused_head, image_size=image_size)
+    config = dict(
+        variant=variant,
+        num_classes=num_classes,
+        heads=heads,
+        reduction=reduction,
+        dropout=dropout,
+        feature_map=feature_map,
+        pos=pos,
+        attn_stride=attn_stride,
+        matrix=matrix,
+        keep_unused_head=keep_unused_head,
+        image_size=image_size,
+    )
     if dropout is None:
         config["dropout"] = 0.2 if variant == "hybrid" else 0.1
     _check(config)
     if faithful:
-        config = _as_published(config, {"feature_map": "relu", "pos": "sincos_qk", "attn_stride": 32})
+        config = _as_published(
+            config, {"feature_map": "relu", "pos": "sincos_qk", "attn_stride": 32}
+        )
     file = weights or (hub_weights() if pretrained else "")  # before any work is done
-    model = LeafNet(_backbone(config["keep_unused_head"]), _block(config), num_classes, config["dropout"],
-                    attn_stride, config)
+    model = LeafNet(
+        _backbone(config["keep_unused_head"]),
+        _block(config),
+        num_classes,
+        config["dropout"],
+        attn_stride,
+        config,
+    )
     return load_weights(model, file) if file else model
 
 # %% ../../../nbs/leaf/10_model.ipynb #e53135b4

@@ -239,7 +239,12 @@ def encode(pixels: np.ndarray, store: str) -> bytes:
 def _pixels(picture: Picture, classes: int, seed: int) -> np.ndarray:
     """The drawing of one planned picture."""
     which = CLASSES[classes].index(picture.label)
-    return draw(picture.label, picture.width, picture.height, np.random.default_rng([seed, which, picture.number, 2]))
+    return draw(
+        picture.label,
+        picture.width,
+        picture.height,
+        np.random.default_rng([seed, which, picture.number, 2]),
+    )
 
 
 def planted(pictures: list[Picture], classes: int) -> tuple[Picture, Picture]:
@@ -258,7 +263,9 @@ def files(pictures: list[Picture], classes: int, seed: int):
             return encode((_pixels(source, classes, seed)[:, ::-1] * 0.94).astype(np.uint8), "jpg")
         return encode(_pixels(picture, classes, seed), picture.store)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each picture has a generator of its own
+    with ThreadPoolExecutor(
+        min(8, os.cpu_count() or 1)
+    ) as pool:  # each picture has a generator of its own
         yield from zip(pictures, pool.map(made, pictures))
 
 # %% ../../../nbs/leaf/05_standin.ipynb #b2b913d9

@@ -135,7 +135,10 @@ def temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
     logits = logits.double()
-    loss = lambda log_t: float(nn.functional.cross_entropy(logits / np.exp(log_t), labels))  # noqa: E731
+
+    def loss(log_t: float) -> float:
+        return float(nn.functional.cross_entropy(logits / np.exp(log_t), labels))
+
     return float(
         np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x)
     )

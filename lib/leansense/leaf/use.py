@@ -27,7 +27,11 @@ def pictures(where: str | Path) -> list[Path]:
     where = Path(where)
     if where.is_file():
         return [where]
-    found = sorted(path for path in where.rglob("*") if path.suffix.lower() in ENDINGS) if where.is_dir() else []
+    found = (
+        sorted(path for path in where.rglob("*") if path.suffix.lower() in ENDINGS)
+        if where.is_dir()
+        else []
+    )
     if not found:
         raise FileNotFoundError(
             f"{where}: no picture there; give a {', '.join(sorted(ENDINGS))} file or a folder of them"
@@ -37,7 +41,9 @@ def pictures(where: str | Path) -> list[Path]:
 # %% ../../../nbs/leaf/40_use.ipynb #3c52a87a
 def eval_tensor(path: str | Path, size: int) -> torch.Tensor:
     """The picture at `path` as the model takes it, (3, S, S) float32; one-line ValueError for a broken file."""
-    return normalised(torch.from_numpy(np.array(prepare(path, size))).permute(2, 0, 1).float() / 255)
+    return normalised(
+        torch.from_numpy(np.array(prepare(path, size))).permute(2, 0, 1).float() / 255
+    )
 
 # %% ../../../nbs/leaf/40_use.ipynb #e9b3095c
 @torch.no_grad()
@@ -54,7 +60,11 @@ def predict(model: nn.Module, meta: dict, paths: list[Path], batch_size: int = 3
                 readable.append(answers[-1])
             except (ValueError, OSError) as error:
                 answers[-1]["error"] = str(error)
-        chances = (model(torch.stack(tensors)) / meta["temperature"]).softmax(1).numpy() if tensors else []
+        chances = (
+            (model(torch.stack(tensors)) / meta["temperature"]).softmax(1).numpy()
+            if tensors
+            else []
+        )
         for answer, chance in zip(readable, chances):
             best = int(np.argmax(chance))
             sure = bool(chance[best] >= meta["unsure_below"])
@@ -85,17 +95,32 @@ def export_onnx(model: nn.Module, meta: dict, path: str | Path, tolerance: float
     """
     import onnxruntime
 
-    path, size, asked = Path(path), meta["image_size"], _Confidence(model, meta["temperature"]).eval()
+    path, size, asked = (
+        Path(path),
+        meta["image_size"],
+        _Confidence(model, meta["temperature"]).eval(),
+    )
     generator = torch.Generator().manual_seed(0)
     two, three = (torch.randn(n, 3, size, size, generator=generator) for n in (2, 3))
-    program = torch.onnx.export(asked, (two,), dynamo=True, input_names=["image"], output_names=["confidence"],
-                                dynamic_shapes={"image": {0: torch.export.Dim("batch")}}, verbose=False)
+    program = torch.onnx.export(
+        asked,
+        (two,),
+        dynamo=True,
+        input_names=["image"],
+        output_names=["confidence"],
+        dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
     content = program.model_proto
     for key in ("label2id", "image_size", "unsure_below"):
         content.metadata_props.add(key=key, value=json.dumps(meta[key]))
-    session = onnxruntime.InferenceSession(content.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        content.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     with torch.no_grad():
-        error = float(np.abs(session.run(None, {"image": three.numpy()})[0] - asked(three).numpy()).max())
+        error = float(
+            np.abs(session.run(None, {"image": three.numpy()})[0] - asked(three).numpy()).max()
+        )
     if not error <= tolerance:
         raise ValueError(f"{path}: not written, its answers differ from PyTorch's by {error:.1e}")
     write_atomic(path, content.SerializeToString())
@@ -106,23 +131,32 @@ def main(argv: list[str] | None = None) -> int:
     """The command line: predict | export; exit status 1: some pictures could not be read, 2: nothing was done."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m leansense.leaf.use", description="use a trained leaf classifier")
+    parser = argparse.ArgumentParser(
+        prog="python -m leansense.leaf.use", description="use a trained leaf classifier"
+    )
     parser.add_argument("what", choices=["predict", "export"])
     parser.add_argument("checkpoint")
-    parser.add_argument("where", help="predict: a picture or a folder; export: the ONNX file to write")
+    parser.add_argument(
+        "where", help="predict: a picture or a folder; export: the ONNX file to write"
+    )
     parser.add_argument("--out", default="", help="predict: write the answers as JSON too")
     given = parser.parse_args(argv)
     try:
         model, meta = load_checkpoint(given.checkpoint)
         if given.what == "export":
-            print(f"{given.where}: largest difference from PyTorch {export_onnx(model, meta, given.where):.1e}")
+            print(
+                f"{given.where}: largest difference from PyTorch {export_onnx(model, meta, given.where):.1e}"
+            )
             return 0
         answers = predict(model, meta, pictures(given.where))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     for answer in answers:
-        print(answer.get("error") or f"{answer['path']}\t{answer['label']}\t{answer['confidence']:.3f}")
+        print(
+            answer.get("error")
+            or f"{answer['path']}\t{answer['label']}\t{answer['confidence']:.3f}"
+        )
     if given.out:
         write_atomic(given.out, json.dumps(answers, indent=1) + "\n")
     return int(any("error" in answer for answer in answers))

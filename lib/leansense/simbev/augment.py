@@ -19,7 +19,10 @@ class Augment:
 
     resize_lim: tuple[float, float] = (0.9, 1.1)  # r, from and to
     rot_lim: tuple[float, float] = (-5.4, 5.4)  # degrees, counter-clockwise
-    bot_pct_lim: tuple[float, float] = (0.0, 0.0)  # share of the resized height that is cut off below
+    bot_pct_lim: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # share of the resized height that is cut off below
     rand_flip: bool = True  # mirror half of the images
     per: str = "camera"  # camera: each camera has its own choice; sample: all six share one
     relative: bool = False  # resize_lim counts in units of the evaluation's r
@@ -54,7 +57,9 @@ class Choice:
     rotate: float = 0.0  # degrees, counter-clockwise
 
 
-def placed(resize: float, bottom: float, across: float, size: tuple, final: tuple, flip=False, rotate=0.0) -> Choice:
+def placed(
+    resize: float, bottom: float, across: float, size: tuple, final: tuple, flip=False, rotate=0.0
+) -> Choice:
     """The choice that scales (H, W) `size` by `resize`, cuts the share `bottom` off below and takes a box of `final`.
 
     `across` in [0, 1] places the box between the left and the right edge.
@@ -71,13 +76,18 @@ def evaluation(augment: Augment, size: tuple[int, int], final: tuple[int, int]) 
     return placed(scale + 1e-9, sum(augment.bot_pct_lim) / 2, 0.5, size, final)
 
 
-def draw(augment: Augment, size: tuple, final: tuple, rng: np.random.Generator, cameras: int = 6) -> list[Choice]:
+def draw(
+    augment: Augment, size: tuple, final: tuple, rng: np.random.Generator, cameras: int = 6
+) -> list[Choice]:
     """One choice for each camera from `rng`; always the same number of draws, whatever the ranges are."""
     u = rng.random((cameras, 5))
     if augment.per == "sample":
         u[:] = u[0]
     unit = max(final[0] / size[0], final[1] / size[1]) if augment.relative else 1.0
-    between = lambda limits, share: limits[0] + (limits[1] - limits[0]) * share
+
+    def between(limits, share):
+        return limits[0] + (limits[1] - limits[0]) * share
+
     return [
         placed(
             float(unit * between(augment.resize_lim, a)),
@@ -103,7 +113,10 @@ def apply(image: np.ndarray, choice: Choice) -> np.ndarray:
     out = Image.new("RGB", (right - left, bottom - top))
     if x1 > x0 and y1 > y0:
         source = [min(k / choice.resize, n) for k, n in zip((x0, y0, x1, y1), picture.size * 2)]
-        out.paste(picture.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=source), (x0 - left, y0 - top))
+        out.paste(
+            picture.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=source),
+            (x0 - left, y0 - top),
+        )
     if choice.flip:
         out = out.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if choice.rotate:

@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +26,9 @@ def open_image(path: str, size: tuple[int, int] | None = None) -> np.ndarray:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: image is missing; copy it there or remove its sample") from None
+        raise FileNotFoundError(
+            f"{path}: image is missing; copy it there or remove its sample"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).replace(path, "the file").split())
         text = f"{path}: image cannot be decoded ({reason}); copy it again or remove its sample"
@@ -49,10 +50,14 @@ def size_of(path: str) -> tuple[int, int]:
         return found.shape[1], found.shape[0]
 
 # %% ../../../nbs/simbev/03_cache.ipynb #0813bea7
-def pixels(folder: str, paths: Sequence[str], size: tuple[int, int]) -> tuple[list[int], np.ndarray, np.ndarray]:
+def pixels(
+    folder: str, paths: Sequence[str], size: tuple[int, int]
+) -> tuple[list[int], np.ndarray, np.ndarray]:
     """(rows, array, sizes): each path's row; (R, H, W, 3) uint8 at (H, W) `size`; (R, 2) own (width, height)."""
     if len(size) != 2 or not all(isinstance(k, int) and 8 <= k <= 4096 for k in size):
-        raise ValueError(f"image size {size}: give (H, W) in pixels, each from 8 to 4096, such as (224, 480)")
+        raise ValueError(
+            f"image size {size}: give (H, W) in pixels, each from 8 to 4096, such as (224, 480)"
+        )
     digests = {path: digest for path, (_, digest) in file_digests(folder, paths).items()}
     path_of = {digest: path for path, digest in digests.items()}
     order = sorted(path_of)
@@ -67,6 +72,10 @@ def pixels(folder: str, paths: Sequence[str], size: tuple[int, int]) -> tuple[li
 
     wanted = (len(order), *size, 3)
     name = base / f"pixels-v1-{size[0]}x{size[1]}-{key}.npy"
-    array = stored_array(name, wanted, "uint8", lambda array: fill(array, lambda path: open_image(path, size)))
-    sizes = stored_array(base / f"sizes-v1-{key}.npy", (len(order), 2), "int32", lambda array: fill(array, size_of))
+    array = stored_array(
+        name, wanted, "uint8", lambda array: fill(array, lambda path: open_image(path, size))
+    )
+    sizes = stored_array(
+        base / f"sizes-v1-{key}.npy", (len(order), 2), "int32", lambda array: fill(array, size_of)
+    )
     return [row[digests[str(path)]] for path in paths], array, sizes

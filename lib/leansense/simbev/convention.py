@@ -12,7 +12,12 @@ import difflib
 import numpy as np
 
 # %% ../../../nbs/simbev/06_convention.ipynb #42a7ee3d
-FLIPS = {"180": (True, True), "none": (False, False), "lr": (False, True), "ud": (True, False)}  # (rows, columns)
+FLIPS = {
+    "180": (True, True),
+    "none": (False, False),
+    "lr": (False, True),
+    "ud": (True, False),
+}  # (rows, columns)
 EXTRINSICS = ("inverse", "raw")
 INTRINSICS = ("scaled", "native", "isotropic")
 
@@ -37,7 +42,9 @@ def cells(bound: tuple[float, float, float]) -> np.ndarray:
     low, high, step = (float(value) for value in bound)
     count = round((high - low) / step) if step > 0 else 0
     if count < 1 or abs(low + count * step - high) > 1e-6 * step:
-        raise ValueError(f"bound {list(bound)}: give from < to and a step that divides it, such as [-50, 50, 0.5]")
+        raise ValueError(
+            f"bound {list(bound)}: give from < to and a step that divides it, such as [-50, 50, 0.5]"
+        )
     return low + step * (np.arange(count) + 0.5)
 
 
@@ -48,7 +55,9 @@ def resample(label: np.ndarray, resolution: float, xbound: tuple, ybound: tuple)
         half = label.shape[axis] * resolution / 2
         found = np.floor((cells(bound) + half) / resolution + 1e-9).astype(int)
         if found[0] < 0 or found[-1] >= label.shape[axis]:
-            raise ValueError(f"bound {list(bound)} reaches beyond the label (+-{half:g} m); narrow the bound")
+            raise ValueError(
+                f"bound {list(bound)} reaches beyond the label (+-{half:g} m); narrow the bound"
+            )
         index.append(found)
     return label[..., index[0][:, None], index[1][None, :]]
 
@@ -73,11 +82,13 @@ def ego_to_camera(rotation: np.ndarray, centre: np.ndarray) -> np.ndarray:
 def rotation_of(quaternion) -> np.ndarray:
     """The (3, 3) rotation of a quaternion (w, x, y, z) of any length but zero."""
     w, x, y, z = np.asarray(quaternion, float) / np.linalg.norm(quaternion)
-    return np.array([
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ])
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
 
 # %% ../../../nbs/simbev/06_convention.ipynb #986a32e1
 def not_rigid(matrix: np.ndarray) -> str:
@@ -91,7 +102,9 @@ def not_rigid(matrix: np.ndarray) -> str:
         return "is not rigid: the rows of its rotation are not orthonormal"
     if np.linalg.det(rotation) < 0:
         return "is not rigid: its rotation is a mirror image (determinant -1)"
-    return "" if np.abs(matrix[3] - [0, 0, 0, 1]).max() < 1e-6 else "does not end with the row 0 0 0 1"
+    return (
+        "" if np.abs(matrix[3] - [0, 0, 0, 1]).max() < 1e-6 else "does not end with the row 0 0 0 1"
+    )
 
 # %% ../../../nbs/simbev/06_convention.ipynb #0eec2270
 def scaled_k(matrix: np.ndarray, made_for: tuple, size: tuple, which: str = "scaled") -> np.ndarray:

@@ -23,7 +23,16 @@ import numpy as np
 from ..core.check import Report, fingerprint
 from ..core.paths import resolve
 from leansense.simbev.convention import (
-    EXTRINSICS, FLIPS, INTRINSICS, camera_to_ego, cells, choose, not_for_size, resample, scaled_k, to_lss,
+    EXTRINSICS,
+    FLIPS,
+    INTRINSICS,
+    camera_to_ego,
+    cells,
+    choose,
+    not_for_size,
+    resample,
+    scaled_k,
+    to_lss,
 )
 from .layouts import CAMERAS, Frame, channels, pick, read_label, scan
 
@@ -54,15 +63,26 @@ class SimBEV:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of frames, matrices and the content of every image and label, 32 hexadecimal digits."""
-        inside = lambda path: Path(path).is_relative_to(self.folder)
-        files = {os.path.relpath(path, self.folder) if inside(path) else path for f in self.frames for path in f.files}
-        rows = [[f.id, f.split, f.intrinsics.tolist(), f.extrinsics.tolist(), f.made_for, f.resolution]
-                for f in self.frames]
+
+        def inside(path):
+            return Path(path).is_relative_to(self.folder)
+
+        files = {
+            os.path.relpath(path, self.folder) if inside(path) else path
+            for f in self.frames
+            for path in f.files
+        }
+        rows = [
+            [f.id, f.split, f.intrinsics.tolist(), f.extrinsics.tolist(), f.made_for, f.resolution]
+            for f in self.frames
+        ]
         text = json.dumps([fingerprint(self.folder, files), sorted(rows, key=lambda row: row[0])])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 # %% ../../../nbs/simbev/00_data.ipynb #5221a993
-def load(folder: str | Path, layout: str = "auto", *, every: int = 1, resolution: float = 0.0) -> SimBEV:
+def load(
+    folder: str | Path, layout: str = "auto", *, every: int = 1, resolution: float = 0.0
+) -> SimBEV:
     """The data set in `folder`; the first fault is raised in one line.
 
     layout: auto, published, converted or native. Native only: keep frames whose number `every` divides
@@ -75,7 +95,11 @@ def load(folder: str | Path, layout: str = "auto", *, every: int = 1, resolution
 
 # %% ../../../nbs/simbev/00_data.ipynb #804dbd54
 def rig_of(
-    frames: Sequence[Frame], sizes: np.ndarray, size: tuple[int, int], extrinsics="inverse", intrinsics="scaled"
+    frames: Sequence[Frame],
+    sizes: np.ndarray,
+    size: tuple[int, int],
+    extrinsics="inverse",
+    intrinsics="scaled",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """rots (F, 6, 3, 3), trans (F, 6, 3), intrins (F, 6, 3, 3), float64, for images brought to (H, W) `size`.
 
@@ -102,7 +126,9 @@ def camera_rows(cams: str | Sequence[str] = "") -> list[int]:
     return [k for k, name in enumerate(CAMERAS) if name in names]
 
 # %% ../../../nbs/simbev/00_data.ipynb #fe98c829
-def target_of(frame: Frame, classes: tuple[str, ...], xbound: tuple, ybound: tuple, flip: str = "180") -> np.ndarray:
+def target_of(
+    frame: Frame, classes: tuple[str, ...], xbound: tuple, ybound: tuple, flip: str = "180"
+) -> np.ndarray:
     """(K, X, Y) uint8 {0, 1}: the wanted classes of a frame's label in network axes."""
     label = pick(read_label(frame), classes, frame.label)
     try:
@@ -118,12 +144,20 @@ EGOS = ("keep", "clear", "ignore")
 def ego_cells(xbound: tuple, ybound: tuple) -> np.ndarray:
     """(X, Y) bool: the cells that the recording car touches."""
     along, across = (
-        np.abs(cells(bound)) < half + float(bound[2]) / 2 for bound, half in zip((xbound, ybound), EGO)
+        np.abs(cells(bound)) < half + float(bound[2]) / 2
+        for bound, half in zip((xbound, ybound), EGO)
     )
     return along[:, None] & across[None, :]
 
 # %% ../../../nbs/simbev/00_data.ipynb #f6b1f4eb
-INPUTS = ("imgs", "rots", "trans", "intrins", "post_rots", "post_trans")  # what a model takes, in order
+INPUTS = (
+    "imgs",
+    "rots",
+    "trans",
+    "intrins",
+    "post_rots",
+    "post_trans",
+)  # what a model takes, in order
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -139,7 +173,10 @@ def normalised(images: np.ndarray):
 class Options:
     """How frames become tensors; the defaults are the published guide's, with the right conventions."""
 
-    size: tuple[int, int] = (224, 480)  # (H, W) that images are brought to before they are augmented
+    size: tuple[int, int] = (
+        224,
+        480,
+    )  # (H, W) that images are brought to before they are augmented
     final: tuple[int, int] = (128, 352)  # (h, w) that the network takes
     augment: object = "published"  # a name in AUGMENTS or an Augment
     cams: str | Sequence[str] = ""  # the rig: names, or '' for all six
@@ -153,18 +190,33 @@ class Options:
     intrinsics: str = "scaled"  # scaled, native, isotropic
 
     def __post_init__(self):
-        for name, allowed in (("ego", EGOS), ("flip", FLIPS), ("extrinsics", EXTRINSICS), ("intrinsics", INTRINSICS)):
+        for name, allowed in (
+            ("ego", EGOS),
+            ("flip", FLIPS),
+            ("extrinsics", EXTRINSICS),
+            ("intrinsics", INTRINSICS),
+        ):
             choose(name, getattr(self, name), allowed)
         self.size, self.final = tuple(self.size), tuple(self.final)
         rig = len(camera_rows(self.cams))
         if not 0 <= self.ncams <= rig:
-            raise ValueError(f"ncams={self.ncams}: give 0 (all) to {rig}, the number of cameras in cams")
+            raise ValueError(
+                f"ncams={self.ncams}: give 0 (all) to {rig}, the number of cameras in cams"
+            )
 
 # %% ../../../nbs/simbev/00_data.ipynb #f8ccbc4d
 class SimBEVDataset:
     """The frames of one split as tensors; `dataset[key]` is a dict as in the table above, with the frame's `id`."""
 
-    def __init__(self, data: SimBEV, split: str = "train", *, train: bool | None = None, seed: int = 0, **options):
+    def __init__(
+        self,
+        data: SimBEV,
+        split: str = "train",
+        *,
+        train: bool | None = None,
+        seed: int = 0,
+        **options,
+    ):
         """train: augment at random; None: only in the split train. options: those of `Options`."""
         from leansense.simbev.augment import AUGMENTS, Augment
         from leansense.simbev.cache import pixels
@@ -173,10 +225,14 @@ class SimBEVDataset:
         if not self.frames:
             raise ValueError(f"{data.folder}: no frame in split {split!r}; add scenes to it")
         o, given = self.options, self.options.augment
-        self.augment = given if isinstance(given, Augment) else AUGMENTS[choose("augment", given, AUGMENTS)]
+        self.augment = (
+            given if isinstance(given, Augment) else AUGMENTS[choose("augment", given, AUGMENTS)]
+        )
         self.train = (split == "train" if train is None else train) and given != "none"
         self.cameras, self.classes = camera_rows(o.cams), channels(o.classes)
-        rows, self.array, sizes = pixels(data.folder, [path for f in data.frames for path in f.images], o.size)
+        rows, self.array, sizes = pixels(
+            data.folder, [path for f in data.frames for path in f.images], o.size
+        )
         keep = [k for k, frame in enumerate(data.frames) if frame.split == split]
         self.rows = np.asarray(rows).reshape(-1, 6)[keep]
         rig = rig_of(self.frames, sizes[self.rows], o.size, o.extrinsics, o.intrinsics)
@@ -187,7 +243,9 @@ class SimBEVDataset:
         return self.__dict__ | {"array": str(self.array.filename)}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state | {"array": np.load(state["array"], mmap_mode="r", allow_pickle=False)}
+        self.__dict__ = state | {
+            "array": np.load(state["array"], mmap_mode="r", allow_pickle=False)
+        }
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -238,8 +296,10 @@ def _label(dataset: SimBEVDataset, index: int) -> dict:
         target = target * ~dataset.own
     elif dataset.options.ego == "ignore":
         mask = ~dataset.own
-    return {"target": torch.from_numpy(target.astype(np.float32)),
-            "mask": torch.from_numpy(mask[None].astype(np.float32))}
+    return {
+        "target": torch.from_numpy(target.astype(np.float32)),
+        "mask": torch.from_numpy(mask[None].astype(np.float32)),
+    }
 
 
 def _item(dataset: SimBEVDataset, epoch: int, index: int) -> dict:
@@ -249,9 +309,13 @@ def _item(dataset: SimBEVDataset, epoch: int, index: int) -> dict:
     from leansense.simbev.augment import apply, matrix
 
     cameras, choices = chosen(dataset, epoch, index)
-    images = [apply(dataset.array[dataset.rows[index, k]], choice) for k, choice in zip(cameras, choices)]
+    images = [
+        apply(dataset.array[dataset.rows[index, k]], choice) for k, choice in zip(cameras, choices)
+    ]
     post_rots, post_trans = zip(*map(matrix, choices))
-    geometry = {name: torch.from_numpy(getattr(dataset, name)[index, cameras]) for name in INPUTS[1:4]}
+    geometry = {
+        name: torch.from_numpy(getattr(dataset, name)[index, cameras]) for name in INPUTS[1:4]
+    }
     return {
         "imgs": normalised(np.stack(images)),
         **geometry,
@@ -266,8 +330,12 @@ def collate(items: Sequence[dict]) -> dict:
     """A batch: every tensor stacked, `id` a list."""
     import torch
 
-    return {name: [item[name] for item in items] if name == "id" else torch.stack([item[name] for item in items])
-            for name in items[0]}
+    return {
+        name: [item[name] for item in items]
+        if name == "id"
+        else torch.stack([item[name] for item in items])
+        for name in items[0]
+    }
 
 # %% ../../../nbs/simbev/00_data.ipynb #2d6d89c2
 def options(params: dict) -> dict:
@@ -281,10 +349,17 @@ def options(params: dict) -> dict:
         found[name] = (int(given.get(height, default[0])), int(given.get(width, default[1])))
     if found.get("ncams", 0) >= len(camera_rows(found.get("cams", ""))):
         found["ncams"] = 0  # the published default, 6, means all there are
-    ranges = {name: given[name] for name in ("resize_lim", "rot_lim", "bot_pct_lim", "rand_flip") if name in given}
+    ranges = {
+        name: given[name]
+        for name in ("resize_lim", "rot_lim", "bot_pct_lim", "rand_flip")
+        if name in given
+    }
     if ranges:
         base = AUGMENTS[choose("augment", found.get("augment", "published"), AUGMENTS)]
-        changed = {name: tuple(value) if name != "rand_flip" else bool(value) for name, value in ranges.items()}
+        changed = {
+            name: tuple(value) if name != "rand_flip" else bool(value)
+            for name, value in ranges.items()
+        }
         found["augment"] = replace(base, **changed)
     return found
 
@@ -294,30 +369,51 @@ def loaders(data: SimBEV, params: dict) -> dict:
     from leansense.core.loader import loader
 
     seed, named = int(params.get("seed", 0)), options(params)
-    parts = {split: SimBEVDataset(data, split, seed=seed, **named) for split, count in data.counts().items() if count}
-    rest = {"workers": int(params.get("nworkers", 0)), "pin_memory": bool(params.get("pin_memory", False))}
+    parts = {
+        split: SimBEVDataset(data, split, seed=seed, **named)
+        for split, count in data.counts().items()
+        if count
+    }
+    rest = {
+        "workers": int(params.get("nworkers", 0)),
+        "pin_memory": bool(params.get("pin_memory", False)),
+    }
     return {
-        split: loader(part, int(params.get("bsz", 4)), seed=seed, shuffle=split == "train",
-                      drop_last=split == "train", collate=collate, **rest)
+        split: loader(
+            part,
+            int(params.get("bsz", 4)),
+            seed=seed,
+            shuffle=split == "train",
+            drop_last=split == "train",
+            collate=collate,
+            **rest,
+        )
         for split, part in parts.items()
     }
 
 # %% ../../../nbs/simbev/00_data.ipynb #8b04c1d6
 def project(points: np.ndarray, item: dict, camera: int) -> tuple[np.ndarray, np.ndarray]:
     """(P, 2) augmented pixels and (P,) depth in metres of (P, 3) ego points, for one camera of a sample."""
-    matrix = lambda name: item[name][camera].double().numpy()
+
+    def matrix(name):
+        return item[name][camera].double().numpy()
+
     seen = (points - matrix("trans")) @ matrix("rots") @ matrix("intrins").T
     depth = seen[:, 2]
     uv = seen[:, :2] / np.where(np.abs(depth) > 1e-6, depth, 1e-6)[:, None]
     return uv @ matrix("post_rots")[:2, :2].T + matrix("post_trans")[:2], depth
 
 
-def inside(uv: np.ndarray, depth: np.ndarray, size: tuple[int, int], near: float = 1.0) -> np.ndarray:
+def inside(
+    uv: np.ndarray, depth: np.ndarray, size: tuple[int, int], near: float = 1.0
+) -> np.ndarray:
     """(P,) bool: pixels that lie in an (h, w) image, at least `near` metres ahead."""
     return (depth > near) & (uv > 0).all(1) & (uv[:, 0] < size[1]) & (uv[:, 1] < size[0])
 
 # %% ../../../nbs/simbev/00_data.ipynb #9491678f
-def show(item: dict, xbound: tuple = Options.xbound, ybound: tuple = Options.ybound, height: float = 0.0):
+def show(
+    item: dict, xbound: tuple = Options.xbound, ybound: tuple = Options.ybound, height: float = 0.0
+):
     """A figure: the cameras of a sample with the label's cells (class 0) at `height` m drawn in, and the map beside."""
     import matplotlib.pyplot as plt
 
@@ -335,7 +431,15 @@ def show(item: dict, xbound: tuple = Options.xbound, ybound: tuple = Options.ybo
         uv, depth = project(points, item, k)
         seen = inside(uv, depth, size)
         ax.imshow(picture.clip(0, 1))
-        ax.scatter(*uv[seen].T, s=2, c=np.hypot(*points[seen, :2].T), cmap="autumn", vmin=0, vmax=50, linewidths=0)
+        ax.scatter(
+            *uv[seen].T,
+            s=2,
+            c=np.hypot(*points[seen, :2].T),
+            cmap="autumn",
+            vmin=0,
+            vmax=50,
+            linewidths=0,
+        )
         ax.set_title(names[k], fontsize=7, pad=2)
     ax = right.subplots()
     edges = (*ybound[:2], *xbound[:2])
@@ -365,7 +469,9 @@ def _images(frames: Sequence[Frame], report: Report) -> dict[str, tuple[int, int
                 report.add(path, *found.rsplit("; ", 1))
             else:
                 sizes[path] = found
-    report.facts.append(f"{len(sizes)} of {len(paths)} images decoded, {len(set(sizes.values()))} size(s)")
+    report.facts.append(
+        f"{len(sizes)} of {len(paths)} images decoded, {len(set(sizes.values()))} size(s)"
+    )
     return sizes
 
 
@@ -383,6 +489,7 @@ def _intrinsics(frames: Sequence[Frame], sizes: dict, report: Report) -> None:
 # %% ../../../nbs/simbev/00_data.ipynb #f8454184
 def _labels(frames: Sequence[Frame], report: Report) -> list[Frame]:
     """Report each label that cannot be used; the frames that show a vehicle within 50 m."""
+
     def look(frame: Frame):
         try:
             found = target_of(frame, ("vehicle",), Options.xbound, Options.ybound)
@@ -394,15 +501,25 @@ def _labels(frames: Sequence[Frame], report: Report) -> list[Frame]:
         found = list(pool.map(look, frames))
     for frame, said in zip(frames, found):
         if isinstance(said, str):
-            report.add(frame.label, *(said.rsplit("; ", 1) if "; " in said else (said, "write it again")))
+            report.add(
+                frame.label, *(said.rsplit("; ", 1) if "; " in said else (said, "write it again"))
+            )
     shown = [frame for frame, said in zip(frames, found) if said is True]
-    report.facts.append(f"{len(shown)} frames with and {found.count(False)} without a vehicle within 50 m")
+    report.facts.append(
+        f"{len(shown)} frames with and {found.count(False)} without a vehicle within 50 m"
+    )
     if frames and not shown and len(report.errors) == 0:
-        report.warn(Path(frames[0].label).parent, "no label shows a vehicle", "nothing can be learnt from these")
+        report.warn(
+            Path(frames[0].label).parent,
+            "no label shows a vehicle",
+            "nothing can be learnt from these",
+        )
     return shown
 
 # %% ../../../nbs/simbev/00_data.ipynb #f7b27f8d
-def check(folder: str | Path, layout: str = "auto", every: int = 1, resolution: float = 0.0) -> Report:
+def check(
+    folder: str | Path, layout: str = "auto", every: int = 1, resolution: float = 0.0
+) -> Report:
     """Everything that is wrong with the data set in `folder`; opens every image and label."""
     from leansense.simbev.overlap import agreement, headings
 
@@ -428,7 +545,14 @@ def check(folder: str | Path, layout: str = "auto", every: int = 1, resolution: 
     return report
 
 # %% ../../../nbs/simbev/00_data.ipynb #58fea621
-PARAMETERS = ("data", "layout", "standin", "standin_size", "data_every", "data_resolution")  # decide what is read
+PARAMETERS = (
+    "data",
+    "layout",
+    "standin",
+    "standin_size",
+    "data_every",
+    "data_resolution",
+)  # decide what is read
 
 
 def _recipe(params: dict) -> dict:
@@ -447,8 +571,13 @@ def dataset(params: dict) -> SimBEV:
         from leansense.simbev.standin import standin
 
         recipe = _recipe(params)
-        return replace(load(standin(**recipe), recipe["layout"]), name=f"stand-in, {recipe['n']} frames")
-    every, resolution = int(params.get("data_every") or 1), float(params.get("data_resolution") or 0)
+        return replace(
+            load(standin(**recipe), recipe["layout"]), name=f"stand-in, {recipe['n']} frames"
+        )
+    every, resolution = (
+        int(params.get("data_every") or 1),
+        float(params.get("data_resolution") or 0),
+    )
     return load(params["data"], params.get("layout") or "auto", every=every, resolution=resolution)
 
 

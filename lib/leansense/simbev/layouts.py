@@ -52,7 +52,9 @@ class Frame:
     resolution: float = 0.5  # metres a label cell
     side: int = 200  # cells along one side of the label; 0: whatever the file has
     assumed: bool = False  # nothing beside the data says what `resolution` is
-    made_for: tuple[int, int] | None = None  # (width, height) that K is declared for; None: the images' own size
+    made_for: tuple[int, int] | None = (
+        None  # (width, height) that K is declared for; None: the images' own size
+    )
     depth: tuple[str, ...] = ()  # one PNG a camera
     lidar: str = ""  # npz of points in the lidar's frame
     semantic: str = ""  # npz of points with the semantic tag of what they hit
@@ -76,7 +78,11 @@ def camera_of(path: str) -> str:
 def order_of(paths: list[str]) -> list[int]:
     """For each of CAMERAS the place of its image in `paths`; 0..5 when the names do not tell."""
     names = [camera_of(path) for path in paths]
-    return [names.index(name) for name in CAMERAS] if sorted(names) == sorted(CAMERAS) else list(range(6))
+    return (
+        [names.index(name) for name in CAMERAS]
+        if sorted(names) == sorted(CAMERAS)
+        else list(range(6))
+    )
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #c2697833
 def read_json(path: Path, kind: type, report: Report):
@@ -103,11 +109,19 @@ def matrices(values, size: int, where: str, name: str, report: Report) -> np.nda
         found = None
     if found is None or found.shape != (6, size, size):
         shape = "no array of numbers" if found is None else f"of shape {found.shape}"
-        report.add(where, f"{name} is {shape}, not (6, {size}, {size})", "give one matrix for each of the six cameras")
+        report.add(
+            where,
+            f"{name} is {shape}, not (6, {size}, {size})",
+            "give one matrix for each of the six cameras",
+        )
         return None
     bad = [CAMERAS[k] for k in range(6) if not np.isfinite(found[k]).all()]
     if bad:
-        report.add(where, f"{name} of {', '.join(bad)} holds NaN or infinity", "calibrate or write it again")
+        report.add(
+            where,
+            f"{name} of {', '.join(bad)} holds NaN or infinity",
+            "calibrate or write it again",
+        )
         return None
     return found
 
@@ -116,14 +130,21 @@ def rigid(extrinsics: np.ndarray | None, where: str, report: Report) -> None:
     """Report each of the (6, 4, 4) extrinsics that is not a rigid motion."""
     for name, matrix in zip(CAMERAS, () if extrinsics is None else extrinsics):
         if said := not_rigid(matrix):
-            report.add(where, f"extrinsics of {name} {said}", "store ego to camera as a rotation and a translation")
+            report.add(
+                where,
+                f"extrinsics of {name} {said}",
+                "store ego to camera as a rotation and a translation",
+            )
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #50e0feee
 def unknown_geometry(entry: dict, known: tuple[str, ...], where: str, report: Report) -> None:
     """Report each key of `entry` that speaks of a camera's geometry and is not `known`, unless it holds nothing."""
     for key, value in entry.items():
-        if (key not in known and re.search("intrinsic|extrinsic|distort", str(key), re.I)
-                and value not in (None, [], {})):
+        if (
+            key not in known
+            and re.search("intrinsic|extrinsic|distort", str(key), re.I)
+            and value not in (None, [], {})
+        ):
             fix = f"only {', '.join(known)} is read: put it there, or remove it if it says nothing else"
             report.add(where, f"{key} is geometry that is not read", fix)
 
@@ -142,7 +163,9 @@ def absent(paths: list[str], what: str, fix: str, report: Report) -> set[str]:
         report.add(path, f"{what} {bad[path]}", fix, error)
     if len(bad) > 10:
         where = os.path.commonpath(list(bad))
-        report.add(where, f"{len(bad) - 10} more {what} files are missing or empty", fix, FileNotFoundError)
+        report.add(
+            where, f"{len(bad) - 10} more {what} files are missing or empty", fix, FileNotFoundError
+        )
     return set(bad)
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #6fc58668
@@ -157,8 +180,16 @@ def _sample(entry, where: str, label: str, report: Report) -> tuple | None:
     unknown_geometry(entry, ("intrinsics", "extrinsics"), where, report)
     for key in ("token", label):
         if type(entry[key]) not in ((str, int) if key == "token" else (str,)) or entry[key] == "":
-            report.add(where, f"{key} is {json.dumps(entry[key])[:40]}", f"give each sample its {key} as text")
-    if not isinstance(images, list) or len(images) != 6 or not all(isinstance(path, str) for path in images):
+            report.add(
+                where,
+                f"{key} is {json.dumps(entry[key])[:40]}",
+                f"give each sample its {key} as text",
+            )
+    if (
+        not isinstance(images, list)
+        or len(images) != 6
+        or not all(isinstance(path, str) for path in images)
+    ):
         count = len(images) if isinstance(images, list) else "no list of"
         report.add(where, f"{count} images", f"give six paths, in the order {', '.join(CAMERAS)}")
         return None
@@ -170,11 +201,22 @@ def _sample(entry, where: str, label: str, report: Report) -> tuple | None:
     size = entry.get("image_size")
     sound = isinstance(size, list) and [type(k) is int and k > 0 for k in size] == [True, True]
     if size is not None and not sound:
-        report.add(where, f"image_size {size!r}", "give [width, height] in pixels that the intrinsics are made for")
+        report.add(
+            where,
+            f"image_size {size!r}",
+            "give [width, height] in pixels that the intrinsics are made for",
+        )
     if len(report.errors) > said:
         return None
     images = [images[k].replace("\\", "/") for k in order]
-    return str(entry["token"]), images, intrinsics[order], extrinsics, str(entry[label]), tuple(size) if size else None
+    return (
+        str(entry["token"]),
+        images,
+        intrinsics[order],
+        extrinsics,
+        str(entry[label]),
+        tuple(size) if size else None,
+    )
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #f1303c33
 def metas(folder: Path, report: Report) -> dict[str, Path]:
@@ -188,7 +230,12 @@ def metas(folder: Path, report: Report) -> dict[str, Path]:
         else:
             others = sorted(path.parent.name for path in scene.glob("*/meta.json"))
             extra = f" (there is {', '.join(others)})" if others else ""
-            report.add(places[0], f"is missing{extra}", "copy it there or remove the scene", FileNotFoundError)
+            report.add(
+                places[0],
+                f"is missing{extra}",
+                "copy it there or remove the scene",
+                FileNotFoundError,
+            )
     return found
 
 
@@ -220,7 +267,10 @@ def hold_back(frames: list[Frame]) -> list[Frame]:
     if any(frame.split == "test" for frame in frames) or len(scenes) < 2:
         return frames
     held = set(scenes[(len(scenes) + 1) // 2 :])
-    move = lambda frame: frame.split == "valid" and frame.scene in held
+
+    def move(frame):
+        return frame.split == "valid" and frame.scene in held
+
     return [replace(frame, split="test") if move(frame) else frame for frame in frames]
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #b1f7bbf5
@@ -230,9 +280,14 @@ def read_published(root: Path, report: Report) -> list[Frame]:
     for word, split in SPLITS.items():
         for scene, meta in metas(root / word, report).items():
             for token, images, k, e, label, size in described(meta, "label", report):
-                place = lambda name, at=meta.parent: os.path.normpath(at / name)
+
+                def place(name, at=meta.parent):
+                    return os.path.normpath(at / name)
+
                 name, images = f"{word}/{scene}/{token}", tuple(map(place, images))
-                frames.append(Frame(name, scene, split, images, k, e, place(label), "bev", made_for=size))
+                frames.append(
+                    Frame(name, scene, split, images, k, e, place(label), "bev", made_for=size)
+                )
     return frames
 
 
@@ -245,11 +300,18 @@ def beside(image: str, sensor: str, suffix: str) -> str:
 # %% ../../../nbs/simbev/02_layouts.ipynb #73a15e2e
 def sensors(images: tuple[str, ...]) -> dict:
     """What SimBEV recorded beside six RGB images: depth, lidar, semantic (lidar), as `Frame` has them."""
-    depth = [beside(image, f"DPT-CAM_{name.upper()}", ".png") for name, image in zip(CAMERAS, images)]
+    depth = [
+        beside(image, f"DPT-CAM_{name.upper()}", ".png") for name, image in zip(CAMERAS, images)
+    ]
     lidar, semantic = (beside(images[0], sensor, ".npz") for sensor in ("LIDAR", "SEG-LIDAR"))
     pose = np.eye(4)
     pose[2, 3] = 1.8  # SimBEV's lidar: 1.8 m above the ego's origin, axes alike
-    return {"depth": tuple(depth) if all(depth) else (), "lidar": lidar, "semantic": semantic, "lidar_to_ego": pose}
+    return {
+        "depth": tuple(depth) if all(depth) else (),
+        "lidar": lidar,
+        "semantic": semantic,
+        "lidar_to_ego": pose,
+    }
 
 
 def read_converted(root: Path, report: Report) -> list[Frame]:
@@ -258,24 +320,47 @@ def read_converted(root: Path, report: Report) -> list[Frame]:
     found = metas(folder, report)
     train = trained(len(found))
     if len(found) < 2:
-        report.add(folder, f"{len(found)} scenes", "at least 2 are needed to train on 80 % and validate on the rest")
+        report.add(
+            folder,
+            f"{len(found)} scenes",
+            "at least 2 are needed to train on 80 % and validate on the rest",
+        )
     for number, (scene, meta) in enumerate(found.items()):
         split = "train" if number < train else "valid"
         for token, images, k, e, label, size in described(meta, "bev", report):
             images = tuple(os.path.normpath(root / name) for name in images)
             label = os.path.normpath(meta.parent / label)
             extra = sensors(images)
-            frames.append(Frame(f"{scene}/{token}", scene, split, images, k, e, label, "bev", made_for=size, **extra))
+            frames.append(
+                Frame(
+                    f"{scene}/{token}",
+                    scene,
+                    split,
+                    images,
+                    k,
+                    e,
+                    label,
+                    "bev",
+                    made_for=size,
+                    **extra,
+                )
+            )
     return frames
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #58606da2
-def _pose(metadata: dict, sensor: str, where: Path, report: Report) -> tuple[np.ndarray, np.ndarray] | None:
+def _pose(
+    metadata: dict, sensor: str, where: Path, report: Report
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Rotation (3, 3) to ego and centre (3,) of a sensor; None, with a word in the report, when not there."""
     try:
         entry = metadata[sensor]
         rotation = np.asarray(entry["sensor2ego_rotation"], float)
         centre = np.asarray(entry["sensor2ego_translation"], float)
-        sound = rotation.shape == (4,) and centre.shape == (3,) and np.isfinite([*rotation, *centre]).all()
+        sound = (
+            rotation.shape == (4,)
+            and centre.shape == (3,)
+            and np.isfinite([*rotation, *centre]).all()
+        )
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound or not np.linalg.norm(rotation):
@@ -292,14 +377,31 @@ def _lenses(metadata: dict, where: str, report: Report) -> np.ndarray | None:
     unknown_geometry(metadata, known, f"{where} metadata", report)
     for name in named:
         sensor = metadata.get(name)
-        unknown_geometry(sensor if isinstance(sensor, dict) else {}, known[:1], f"{where} metadata {name}", report)
-    own = {name: metadata[name][known[0]] for name in named if known[0] in (metadata.get(name) or {})}
+        unknown_geometry(
+            sensor if isinstance(sensor, dict) else {},
+            known[:1],
+            f"{where} metadata {name}",
+            report,
+        )
+    own = {
+        name: metadata[name][known[0]] for name in named if known[0] in (metadata.get(name) or {})
+    }
     by_name = metadata.get(known[1]) or own
-    missing = [name for name in named if name not in by_name] if isinstance(by_name, dict) else named
+    missing = (
+        [name for name in named if name not in by_name] if isinstance(by_name, dict) else named
+    )
     if by_name and missing:
-        report.add(f"{where} metadata", f"intrinsics by name, but none of {', '.join(missing)}", "give all six or none")
+        report.add(
+            f"{where} metadata",
+            f"intrinsics by name, but none of {', '.join(missing)}",
+            "give all six or none",
+        )
     if own and by_name is not own and own != by_name:
-        report.add(f"{where} metadata", "two different intrinsics by name", f"remove {known[1]} or those of each CAM_")
+        report.add(
+            f"{where} metadata",
+            "two different intrinsics by name",
+            f"remove {known[1]} or those of each CAM_",
+        )
     if len(report.errors) > said:
         return None
     values = [by_name[name] for name in named] if by_name else [metadata.get(known[0])] * 6
@@ -308,16 +410,24 @@ def _lenses(metadata: dict, where: str, report: Report) -> np.ndarray | None:
 
 def calibration(metadata, where: Path, report: Report) -> dict | None:
     """K (6, 3, 3), E (6, 4, 4) and the lidar's pose from the metadata of an infos file; None when unsound."""
-    if not isinstance(metadata, dict) or not any(key.startswith("camera_intrinsics") for key in metadata):
+    if not isinstance(metadata, dict) or not any(
+        key.startswith("camera_intrinsics") for key in metadata
+    ):
         report.add(where, "missing metadata with camera_intrinsics", "write the infos again")
         return None
     k = _lenses(metadata, str(where), report)
     poses = [_pose(metadata, f"CAM_{name.upper()}", where, report) for name in CAMERAS]
     if k is None or not all(poses):
         return None
-    lidar = _pose(metadata, "LIDAR", where, Report("simbev", ""))  # only the check of conventions wants it
+    lidar = _pose(
+        metadata, "LIDAR", where, Report("simbev", "")
+    )  # only the check of conventions wants it
     lidar = None if lidar is None else np.linalg.inv(ego_to_camera(*lidar))
-    return {"intrinsics": k, "extrinsics": np.stack([ego_to_camera(*pose) for pose in poses]), "lidar_to_ego": lidar}
+    return {
+        "intrinsics": k,
+        "extrinsics": np.stack([ego_to_camera(*pose) for pose in poses]),
+        "lidar_to_ego": lidar,
+    }
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #36d36590
 def rerooted(path: str, root: Path) -> str:
@@ -337,19 +447,29 @@ def _files(entry: dict, root: Path, where: str, report: Report) -> dict | None:
             fix = "GT_DET is a pickle, and loading one can run any code in it: export GT_SEG from SimBEV instead"
         report.add(where, f"missing {', '.join(missing)}", fix)
         return None
-    at = lambda key: rerooted(str(entry.get(key, "")), root)
-    there = lambda key: at(key) if os.path.isfile(at(key)) else ""
+
+    def at(key):
+        return rerooted(str(entry.get(key, "")), root)
+
+    def there(key):
+        return at(key) if os.path.isfile(at(key)) else ""
+
     depth = tuple(there(f"DPT-CAM_{name.upper()}") for name in CAMERAS)
     return {
-        "images": tuple(map(at, wanted[:6])), "label": at("GT_SEG"), "depth": depth if all(depth) else (),
-        "lidar": there("LIDAR"), "semantic": there("SEG-LIDAR"),
+        "images": tuple(map(at, wanted[:6])),
+        "label": at("GT_SEG"),
+        "depth": depth if all(depth) else (),
+        "lidar": there("LIDAR"),
+        "semantic": there("SEG-LIDAR"),
     }
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9a
 RESOLUTION = 0.4  # metres a cell of the published data set
 
 
-def label_grid(scene: dict, root: Path, where: str, resolution: float, report: Report) -> dict | None:
+def label_grid(
+    scene: dict, root: Path, where: str, resolution: float, report: Report
+) -> dict | None:
     """{"resolution", "side", "assumed"} of a scene's labels by its config; None, with a word in the report, on a fault.
 
     resolution: metres a cell that the user declares; 0: what the config says, or 0.4.
@@ -377,15 +497,22 @@ def label_grid(scene: dict, root: Path, where: str, resolution: float, report: R
         fix = "leave data_resolution at 0, or correct the config"
         report.add(where, f"bev_res is {own:g} m a cell, data_resolution={resolution:g}", fix)
         return None
-    return {"resolution": own or resolution or RESOLUTION, "side": int(numbers.get("bev_dim", 0)),
-            "assumed": not (own or resolution)}
+    return {
+        "resolution": own or resolution or RESOLUTION,
+        "side": int(numbers.get("bev_dim", 0)),
+        "assumed": not (own or resolution),
+    }
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #11c1023b
 def numbered(scene, where: str, report: Report) -> list[tuple[int, dict]]:
     """(number, entry) of the frames of one scene of an infos file; the others are in the report."""
     entries = scene.get("scene_data") if isinstance(scene, dict) else None
     if not isinstance(entries, list) or not entries:
-        what = "no object" if not isinstance(scene, dict) else f"scene_data is {json.dumps(entries)[:40]}"
+        what = (
+            "no object"
+            if not isinstance(scene, dict)
+            else f"scene_data is {json.dumps(entries)[:40]}"
+        )
         report.add(where, f"{what}, not a list of frames", "write the infos again")
         return []
     found, seen = [], set()
@@ -393,7 +520,9 @@ def numbered(scene, where: str, report: Report) -> list[tuple[int, dict]]:
         at = f"{where} position {position}"
         number = entry.get("frame") if isinstance(entry, dict) else None
         if not isinstance(entry, dict):
-            report.add(at, f"the frame is {json.dumps(entry)[:40]}, not an object", "write the infos again")
+            report.add(
+                at, f"the frame is {json.dumps(entry)[:40]}, not an object", "write the infos again"
+            )
         elif type(number) is not int or number < 0:
             what = f"frame is {json.dumps(number)[:40]}" if "frame" in entry else "frame is missing"
             report.add(at, what, "give the frame's number, a whole one from 0 on")
@@ -422,9 +551,18 @@ def read_native(root: Path, report: Report, every: int = 1, resolution: float = 
             entries = numbered(scene, where, report)
             grid = label_grid(scene, root, where, resolution, report) if entries else None
             for frame, entry in entries if grid else ():
-                files = None if frame % every else _files(entry, root, f"{where} frame {frame}", report)
+                files = (
+                    None if frame % every else _files(entry, root, f"{where} frame {frame}", report)
+                )
                 if files:
-                    frames.append(Frame(f"{name}/{frame:04d}", name, split, **{"key": "data"} | grid | rig | files))
+                    frames.append(
+                        Frame(
+                            f"{name}/{frame:04d}",
+                            name,
+                            split,
+                            **{"key": "data"} | grid | rig | files,
+                        )
+                    )
     return frames
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #320caf49
@@ -433,7 +571,10 @@ LAYOUTS = ("auto", "published", "converted", "native")
 
 def locate(folder: Path, layout: str = "auto") -> tuple[Path, str]:
     """(root, layout) of a data set; one-line error when the folder holds none of the three, or two of them."""
-    has = lambda place: any((place / "infos").glob("simbev_infos_*.json"))
+
+    def has(place):
+        return any((place / "infos").glob("simbev_infos_*.json"))
+
     native = next((place for place in (folder, folder / "simbev") if has(place)), None)
     found = {
         "published": folder if any((folder / word).is_dir() for word in ("train", "val")) else None,
@@ -456,32 +597,60 @@ def consistent(root: Path, frames: list[Frame], report: Report) -> None:
     """Report empty splits; warn of scenes that stand in two, of a missing test part and of an assumed cell size."""
     for split in ("train", "valid") if frames or not report.errors else ():
         if not any(frame.split == split for frame in frames):
-            report.add(root, f"no sound frame in split {split!r}", "add scenes to it or correct the errors above")
+            report.add(
+                root,
+                f"no sound frame in split {split!r}",
+                "add scenes to it or correct the errors above",
+            )
     if frames and not any(frame.split == "test" for frame in frames):
-        report.warn(root, "no test part, and one validation scene only", "add scenes: scores are quoted of test frames")
+        report.warn(
+            root,
+            "no test part, and one validation scene only",
+            "add scenes: scores are quoted of test frames",
+        )
     if any(frame.assumed for frame in frames):
-        report.warn(root, f"label cells are taken as {RESOLUTION:g} m, since no config says bev_res",
-                    "set data_resolution if they are not")
+        report.warn(
+            root,
+            f"label cells are taken as {RESOLUTION:g} m, since no config says bev_res",
+            "set data_resolution if they are not",
+        )
     splits = {}
     for frame in frames:
         splits.setdefault(frame.scene, set()).add(frame.split)
     for scene, found in splits.items():
         if len(found) > 1:
-            report.warn(root, f"{scene} is in {' and '.join(sorted(found))}", "if it is one drive, keep one of them")
+            report.warn(
+                root,
+                f"{scene} is in {' and '.join(sorted(found))}",
+                "if it is one drive, keep one of them",
+            )
 
 
-def scan(folder: Path, layout: str = "auto", every: int = 1, resolution: float = 0.0) -> tuple[Path, str, list, Report]:
+def scan(
+    folder: Path, layout: str = "auto", every: int = 1, resolution: float = 0.0
+) -> tuple[Path, str, list, Report]:
     """(root, layout, frames, report): everything that can be said without opening an image or a label."""
     if layout not in LAYOUTS or every < 1 or not 0 <= resolution < math.inf:
         options = f"layout={layout!r}, every={every}, resolution={resolution}"
-        raise ValueError(f"{options}: give layout {', '.join(LAYOUTS)}, every >= 1, resolution > 0 m, or 0")
+        raise ValueError(
+            f"{options}: give layout {', '.join(LAYOUTS)}, every >= 1, resolution > 0 m, or 0"
+        )
     root, layout = locate(Path(folder), layout)
     report = Report("simbev", str(root))
     readers: dict[str, Callable] = {"published": read_published, "converted": read_converted}
-    frames = readers[layout](root, report) if layout in readers else read_native(root, report, every, resolution)
+    frames = (
+        readers[layout](root, report)
+        if layout in readers
+        else read_native(root, report, every, resolution)
+    )
     frames = hold_back(frames)
     consistent(root, frames, report)
-    bad = absent([path for f in frames for path in f.images], "image", "copy it there or remove its sample", report)
+    bad = absent(
+        [path for f in frames for path in f.images],
+        "image",
+        "copy it there or remove its sample",
+        report,
+    )
     bad |= absent([f.label for f in frames], "label", "copy it there or remove its sample", report)
     return root, layout, [f for f in frames if not bad & set(f.files)], report
 
@@ -499,7 +668,9 @@ def _array(path: str, key: str) -> np.ndarray:
             return found
         with found:
             if key not in found.files:
-                raise ValueError(f"has no array {key!r}, only {', '.join(found.files) or 'nothing'}")
+                raise ValueError(
+                    f"has no array {key!r}, only {', '.join(found.files) or 'nothing'}"
+                )
             return found[key]
     except ValueError as error:
         if "allow_pickle" in str(error):
@@ -517,9 +688,13 @@ def shaped(label: np.ndarray) -> np.ndarray:
     elif label.ndim == 3 and shape[0] not in CLASSES and shape[2] in CLASSES:
         label = np.moveaxis(label, 2, 0)
     if label.ndim != 3 or label.shape[0] not in CLASSES or label.shape[1] != label.shape[2]:
-        raise ValueError(f"has shape {shape}, not (C, d, d) with C one of {', '.join(map(str, CLASSES))}")
+        raise ValueError(
+            f"has shape {shape}, not (C, d, d) with C one of {', '.join(map(str, CLASSES))}"
+        )
     if label.dtype != bool and not np.isin(label, (0, 1)).all():  # NaN is neither
-        raise ValueError(f"holds other values than 0 and 1 (from {label.min():g} to {label.max():g})")
+        raise ValueError(
+            f"holds other values than 0 and 1 (from {label.min():g} to {label.max():g})"
+        )
     return label.astype(np.uint8)
 
 
@@ -528,13 +703,19 @@ def read_label(frame: Frame) -> np.ndarray:
     try:
         label = shaped(_array(frame.label, frame.key))
         if frame.side not in (0, label.shape[1]):
-            raise ValueError(f"has {label.shape[1]} cells a side, not {frame.side} of {frame.resolution:g} m")
+            raise ValueError(
+                f"has {label.shape[1]} cells a side, not {frame.side} of {frame.resolution:g} m"
+            )
         return label
     except FileNotFoundError:
-        raise FileNotFoundError(f"{frame.label}: label is missing; copy it there or remove its sample") from None
+        raise FileNotFoundError(
+            f"{frame.label}: label is missing; copy it there or remove its sample"
+        ) from None
     except Exception as error:  # zip, zlib and PIL have errors of their own
         reason = " ".join(str(error).replace(frame.label, "the file").split())
-        raise ValueError(f"{frame.label}: label {reason}; write it again or remove its sample") from None
+        raise ValueError(
+            f"{frame.label}: label {reason}; write it again or remove its sample"
+        ) from None
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #c60703ac
 def channels(wanted: str | list | tuple) -> tuple[str, ...]:
@@ -556,6 +737,8 @@ def pick(label: np.ndarray, wanted: tuple[str, ...], where: str = "label") -> np
         parts = [name] if name in have else list(GROUPS.get(name, (name,)))
         lacking = [part for part in parts if part not in have]
         if lacking:
-            raise ValueError(f"{where}: has no class {', '.join(lacking)}; it has {', '.join(have)}; change classes")
+            raise ValueError(
+                f"{where}: has no class {', '.join(lacking)}; it has {', '.join(have)}; change classes"
+            )
         planes.append(label[[have.index(part) for part in parts]].max(0))
     return np.stack(planes)

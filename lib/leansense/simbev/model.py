@@ -8,7 +8,6 @@ __all__ = ['GRID_CONF', 'DOWNSAMPLE', 'CAMERA_TENSORS', 'DEMO', 'CameraEncoder',
            'new_modules']
 
 # %% ../../../nbs/simbev/10_model.ipynb #b8437a04
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,13 @@ from torch import nn
 
 from ..layers.bev_encoder import BevEncoder, Up
 from ..layers.bev_pool import BINNINGS, Grid
-from ..layers.lift_splat import FRUSTUM_SAMPLINGS, LiftSplat, frustum_points, make_frustum, surround_rig
+from leansense.layers.lift_splat import (
+    FRUSTUM_SAMPLINGS,
+    LiftSplat,
+    frustum_points,
+    make_frustum,
+    surround_rig,
+)
 from ..layers.trunk import Trunk, recompute
 
 # %% ../../../nbs/simbev/10_model.ipynb #2f8f2040
@@ -33,7 +38,9 @@ DOWNSAMPLE = 16  # image pixels per feature pixel
 class CameraEncoder(nn.Module):
     """Images (M, 3, H, W) -> depth logits (M, depths, H/16, W/16) and features (M, channels, H/16, W/16)."""
 
-    def __init__(self, trunk: Trunk, depths: int, channels: int, up_width: int, dropout: float, upsample: str):
+    def __init__(
+        self, trunk: Trunk, depths: int, channels: int, up_width: int, dropout: float, upsample: str
+    ):
         super().__init__()
         fine, coarse = trunk.channels
         self.trunk = trunk
@@ -50,15 +57,25 @@ class CameraEncoder(nn.Module):
         return depth, features
 
 # %% ../../../nbs/simbev/10_model.ipynb #c421e65c
-CAMERA_TENSORS = {"rots": (3, 3), "trans": (3,), "intrins": (3, 3), "post_rots": (3, 3), "post_trans": (3,)}
+CAMERA_TENSORS = {
+    "rots": (3, 3),
+    "trans": (3,),
+    "intrins": (3, 3),
+    "post_rots": (3, 3),
+    "post_trans": (3,),
+}
 
 
-def check_images(imgs: torch.Tensor, batch: int, cameras: int, size: tuple[int, int]) -> torch.Tensor:
+def check_images(
+    imgs: torch.Tensor, batch: int, cameras: int, size: tuple[int, int]
+) -> torch.Tensor:
     """imgs as (batch * cameras, 3, H, W); ValueError when the shape is another one."""
     whole, flat = (batch, cameras, 3, *size), (batch * cameras, 3, *size)
     if imgs.shape != whole and imgs.shape != flat:
-        raise ValueError(f"imgs has shape {tuple(imgs.shape)}: with rots for {batch} x {cameras} cameras and "
-                         f"final_dim={tuple(size)} it must be {whole} or {flat}")
+        raise ValueError(
+            f"imgs has shape {tuple(imgs.shape)}: with rots for {batch} x {cameras} cameras and "
+            f"final_dim={tuple(size)} it must be {whole} or {flat}"
+        )
     return imgs.reshape(flat)
 
 
@@ -68,32 +85,51 @@ def check_cameras(**tensors: torch.Tensor) -> tuple[int, int]:
     lead = tuple(rots.shape[:2]) if rots.ndim == 4 else ("B", "N")
     for name, tail in CAMERA_TENSORS.items():
         if tuple(tensors[name].shape) != (*lead, *tail):
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}: needs {(*lead, *tail)}, as many samples "
-                             f"and cameras as rots")
-    if rots.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # free of a sync
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}: needs {(*lead, *tail)}, as many samples "
+                f"and cameras as rots"
+            )
+    if rots.device.type == "cpu" and not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing()
+    ):  # free of a sync
         for name, value in tensors.items():
             if not value.isfinite().all():
-                raise ValueError(f"{name} holds a NaN or an infinity: check the calibration of that sample")
+                raise ValueError(
+                    f"{name} holds a NaN or an infinity: check the calibration of that sample"
+                )
     return lead
 
 # %% ../../../nbs/simbev/10_model.ipynb #4079bfd4
 class LiftSplatShoot(nn.Module):
     """Images of N cameras and their matrices -> logits (B, K, X, Y), row index forward, column index to the left."""
 
-    def __init__(self, camencode: CameraEncoder, lift: LiftSplat, bevencode: BevEncoder, config: dict):
+    def __init__(
+        self, camencode: CameraEncoder, lift: LiftSplat, bevencode: BevEncoder, config: dict
+    ):
         super().__init__()
         self.camencode, self.lift, self.bevencode = camencode, lift, bevencode
-        self.config = config  # the arguments of build(): literals only, so a checkpoint can carry them
+        self.config = (
+            config  # the arguments of build(): literals only, so a checkpoint can carry them
+        )
 
-    def forward(self, imgs: torch.Tensor, rots: torch.Tensor, trans: torch.Tensor, intrins: torch.Tensor,
-                post_rots: torch.Tensor, post_trans: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        imgs: torch.Tensor,
+        rots: torch.Tensor,
+        trans: torch.Tensor,
+        intrins: torch.Tensor,
+        post_rots: torch.Tensor,
+        post_trans: torch.Tensor,
+    ) -> torch.Tensor:
         """imgs (B, N, 3, H, W) or (B*N, 3, H, W); rots, trans: camera to ego; intrins: K; post_*: augmentation."""
         return self.bevencode(self.bev(imgs, rots, trans, intrins, post_rots, post_trans))
 
     def bev(self, imgs: torch.Tensor, *cameras: torch.Tensor) -> torch.Tensor:
         """The splatted map (B, C, X, Y) before the BEV encoder."""
         batch, number = check_cameras(**dict(zip(CAMERA_TENSORS, cameras)))
-        depth, features = self.camencode(check_images(imgs, batch, number, self.config["final_dim"]))
+        depth, features = self.camencode(
+            check_images(imgs, batch, number, self.config["final_dim"])
+        )
         return self.lift(depth, features, *cameras)
 
     def depth(self, imgs: torch.Tensor) -> torch.Tensor:
@@ -107,7 +143,9 @@ def _check(config: dict) -> None:
     height, width = config["final_dim"]
     if height < 32 or width < 32 or height % 32 or width % 32:
         near = tuple(max(round(side / 32), 1) * 32 for side in (height, width))
-        raise ValueError(f"final_dim={(height, width)}: the trunk needs multiples of 32, use {near}")
+        raise ValueError(
+            f"final_dim={(height, width)}: the trunk needs multiples of 32, use {near}"
+        )
     for name in ("outC", "camC", "up_width", "bev_width"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]}: give a number of channels, at least 1")
@@ -121,25 +159,41 @@ def _check(config: dict) -> None:
         raise ValueError(f"grid_conf has {sorted(config['grid_conf'])}: needs {sorted(GRID_CONF)}")
     cells = Grid(**config["grid_conf"]).nx
     if cells[0] % 8 or cells[1] % 8:
-        raise ValueError(f"grid_conf gives {cells[0]} x {cells[1]} cells: the BEV encoder needs multiples of 8")
+        raise ValueError(
+            f"grid_conf gives {cells[0]} x {cells[1]} cells: the BEV encoder needs multiples of 8"
+        )
 
 # %% ../../../nbs/simbev/10_model.ipynb #930dfa49
-_FAITHFUL = {"trunk": "tf_efficientnet_b0.aa_in1k", "camC": 64, "up_width": 512, "bev_width": 64, "drop_path": 0.2,
-             "frustum_sampling": "lss", "binning": "lss"}
+_FAITHFUL = {
+    "trunk": "tf_efficientnet_b0.aa_in1k",
+    "camC": 64,
+    "up_width": 512,
+    "bev_width": 64,
+    "drop_path": 0.2,
+    "frustum_sampling": "lss",
+    "binning": "lss",
+}
 
 
 def _as_published(config: dict, defaults: dict) -> dict:
     """`config` with what the published code has; ValueError where a setting was chosen that contradicts it."""
     for name, fixed in _FAITHFUL.items():
         if config[name] not in (defaults[name], fixed):
-            raise ValueError(f"{name}={config[name]!r} contradicts faithful=True, where it is {fixed!r}: leave one out")
+            raise ValueError(
+                f"{name}={config[name]!r} contradicts faithful=True, where it is {fixed!r}: leave one out"
+            )
     return config | _FAITHFUL
 
 
 def _frozen(grid: Grid, final_dim: tuple[int, int]) -> dict[str, nn.Parameter]:
     """The geometry as the published code stores it, in parameters that are never trained."""
     frustum = frustum_points(make_frustum(grid, final_dim, DOWNSAMPLE, "lss"))
-    values = {"dx": torch.tensor(grid.dx), "bx": torch.tensor(grid.bx), "nx": torch.tensor(grid.nx), "frustum": frustum}
+    values = {
+        "dx": torch.tensor(grid.dx),
+        "bx": torch.tensor(grid.bx),
+        "nx": torch.tensor(grid.nx),
+        "frustum": frustum,
+    }
     return {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
 
 # %% ../../../nbs/simbev/10_model.ipynb #70e49950
@@ -148,30 +202,71 @@ def _assemble(config: dict) -> LiftSplatShoot:
     grid, size, faithful = Grid(**config["grid_conf"]), config["final_dim"], config["faithful"]
     settings = {"drop_path_rate": config["drop_path"]} if config["drop_path"] else {}
     settings |= {"bn_momentum": 0.01} if faithful else {}
-    trunk = Trunk(config["trunk"], pretrained=config["pretrained"], checkpointing=config["checkpointing"],
-                  keep_head=faithful, **settings)
-    camencode = CameraEncoder(trunk, grid.depths, config["camC"], config["up_width"], config["dropout"],
-                              config["upsample"])
-    lift = LiftSplat(grid, size, DOWNSAMPLE, config["frustum_sampling"], config["binning"], config["pool"])
-    bevencode = BevEncoder(config["camC"] * grid.nx[2], config["outC"], config["bev_width"], config["bev_dropout"],
-                           config["checkpointing"], config["upsample"])
+    trunk = Trunk(
+        config["trunk"],
+        pretrained=config["pretrained"],
+        checkpointing=config["checkpointing"],
+        keep_head=faithful,
+        **settings,
+    )
+    camencode = CameraEncoder(
+        trunk,
+        grid.depths,
+        config["camC"],
+        config["up_width"],
+        config["dropout"],
+        config["upsample"],
+    )
+    lift = LiftSplat(
+        grid, size, DOWNSAMPLE, config["frustum_sampling"], config["binning"], config["pool"]
+    )
+    bevencode = BevEncoder(
+        config["camC"] * grid.nx[2],
+        config["outC"],
+        config["bev_width"],
+        config["bev_dropout"],
+        config["checkpointing"],
+        config["upsample"],
+    )
     model = LiftSplatShoot(camencode, lift, bevencode, config)
     for name, value in (_frozen(grid, size) if faithful else {}).items():
         model.register_parameter(name, value)
     return model.to(memory_format=torch.channels_last)
 
 # %% ../../../nbs/simbev/10_model.ipynb #8cb53503
-_BLOCK = ({"_depthwise_conv": "conv_dw", "_bn1": "bn1.norm", "_se_reduce": "se.conv_reduce",
-           "_se_expand": "se.conv_expand", "_project_conv": "conv_pw", "_bn2": "bn2"},  # of the first stage
-          {"_expand_conv": "conv_pw", "_bn0": "bn1.norm", "_depthwise_conv": "conv_dw", "_bn1": "bn2.norm",
-           "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand", "_project_conv": "conv_pwl", "_bn2": "bn3"})
-_ENDS = {"_conv_stem": "network.conv_stem", "_bn0": "network.bn1.norm", "_conv_head": "head.conv_head",
-         "_bn1": "head.bn2", "_fc": "head.classifier"}
+_BLOCK = (
+    {
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn1.norm",
+        "_se_reduce": "se.conv_reduce",
+        "_se_expand": "se.conv_expand",
+        "_project_conv": "conv_pw",
+        "_bn2": "bn2",
+    },  # of the first stage
+    {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1.norm",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2.norm",
+        "_se_reduce": "se.conv_reduce",
+        "_se_expand": "se.conv_expand",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    },
+)
+_ENDS = {
+    "_conv_stem": "network.conv_stem",
+    "_bn0": "network.bn1.norm",
+    "_conv_head": "head.conv_head",
+    "_bn1": "head.bn2",
+    "_fc": "head.classifier",
+}
 _TRUNK = "camencode.trunk."
 
 
-def convert_original(weights: Mapping[str, torch.Tensor],
-                     repeats: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)) -> dict[str, torch.Tensor]:
+def convert_original(
+    weights: Mapping[str, torch.Tensor], repeats: tuple[int, ...] = (1, 2, 2, 3, 3, 4, 1)
+) -> dict[str, torch.Tensor]:
     """A state dict of the published LSS code under the names of a faithful model; repeats: blocks of each stage."""
     places = [(stage, block) for stage, number in enumerate(repeats) for block in range(number)]
     converted = {}
@@ -180,7 +275,9 @@ def convert_original(weights: Mapping[str, torch.Tensor],
             first, *others = name.removeprefix(_TRUNK).split(".")
             if first == "_blocks":
                 stage, block = places[int(others[0])]
-                own = f"network.blocks.{stage}.{block}.{_BLOCK[stage > 0].get(others[1], others[1])}"
+                own = (
+                    f"network.blocks.{stage}.{block}.{_BLOCK[stage > 0].get(others[1], others[1])}"
+                )
             else:
                 own = _ENDS.get(first, first)
             name = f"{_TRUNK}{own}.{others[-1]}"
@@ -196,9 +293,15 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     for wrapper in ("state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not any(torch.is_tensor(value) for value in content.values()):
+    if not isinstance(content, dict) or not any(
+        torch.is_tensor(value) for value in content.values()
+    ):
         raise ValueError(f"{path}: holds no weights by name: give a state_dict or a checkpoint")
-    inner = {name.removeprefix("model."): value for name, value in content.items() if name.startswith("model.")}
+    inner = {
+        name.removeprefix("model."): value
+        for name, value in content.items()
+        if name.startswith("model.")
+    }
     return inner or {name.removeprefix("module."): value for name, value in content.items()}
 
 
@@ -210,21 +313,43 @@ def load_weights(model: LiftSplatShoot, path: str | Path) -> LiftSplatShoot:
     if f"{_TRUNK}_conv_stem.weight" in given:
         given, own = convert_original(given), model.state_dict()
         unused = ("dx", "bx", "nx", "frustum", f"{_TRUNK}head.")
-        given = {name: value for name, value in given.items() if name in own or not name.startswith(unused)}
+        given = {
+            name: value
+            for name, value in given.items()
+            if name in own or not name.startswith(unused)
+        }
     check_weights(model, given, path)
     check_finite(given, path)
     for name in ("dx", "bx", "nx", "frustum"):
         if name in given and not torch.allclose(given[name], getattr(model, name).to(given[name])):
-            raise ValueError(f"{path}: was trained with another grid ({name} differs): build with its grid_conf")
+            raise ValueError(
+                f"{path}: was trained with another grid ({name} differs): build with its grid_conf"
+            )
     model.load_state_dict(given)
     return model
 
 # %% ../../../nbs/simbev/10_model.ipynb #af1c8e27
-def build(outC: int = 1, *, trunk: str = "efficientnet_b0", camC: int = 64, up_width: int = 512, bev_width: int = 64,
-          grid_conf: dict | None = None, final_dim: tuple[int, int] = (128, 352), dropout: float = 0.2,
-          bev_dropout: float = 0.1, drop_path: float = 0.2, checkpointing: bool = False,
-          frustum_sampling: str = "cell_center", binning: str = "floor", pool: str = "auto", upsample: str = "auto",
-          pretrained: bool = False, weights: str = "", faithful: bool = False) -> LiftSplatShoot:
+def build(
+    outC: int = 1,
+    *,
+    trunk: str = "efficientnet_b0",
+    camC: int = 64,
+    up_width: int = 512,
+    bev_width: int = 64,
+    grid_conf: dict | None = None,
+    final_dim: tuple[int, int] = (128, 352),
+    dropout: float = 0.2,
+    bev_dropout: float = 0.1,
+    drop_path: float = 0.2,
+    checkpointing: bool = False,
+    frustum_sampling: str = "cell_center",
+    binning: str = "floor",
+    pool: str = "auto",
+    upsample: str = "auto",
+    pretrained: bool = False,
+    weights: str = "",
+    faithful: bool = False,
+) -> LiftSplatShoot:
     """Lift-Splat-Shoot (arXiv:2008.05711) for outC classes; ValueError, one line, for settings that are wrong.
 
     trunk: a timm pyramid. camC: features a pixel. up_width: channels behind the trunk. bev_width: ResNet's 64.
@@ -233,11 +358,25 @@ def build(outC: int = 1, *, trunk: str = "efficientnet_b0", camC: int = 64, up_w
     binning: floor | lss. pool, upsample: back ends of layers.bev_pool and layers.upsample_conv.
     pretrained: the trunk's ImageNet weights from the hub. weights: a checkpoint. faithful: the published network.
     """
-    config = dict(outC=outC, trunk=trunk, camC=camC, up_width=up_width, bev_width=bev_width,
-                  grid_conf={name: list(bound) for name, bound in (grid_conf or GRID_CONF).items()},
-                  final_dim=tuple(final_dim), dropout=dropout, bev_dropout=bev_dropout, drop_path=drop_path,
-                  checkpointing=checkpointing, frustum_sampling=frustum_sampling, binning=binning, pool=pool,
-                  upsample=upsample, pretrained=pretrained, faithful=faithful)
+    config = dict(
+        outC=outC,
+        trunk=trunk,
+        camC=camC,
+        up_width=up_width,
+        bev_width=bev_width,
+        grid_conf={name: list(bound) for name, bound in (grid_conf or GRID_CONF).items()},
+        final_dim=tuple(final_dim),
+        dropout=dropout,
+        bev_dropout=bev_dropout,
+        drop_path=drop_path,
+        checkpointing=checkpointing,
+        frustum_sampling=frustum_sampling,
+        binning=binning,
+        pool=pool,
+        upsample=upsample,
+        pretrained=pretrained,
+        faithful=faithful,
+    )
     _check(config)
     if faithful:
         config = _as_published(config, build.__kwdefaults__)
@@ -246,25 +385,41 @@ def build(outC: int = 1, *, trunk: str = "efficientnet_b0", camC: int = 64, up_w
     return load_weights(model, weights) if weights else model
 
 # %% ../../../nbs/simbev/10_model.ipynb #6d504ccd
-def compile_model(grid_conf: dict, data_aug_conf: dict, outC: int = 1, **settings) -> LiftSplatShoot:
+def compile_model(
+    grid_conf: dict, data_aug_conf: dict, outC: int = 1, **settings
+) -> LiftSplatShoot:
     """The guide's factory: build() with final_dim from data_aug_conf; settings: further arguments of build()."""
     if "final_dim" not in data_aug_conf:
-        raise ValueError(f"data_aug_conf has {sorted(data_aug_conf)}: needs final_dim, (height, width)")
+        raise ValueError(
+            f"data_aug_conf has {sorted(data_aug_conf)}: needs final_dim, (height, width)"
+        )
     return build(outC, grid_conf=grid_conf, final_dim=data_aug_conf["final_dim"], **settings)
 
 
-def example(model: LiftSplatShoot, batch: int = 1, cameras: int = 6, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def example(
+    model: LiftSplatShoot, batch: int = 1, cameras: int = 6, seed: int = 0
+) -> tuple[torch.Tensor, ...]:
     """The six tensors of a call, of SimBEV's rig and random pictures: for shapes and for cost."""
     height, width = model.config["final_dim"]
     resize = width / 1600
     rig = surround_rig(batch, resize, (0.0, 900 * resize - height))
     order = torch.arange(cameras) % 6
     noise = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, cameras, 3, height, width, generator=noise), *(m[:, order] for m in rig))
+    return (
+        torch.randn(batch, cameras, 3, height, width, generator=noise),
+        *(m[:, order] for m in rig),
+    )
 
 # %% ../../../nbs/simbev/10_model.ipynb #99b7ba42
-DEMO = {"trunk": "mobilenetv3_small_050", "camC": 32, "up_width": 96, "bev_width": 16, "dropout": 0.0,
-        "bev_dropout": 0.0, "drop_path": 0.0}
+DEMO = {
+    "trunk": "mobilenetv3_small_050",
+    "camC": 32,
+    "up_width": 96,
+    "bev_width": 16,
+    "dropout": 0.0,
+    "bev_dropout": 0.0,
+    "drop_path": 0.0,
+}
 
 # %% ../../../nbs/simbev/10_model.ipynb #619b2eed
 def trunk_modules(model: LiftSplatShoot) -> list[nn.Module]:

@@ -14,7 +14,7 @@ import numpy as np
 from ..core.check import Report
 from .cache import size_of
 from .convention import FLIPS, camera_to_ego, cells, not_rigid, to_lss
-from .data import SimBEV, Options, rig_of, target_of
+from .data import Options, SimBEV, rig_of, target_of
 from .layouts import CAMERAS, Frame
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #eb66b494
@@ -27,7 +27,9 @@ def read_depth(path: str) -> np.ndarray:
             code = np.asarray(image.convert("RGB")).astype(np.int64)
     except (OSError, SyntaxError, ValueError) as error:
         reason = " ".join(str(error).replace(path, "the file").split())
-        raise ValueError(f"{path}: depth image cannot be decoded ({reason}); copy it again") from None
+        raise ValueError(
+            f"{path}: depth image cannot be decoded ({reason}); copy it again"
+        ) from None
     return (code @ (1, 256, 65536) * (1000 / (2**24 - 1))).astype(np.float32)
 
 
@@ -40,10 +42,14 @@ def read_points(path: str) -> np.ndarray:
             raise ValueError(f"is {found.dtype} of shape {found.shape}, not (n, 3) numbers")
         return found[:, :3]
     except Exception as error:  # zip and zlib have errors of their own
-        raise ValueError(f"{path}: lidar scan cannot be read ({' '.join(str(error).split())}); copy it again") from None
+        raise ValueError(
+            f"{path}: lidar scan cannot be read ({' '.join(str(error).split())}); copy it again"
+        ) from None
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #f9a046c5
-def lifted(frame: Frame, size: tuple[int, int], extrinsics="inverse", intrinsics="scaled", stride=3) -> np.ndarray:
+def lifted(
+    frame: Frame, size: tuple[int, int], extrinsics="inverse", intrinsics="scaled", stride=3
+) -> np.ndarray:
     """(P, 3) ego points of the pixels of all six cameras, by true depth and the loader's matrices; up to 100 m deep."""
     sizes = np.asarray([[size_of(path) for path in frame.images]])
     rots, trans, k = (part[0] for part in rig_of([frame], sizes, size, extrinsics, intrinsics))
@@ -51,7 +57,10 @@ def lifted(frame: Frame, size: tuple[int, int], extrinsics="inverse", intrinsics
     for camera, path in enumerate(frame.depth):
         depth = read_depth(path)
         v, u = np.mgrid[stride // 2 : size[0] : stride, stride // 2 : size[1] : stride] + 0.5
-        rows, columns = (v * depth.shape[0] / size[0]).astype(int), (u * depth.shape[1] / size[1]).astype(int)
+        rows, columns = (
+            (v * depth.shape[0] / size[0]).astype(int),
+            (u * depth.shape[1] / size[1]).astype(int),
+        )
         d = depth[rows, columns].ravel()
         near = d < 100
         pixel = np.stack([u.ravel(), v.ravel(), np.ones(u.size)], 1)[near] * d[near, None]
@@ -83,19 +92,35 @@ def occupied(points: np.ndarray, low: float = -np.inf, high: float = 2.5) -> np.
 def score(triples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, float]:
     """hit, chance and overlap of (seen, standing, vehicle) cells of some frames, each (X, Y) bool."""
     if not any(vehicle.any() for _, _, vehicle in triples):
-        raise ValueError("overlap: no labelled vehicle in these frames; take more frames or other scenes")
-    share = lambda part, whole: sum(int(a.sum()) for a in part) / max(1, sum(int(a.sum()) for a in whole))
-    hit = share([a & b & c for a, b, c in triples], [seen & vehicle for seen, _, vehicle in triples])
-    chance = share([seen & standing for seen, standing, _ in triples], [seen for seen, _, _ in triples])
+        raise ValueError(
+            "overlap: no labelled vehicle in these frames; take more frames or other scenes"
+        )
+
+    def share(part, whole):
+        return sum(int(a.sum()) for a in part) / max(1, sum(int(a.sum()) for a in whole))
+
+    hit = share(
+        [a & b & c for a, b, c in triples], [seen & vehicle for seen, _, vehicle in triples]
+    )
+    chance = share(
+        [seen & standing for seen, standing, _ in triples], [seen for seen, _, _ in triples]
+    )
     return {"hit": hit, "chance": chance, "overlap": hit - chance}
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #b3764c67
 def _spread(frames: Sequence[Frame], count: int) -> list[Frame]:
     """At most `count` of `frames`, evenly spread."""
-    return [frames[k] for k in sorted({round(k) for k in np.linspace(0, len(frames) - 1, min(count, len(frames)))})]
+    return [
+        frames[k]
+        for k in sorted(
+            {round(k) for k in np.linspace(0, len(frames) - 1, min(count, len(frames)))}
+        )
+    ]
 
 
-def _with_vehicles(frames: Sequence[Frame], count: int, flip: str) -> Iterator[tuple[Frame, np.ndarray]]:
+def _with_vehicles(
+    frames: Sequence[Frame], count: int, flip: str
+) -> Iterator[tuple[Frame, np.ndarray]]:
     """(frame, vehicle cells) of at most `count` frames that show a vehicle."""
     left = count
     for frame in _spread(frames, 4 * count):
@@ -106,29 +131,49 @@ def _with_vehicles(frames: Sequence[Frame], count: int, flip: str) -> Iterator[t
 
 
 def splat_overlap(
-    data: SimBEV, *, flip="180", extrinsics="inverse", intrinsics="scaled", size=(224, 480), frames=8, stride=3
+    data: SimBEV,
+    *,
+    flip="180",
+    extrinsics="inverse",
+    intrinsics="scaled",
+    size=(224, 480),
+    frames=8,
+    stride=3,
 ) -> dict[str, float]:
     """hit, chance, overlap of a data set read in these conventions; ValueError for one without depth images."""
     deep = [frame for frame in data.frames if frame.depth]
     if not deep:
-        raise ValueError(f"{data.folder}: has no depth images; the splat test needs DPT-CAM_* beside RGB-CAM_*")
+        raise ValueError(
+            f"{data.folder}: has no depth images; the splat test needs DPT-CAM_* beside RGB-CAM_*"
+        )
     triples = []
     for frame, vehicle in _with_vehicles(deep, frames, flip):
         tested = lifted(frame, size, extrinsics, intrinsics, stride)
-        triples.append((occupied(lifted(frame, size, stride=stride)), occupied(tested, 0.3), vehicle))
+        triples.append(
+            (occupied(lifted(frame, size, stride=stride)), occupied(tested, 0.3), vehicle)
+        )
     return score(triples)
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #fd1771e2
 def by_flip(triples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, float]:
     """The overlap under each flip of the labels, for (seen, standing, vehicle) cells that were read with flip 180."""
-    again = lambda vehicle, flip: to_lss(to_lss(vehicle, "180"), flip)
-    return {flip: score([(a, b, again(vehicle, flip)) for a, b, vehicle in triples])["overlap"] for flip in FLIPS}
+
+    def again(vehicle, flip):
+        return to_lss(to_lss(vehicle, "180"), flip)
+
+    return {
+        flip: score([(a, b, again(vehicle, flip)) for a, b, vehicle in triples])["overlap"]
+        for flip in FLIPS
+    }
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #55ffb276
 def in_view(frame: Frame, vehicle: np.ndarray) -> np.ndarray:
     """For each True cell of (X, Y) bool `vehicle`: whether some camera has it in its image, hidden or not."""
     rows, columns = np.nonzero(vehicle)
-    points = np.stack([cells(SQUARE)[rows], cells(SQUARE)[columns], np.full(len(rows), 0.5), np.ones(len(rows))], 1)
+    points = np.stack(
+        [cells(SQUARE)[rows], cells(SQUARE)[columns], np.full(len(rows), 0.5), np.ones(len(rows))],
+        1,
+    )
     found = np.zeros(len(rows), bool)
     for path, k, extrinsics in zip(frame.images, frame.intrinsics, frame.extrinsics):
         size = np.array(frame.made_for or size_of(path))
@@ -143,10 +188,16 @@ def coverage(frames: Sequence[Frame], report: Report, count: int = 12) -> None:
     found = [in_view(frame, vehicle) for frame, vehicle in _with_vehicles(frames, count, "180")]
     if found:
         share = float(np.concatenate(found).mean())
-        report.facts.append(f"{share:.0%} of the vehicle cells in {len(found)} frames lie in view of a camera")
+        report.facts.append(
+            f"{share:.0%} of the vehicle cells in {len(found)} frames lie in view of a camera"
+        )
         if share < 0.5:
             fix = "compare extrinsics and intrinsics with the notebook 06_convention"
-            report.add(report.folder, f"only {share:.0%} of the labelled vehicle cells lie in view of a camera", fix)
+            report.add(
+                report.folder,
+                f"only {share:.0%} of the labelled vehicle cells lie in view of a camera",
+                fix,
+            )
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #f6af6ec8
 def agreement(frames: Sequence[Frame], report: Report, count: int = 12) -> None:
@@ -154,13 +205,20 @@ def agreement(frames: Sequence[Frame], report: Report, count: int = 12) -> None:
     deep = [frame for frame in frames if frame.depth]
     seen = deep or [frame for frame in frames if frame.lidar and frame.lidar_to_ego is not None]
     if not seen:
-        report.facts.append("no depth images or lidar scans: the axes of the labels were not tested")
+        report.facts.append(
+            "no depth images or lidar scans: the axes of the labels were not tested"
+        )
         coverage(frames, report, count)
         return
     try:
-        points = lambda frame: lifted(frame, size_of(frame.images[0])[::-1]) if deep else scanned(frame)
+
+        def points(frame):
+            return lifted(frame, size_of(frame.images[0])[::-1]) if deep else scanned(frame)
+
         pairs = [(points(frame), vehicle) for frame, vehicle in _with_vehicles(seen, count, "180")]
-        fits = by_flip([(occupied(found), occupied(found, 0.3), vehicle) for found, vehicle in pairs])
+        fits = by_flip(
+            [(occupied(found), occupied(found, 0.3), vehicle) for found, vehicle in pairs]
+        )
     except ValueError as error:
         report.add(*str(error).split(": ", 1), "it is needed to test the axes of the labels")
         return
@@ -169,7 +227,9 @@ def agreement(frames: Sequence[Frame], report: Report, count: int = 12) -> None:
     report.facts.append(f"overlap of labels and {what} in {len(pairs)} frames, by flip: {said}")
     if best != "180" and fits[best] > 0.1 and fits[best] > 1.5 * fits["180"]:
         fix = f"store SimBEV's axes (row -x, column -y), or train with flip={best}"
-        report.add(report.folder, f"labels fit the {what} with flip={best} and not as they are", fix)
+        report.add(
+            report.folder, f"labels fit the {what} with flip={best} and not as they are", fix
+        )
     elif fits["180"] < 0.4:  # right calibration measures .6 and more
         weak = fits["180"] > 0.15
         fix = "compare extrinsics, intrinsics and label axes with the notebook 06_convention"
@@ -177,14 +237,23 @@ def agreement(frames: Sequence[Frame], report: Report, count: int = 12) -> None:
         report.warn(report.folder, said, fix) if weak else report.add(report.folder, said, fix)
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #ee96b895
-YAWS = {"front_left": 55, "front": 0, "front_right": -55, "back_left": 110, "back": 180, "back_right": -110}  # degrees
+YAWS = {
+    "front_left": 55,
+    "front": 0,
+    "front_right": -55,
+    "back_left": 110,
+    "back": 180,
+    "back_right": -110,
+}  # degrees
 
 
 def misplaced(name: str, extrinsics: np.ndarray) -> str:
     """What is odd about where a camera is and looks, from its (4, 4) ego to camera; empty when nothing is."""
     rotation, centre = camera_to_ego(extrinsics)
     if np.abs(centre[:2]).max() > 6 or not -0.5 < centre[2] < 5:
-        return f"stands at ({centre[0]:.1f}, {centre[1]:.1f}, {centre[2]:.1f}) m from the car's origin"
+        return (
+            f"stands at ({centre[0]:.1f}, {centre[1]:.1f}, {centre[2]:.1f}) m from the car's origin"
+        )
     if rotation[2, 1] > -0.7:  # its y axis should point down
         return "does not stand upright"
     yaw = float(np.rad2deg(np.arctan2(rotation[1, 2], rotation[0, 2])))
@@ -198,5 +267,9 @@ def headings(frames: Sequence[Frame], report: Report) -> None:
         for name, matrix in zip(CAMERAS, frame.extrinsics):
             if not not_rigid(matrix) and (said := misplaced(name, matrix)):
                 turned = not misplaced(name, np.linalg.inv(matrix))
-                fix = "its inverse fits: store ego to camera" if turned else "put images and matrices in the same order"
+                fix = (
+                    "its inverse fits: store ego to camera"
+                    if turned
+                    else "put images and matrices in the same order"
+                )
                 report.add(f"{frame.id} {name}", f"by its extrinsics the camera {said}", fix)

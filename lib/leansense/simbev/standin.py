@@ -63,7 +63,9 @@ class Shot:
 def shots(n: int, seed: int, per_scene: int) -> Iterator[Shot]:
     """The `n` frames of a stand-in, scene by scene; ValueError for fewer than three scenes."""
     if not 1 <= per_scene <= 16 or n <= 2 * per_scene:
-        raise ValueError(f"n={n}, per_scene={per_scene}: give at least three scenes of 1 to 16 frames")
+        raise ValueError(
+            f"n={n}, per_scene={per_scene}: give at least three scenes of 1 to 16 frames"
+        )
     scenes = -(-n // per_scene)
     train = trained(scenes)
     valid = (scenes - train + 1) // 2
@@ -73,7 +75,9 @@ def shots(n: int, seed: int, per_scene: int) -> Iterator[Shot]:
         for order in range(min(per_scene, n - k * per_scene)):
             number = 20 * ((order * 16) // per_scene)
             split = "train" if k < train else "val" if k < train + valid else "test"
-            yield Shot(f"scene_{k:04d}", split, number, order, scene.snapshot(number / 20), 1000 * seed + k)
+            yield Shot(
+                f"scene_{k:04d}", split, number, order, scene.snapshot(number / 20), 1000 * seed + k
+            )
 
 # %% ../../../nbs/simbev/05_standin.ipynb #fc1f9e91
 def jpeg(pixels: np.ndarray) -> bytes:
@@ -100,7 +104,9 @@ def depth_png(depth: np.ndarray) -> bytes:
     """(H, W) metres as the bytes of a depth image in SimBEV's (CARLA's) 24-bit code; beyond 1000 m is 1000 m."""
     from PIL import Image
 
-    units = np.round(np.clip(depth, 0, 1000) / 1000 * (2**24 - 1) / 256).clip(0, 65535).astype(np.int64)
+    units = (
+        np.round(np.clip(depth, 0, 1000) / 1000 * (2**24 - 1) / 256).clip(0, 65535).astype(np.int64)
+    )
     out = io.BytesIO()
     code = np.stack([0 * units, units % 256, units // 256], -1).astype(np.uint8)
     Image.fromarray(code).save(out, "PNG", compress_level=1)
@@ -137,7 +143,10 @@ def write_published(folder: Path, made: Iterator[Shot], rig: Rig, ego: bool) -> 
     for shot in made:
         label = converted_label(native_label(shot, ego))
         views = {"yaw0pitch0": rig}
-        if not any(place.parents[1].name == shot.split and place.parent.name != shot.scene for place in metas):
+        if not any(
+            place.parents[1].name == shot.split and place.parent.name != shot.scene
+            for place in metas
+        ):
             views["yaw20pitch0"] = turned(rig, 20)
         for orientation, view in views.items():
             place = folder / shot.split / shot.scene / orientation
@@ -148,7 +157,9 @@ def write_published(folder: Path, made: Iterator[Shot], rig: Rig, ego: bool) -> 
             np.save(out, label)
             put(place / "labels" / f"bev_{shot.order:04d}.npy", out.getvalue())
             entry = {"token": shot.stem, "images": names} | calibrated(view)
-            metas.setdefault(place, []).append(entry | {"label": f"labels/bev_{shot.order:04d}.npy"})
+            metas.setdefault(place, []).append(
+                entry | {"label": f"labels/bev_{shot.order:04d}.npy"}
+            )
     write_metas(metas)
 
 # %% ../../../nbs/simbev/05_standin.ipynb #d22d2b20
@@ -164,19 +175,35 @@ def write_converted(folder: Path, made: Iterator[Shot], rig: Rig, ego: bool) -> 
         for path, image in zip(images, render(shot.snapshot, rig, shot.seed).image):
             put(folder / path, jpeg(image))
         entry = {"token": shot.stem, "scene": shot.scene, "images": images} | calibrated(rig)
-        metas.setdefault(place, []).append(entry | {"bev": name, "cam_channels": sensors, "orientation": "yaw0pitch0"})
+        metas.setdefault(place, []).append(
+            entry | {"bev": name, "cam_channels": sensors, "orientation": "yaw0pitch0"}
+        )
         if shot.scene == "scene_0000":
-            other = entry | {"images": [path.replace("sweeps", "yaw20pitch0") for path in images], "bev": name}
+            other = entry | {
+                "images": [path.replace("sweeps", "yaw20pitch0") for path in images],
+                "bev": name,
+            }
             metas.setdefault(place.with_name("yaw20pitch0"), []).append(other)
     write_metas(metas)
 
 # %% ../../../nbs/simbev/05_standin.ipynb #38073481
 def _metadata(rig: Rig) -> dict:
     """The calibration as an infos file has it."""
-    pose = lambda q, t: {"sensor2ego_rotation": list(map(float, q)), "sensor2ego_translation": list(map(float, t))}
+
+    def pose(q, t):
+        return {
+            "sensor2ego_rotation": list(map(float, q)),
+            "sensor2ego_translation": list(map(float, t)),
+        }
+
     names = [f"CAM_{camera.upper()}" for camera in CAMERAS]
-    cameras = {name: pose(q, t) for name, q, t in zip(names, quaternion(rig.rotation), rig.translation)}
-    return {"camera_intrinsics": rig.K[0].tolist(), "LIDAR": pose((1, 0, 0, 0), (0, 0, 1.8))} | cameras
+    cameras = {
+        name: pose(q, t) for name, q, t in zip(names, quaternion(rig.rotation), rig.translation)
+    }
+    return {
+        "camera_intrinsics": rig.K[0].tolist(),
+        "LIDAR": pose((1, 0, 0, 0), (0, 0, 1.8)),
+    } | cameras
 
 
 def _record(folder: Path, shot: Shot, rig: Rig, ego: bool) -> dict:
@@ -192,12 +219,19 @@ def _record(folder: Path, shot: Shot, rig: Rig, ego: bool) -> dict:
     files["LIDAR"] = ".npz", npz(data=points.astype(np.float32))
     x, y, yaw = map(float, shot.snapshot.pose)
     turn = [float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))]
-    entry = {"scene": int(shot.scene[-4:]), "frame": shot.number, "timestamp": shot.number * 500_000}
+    entry = {
+        "scene": int(shot.scene[-4:]),
+        "frame": shot.number,
+        "timestamp": shot.number * 500_000,
+    }
     entry |= {"ego2global_translation": [x, y, 0.0], "ego2global_rotation": turn}
     for sensor, (suffix, content) in files.items():
         put(folder / "sweeps" / sensor / f"{shot.stem}-{sensor}{suffix}", content)
         entry[sensor] = f"/dataset/simbev/sweeps/{sensor}/{shot.stem}-{sensor}{suffix}"
-    put(folder / "ground-truth" / "seg" / f"{shot.stem}-GT_SEG.npz", npz(data=native_label(shot, ego) > 0))
+    put(
+        folder / "ground-truth" / "seg" / f"{shot.stem}-GT_SEG.npz",
+        npz(data=native_label(shot, ego) > 0),
+    )
     for name, suffix in (("GT_SEG", ".npz"), ("GT_DET", ".bin"), ("HD_MAP", ".json")):
         place = "/dataset/simbev/ground-truth/" + name.lower().removeprefix("gt_")
         entry[name] = f"{place}/{shot.stem}-{name}{suffix}"
@@ -230,8 +264,13 @@ WRITERS = {"published": write_published, "converted": write_converted, "native":
 
 
 def standin(
-    root: str | Path | None = None, n: int = 200, seed: int = 0, layout: str = "published", size: str = "480x224",
-    per_scene: int = 2, ego: bool = False,
+    root: str | Path | None = None,
+    n: int = 200,
+    seed: int = 0,
+    layout: str = "published",
+    size: str = "480x224",
+    per_scene: int = 2,
+    ego: bool = False,
 ) -> Path:
     """The folder of a stand-in with `n` frames in all, 80 % of the scenes to train on, written when missing."""
     if layout not in WRITERS:
@@ -240,5 +279,8 @@ def standin(
     next(shots(n, seed, per_scene))  # says what is wrong before anything is written
     base = resolve(root) if root else data_root() / "standin"
     kind = f"{layout}-n{n}-{per_scene}-s{seed}-{width}x{height}{'-ego' if ego else ''}"
-    write = lambda place: WRITERS[layout](place, shots(n, seed, per_scene), simbev_rig(height, width), ego)
+
+    def write(place):
+        return WRITERS[layout](place, shots(n, seed, per_scene), simbev_rig(height, width), ego)
+
     return written_once(base / f"simbev-{kind}-{version()}", write)

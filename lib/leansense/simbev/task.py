@@ -32,18 +32,28 @@ from .data import INPUTS
 MONITORS = ("iou", "loss", "ap")
 
 # %% ../../../nbs/simbev/20_task.ipynb #332e5fa3
-def bev_loss(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None,
-             pos_weight: float = 2.13) -> torch.Tensor:
+def bev_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    pos_weight: float = 2.13,
+) -> torch.Tensor:
     """Mean binary cross-entropy of maps (B, K, X, Y) over the cells that count; full cells weigh `pos_weight`."""
     weight = logits.new_tensor(pos_weight)
     each = nn.functional.binary_cross_entropy_with_logits(
-        logits.float(), target.float(), pos_weight=weight.float(), reduction="none" if mask is not None else "mean")
+        logits.float(),
+        target.float(),
+        pos_weight=weight.float(),
+        reduction="none" if mask is not None else "mean",
+    )
     if mask is None:
         return each
     return (each * mask).sum() / mask.expand_as(each).sum().clamp_min(1)
 
 # %% ../../../nbs/simbev/20_task.ipynb #a37aaa99
-def overlap(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def overlap(
+    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Cells in intersection and union, (2, K) in float64, of logits and target (B, K, X, Y) where `mask` is not 0."""
     found, meant = logits > 0, target > 0.5
     if mask is not None:
@@ -60,7 +70,9 @@ def iou(cells: torch.Tensor) -> torch.Tensor:
 BINS = 4096  # between logits -16 and 16
 
 
-def ranked(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def ranked(
+    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Cells by logit, (2, K, BINS + 1) in float64: those with a vehicle, and all, of maps (B, K, X, Y) in the mask."""
     classes = logits.shape[1]
     if not bool(logits.isfinite().all()):
@@ -70,7 +82,10 @@ def ranked(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None
     counts = torch.ones_like(logits, dtype=torch.float64)
     counts = counts if mask is None else counts * (mask > 0)
     full = counts * (target > 0.5)
-    found = [torch.bincount(place.flatten(), part.flatten(), classes * (BINS + 1)) for part in (full, counts)]
+    found = [
+        torch.bincount(place.flatten(), part.flatten(), classes * (BINS + 1))
+        for part in (full, counts)
+    ]
     return torch.stack(found).reshape(2, classes, BINS + 1)
 
 
@@ -84,7 +99,10 @@ def average_precision(cells: torch.Tensor) -> torch.Tensor:
 # %% ../../../nbs/simbev/20_task.ipynb #2209d67a
 def rings(xbound: Sequence[float], ybound: Sequence[float], edges: Sequence[float]) -> torch.Tensor:
     """One mask (X, Y) per ring between two distances in metres, (rings, X, Y); the last ring has no outer edge."""
-    axes = [torch.arange(round((high - low) / step)) * step + low + step / 2 for low, high, step in (xbound, ybound)]
+    axes = [
+        torch.arange(round((high - low) / step)) * step + low + step / 2
+        for low, high, step in (xbound, ybound)
+    ]
     distance = torch.hypot(*torch.meshgrid(*axes, indexing="ij"))
     outer = [*edges[1:-1], math.inf]
     return torch.stack([(distance >= low) & (distance < high) for low, high in zip(edges, outer)])
@@ -129,13 +147,24 @@ class SimBEVTask(Task):
 
 # %% ../../../nbs/simbev/20_task.ipynb #685af6ce
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, xbound: Sequence[float], ybound: Sequence[float],
-             pos_weight: float = 2.13, edges: Sequence[float] = (0, 15, 30, 50), change=lambda batch: batch) -> dict:
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    xbound: Sequence[float],
+    ybound: Sequence[float],
+    pos_weight: float = 2.13,
+    edges: Sequence[float] = (0, 15, 30, 50),
+    change=lambda batch: batch,
+) -> dict:
     """{"loss", "iou", "ap", "share", "iou_per_class", "iou_by_distance", "false_alarms", ...} on all of `loader`.
 
     edges: metres, of the rings. change: what happens to each batch first, for robustness tests.
     """
-    was, device, bands = model.training, next(model.parameters()).device, rings(xbound, ybound, edges)
+    was, device, bands = (
+        model.training,
+        next(model.parameters()).device,
+        rings(xbound, ybound, edges),
+    )
     model.eval()
     bands, cells, ranks, loss, frames, empty, alarms = bands.to(device), 0, 0, 0.0, 0, 0, 0
     for batch in loader:
@@ -143,18 +172,29 @@ def evaluate(model: nn.Module, loader: DataLoader, xbound: Sequence[float], ybou
         logits = model(*(batch[name] for name in INPUTS)).float()
         target, mask = batch["target"], batch["mask"]
         loss += float(bev_loss(logits, target, mask, pos_weight)) * len(target)
-        cells = cells + torch.stack([overlap(logits, target, mask * band) for band in bands]).cpu()  # bands, 2, K
+        cells = (
+            cells + torch.stack([overlap(logits, target, mask * band) for band in bands]).cpu()
+        )  # bands, 2, K
         ranks = ranks + ranked(logits, target, mask).cpu()
         nothing = (target * mask).flatten(1).sum(1) == 0
         frames, empty = frames + len(target), empty + int(nothing.sum())
         alarms += int((((logits > 0) & (mask > 0)).flatten(1).any(1) & nothing).sum())
     model.train(was)
-    cells, ranks, loss, frames, empty, alarms = map(sum, zip(*gathered((cells, ranks, loss, frames, empty, alarms))))
+    cells, ranks, loss, frames, empty, alarms = map(
+        sum, zip(*gathered((cells, ranks, loss, frames, empty, alarms)))
+    )
     share = ranks.sum(-1)
-    return {"loss": loss / frames, "iou": float(iou(cells.sum(0)).mean()), "ap": float(average_precision(ranks).mean()),
-            "share": float((share[0] / share[1].clamp_min(1)).mean()),
-            "iou_per_class": iou(cells.sum(0)).tolist(), "iou_by_distance": iou(cells.sum(2).T).tolist(),
-            "frames": frames, "empty_frames": empty, "false_alarms": alarms / empty if empty else 0.0}
+    return {
+        "loss": loss / frames,
+        "iou": float(iou(cells.sum(0)).mean()),
+        "ap": float(average_precision(ranks).mean()),
+        "share": float((share[0] / share[1].clamp_min(1)).mean()),
+        "iou_per_class": iou(cells.sum(0)).tolist(),
+        "iou_by_distance": iou(cells.sum(2).T).tolist(),
+        "frames": frames,
+        "empty_frames": empty,
+        "false_alarms": alarms / empty if empty else 0.0,
+    }
 
 # %% ../../../nbs/simbev/20_task.ipynb #f72889c0
 def prior(train: DataLoader, scored: DataLoader) -> float:
@@ -172,20 +212,29 @@ def prior(train: DataLoader, scored: DataLoader) -> float:
 def found_cells(model: nn.Module, loader: DataLoader, count: int) -> list[dict]:
     """For up to `count` frames, spread over the loader: {"index", "id", "found": flat indices of the first class}."""
     total = len(loader.dataset)
-    wanted = sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)}) if count else []
+    wanted = (
+        sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)}) if count else []
+    )
     was, device = model.training, next(model.parameters()).device
     model.eval()
     kept = []
     for index in wanted:
         item = loader.dataset[index]
         logits = model(*(item[name][None].to(device) for name in INPUTS))[0, 0]
-        kept.append({"index": index, "id": item["id"], "found": torch.nonzero(logits.flatten() > 0).flatten().tolist()})
+        kept.append(
+            {
+                "index": index,
+                "id": item["id"],
+                "found": torch.nonzero(logits.flatten() > 0).flatten().tolist(),
+            }
+        )
     model.train(was)
     return kept
 
 # %% ../../../nbs/simbev/20_task.ipynb #47cb2f35
 def without_cameras(indices: Sequence[int]):
     """A change for evaluate(): the pictures of these cameras are grey (zero after normalisation)."""
+
     def change(batch: Mapping) -> dict:
         imgs = batch["imgs"].clone()
         imgs[:, list(indices)] = 0
@@ -203,6 +252,7 @@ def _turn(axis: np.ndarray, angle: float) -> np.ndarray:
 
 def bent_rig(degrees: float, seed: int = 0):
     """A change for evaluate(): each camera turned by N(0, degrees) about a random axis."""
+
     def change(batch: Mapping) -> dict:
         rots = batch["rots"].clone()
         for b, name in enumerate(batch["id"]):
@@ -239,11 +289,32 @@ class SimBEVKeeper(Callback):
         monitor: iou, ap or loss, which says what is best
     """
 
-    def __init__(self, folder: str | Path, valid: DataLoader | None, val_step: int = 500, save_step: int = 1000,
-                 settings: dict | None = None, monitor: str = "iou"):
-        self.settings, self.monitor = json.dumps(settings or {}), choose("monitor", monitor, MONITORS)
-        self.folder, self.valid, self.val_step, self.save_step = Path(folder), valid, val_step, save_step
-        self.best, self.validations, self.pending, self.since, self.task = None, [], [], (0, 0.0), None
+    def __init__(
+        self,
+        folder: str | Path,
+        valid: DataLoader | None,
+        val_step: int = 500,
+        save_step: int = 1000,
+        settings: dict | None = None,
+        monitor: str = "iou",
+    ):
+        self.settings, self.monitor = (
+            json.dumps(settings or {}),
+            choose("monitor", monitor, MONITORS),
+        )
+        self.folder, self.valid, self.val_step, self.save_step = (
+            Path(folder),
+            valid,
+            val_step,
+            save_step,
+        )
+        self.best, self.validations, self.pending, self.since, self.task = (
+            None,
+            [],
+            [],
+            (0, 0.0),
+            None,
+        )
 
     # --- what it knows
 
@@ -266,7 +337,11 @@ class SimBEVKeeper(Callback):
 
     def state_dict(self) -> dict:
         self.absorb()  # Lightning asks for this when last.ckpt is written, just after an epoch's row was added
-        return {"best": self.best, "validations": [list(v) for v in self.validations], "pending": list(self.pending)}
+        return {
+            "best": self.best,
+            "validations": [list(v) for v in self.validations],
+            "pending": list(self.pending),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.best, self.pending = state["best"], list(state["pending"])
@@ -274,11 +349,21 @@ class SimBEVKeeper(Callback):
 
     def on_save_checkpoint(self, trainer, task, checkpoint: dict) -> None:
         self.absorb()
-        weights = checkpoint["state_dict"]  # the average's, where there is one: core.train puts its callback first
-        own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+        weights = checkpoint[
+            "state_dict"
+        ]  # the average's, where there is one: core.train puts its callback first
+        own = {
+            name.removeprefix("model."): value
+            for name, value in weights.items()
+            if name.startswith("model.")
+        }
         moments = checkpoint.get("optimizer_states") or [{}]
-        checkpoint |= {"model_state_dict": own, "optimizer_state_dict": moments[0], "counter": trainer.global_step,
-                       "settings": self.settings}
+        checkpoint |= {
+            "model_state_dict": own,
+            "optimizer_state_dict": moments[0],
+            "counter": trainer.global_step,
+            "settings": self.settings,
+        }
         if self.validations and self.validations[-1][0] == trainer.global_step:
             checkpoint["val_iou"] = self.validations[-1][1]
 
@@ -287,8 +372,16 @@ class SimBEVKeeper(Callback):
     @torch.no_grad()
     def validate(self, trainer, task) -> dict[str, float]:
         """IoU, loss and AP on the validation loader, of the weights that are kept now."""
-        averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]
-        was, cells, ranks, loss, frames = task.model.training, torch.zeros(2, 1).double(), 0.0, 0.0, 0
+        averages = [
+            callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)
+        ]
+        was, cells, ranks, loss, frames = (
+            task.model.training,
+            torch.zeros(2, 1).double(),
+            0.0,
+            0.0,
+            0,
+        )
         for average in averages:
             average.on_validation_epoch_start(trainer, task)  # swaps the average in
         task.model.eval()
@@ -302,13 +395,20 @@ class SimBEVKeeper(Callback):
         for average in averages:
             average.on_validation_epoch_end(trainer, task)  # and out again
         cells, ranks, loss, frames = map(sum, zip(*gathered((cells, ranks, loss, frames))))
-        return {"iou": float(iou(cells).mean()), "loss": loss / frames, "ap": float(average_precision(ranks).mean())}
+        return {
+            "iou": float(iou(cells).mean()),
+            "loss": loss / frames,
+            "ap": float(average_precision(ranks).mean()),
+        }
 
     # --- files
 
     def keep_best(self, step: str) -> None:
         """The best files that a checkpoint of this step refers to, under names that nobody replaces."""
-        for name, kept in (("best.ckpt", f"best_at_{step}.ckpt"), ("model_best.pt", f"best_at_{step}.pt")):
+        for name, kept in (
+            ("best.ckpt", f"best_at_{step}.ckpt"),
+            ("model_best.pt", f"best_at_{step}.pt"),
+        ):
             if (self.folder / name).exists():
                 link(self.folder / name, self.folder / kept)
 
@@ -332,11 +432,22 @@ class SimBEVKeeper(Callback):
         self.settle(last)
         if last.exists():
             link(last, self.folder / "model_final.pt")
-        if not best.exists() and self.validations:  # of that step, if a file is; else the best end of an epoch
+        if (
+            not best.exists() and self.validations
+        ):  # of that step, if a file is; else the best end of an epoch
             place = 1 + MONITORS.index(self.monitor)
-            step = max(self.validations, key=lambda v: -v[place] if self.monitor == "loss" else v[place])[0]
-            files = [self.folder / f"model_{step:06d}.pt", *sorted(self.folder.glob("best_at_*.pt"), reverse=True)]
-            same = (file for file in files if file.exists() and read_checkpoint(file).get("counter") == step)
+            step = max(
+                self.validations, key=lambda v: -v[place] if self.monitor == "loss" else v[place]
+            )[0]
+            files = [
+                self.folder / f"model_{step:06d}.pt",
+                *sorted(self.folder.glob("best_at_*.pt"), reverse=True),
+            ]
+            same = (
+                file
+                for file in files
+                if file.exists() and read_checkpoint(file).get("counter") == step
+            )
             link(next(same, self.folder / "best.ckpt"), best)
 
     # --- what happens when
@@ -345,12 +456,16 @@ class SimBEVKeeper(Callback):
         """Lines for TensorBoard, train__loss as train/loss, from the first process."""
         if trainer.is_global_zero and trainer.logger is not None:
             for tag, value in values.items():
-                trainer.logger.experiment.add_scalar(tag.replace("__", "/"), value, trainer.global_step)
+                trainer.logger.experiment.add_scalar(
+                    tag.replace("__", "/"), value, trainer.global_step
+                )
 
     def closed(self, trainer) -> None:
         """After an epoch has ended and last.ckpt is there."""
         if self.pending or (self.validations and self.validations[-1][0] == trainer.global_step):
-            self.scalars(trainer, val__loss=self.validations[-1][2], val__iou=self.validations[-1][1])
+            self.scalars(
+                trainer, val__loss=self.validations[-1][2], val__iou=self.validations[-1][1]
+            )
         self.settle(self.folder / "last.ckpt") if trainer.is_global_zero else None
 
     def on_train_start(self, trainer, task) -> None:
@@ -370,7 +485,9 @@ class SimBEVKeeper(Callback):
             return
         if step % 10 == 0:
             loss, score = float(task.last["loss"]), float(iou(task.last["cells"]).mean())
-            self.scalars(trainer, train__loss=loss, train__iou=score, train__epoch=trainer.current_epoch)
+            self.scalars(
+                trainer, train__loss=loss, train__iou=score, train__epoch=trainer.current_epoch
+            )
         if step % 100 == 0:
             (before, start), self.since = self.since, (step, time.perf_counter())
             self.scalars(trainer, train__step_time=(self.since[1] - start) / max(1, step - before))
@@ -393,7 +510,13 @@ class SimBEVKeeper(Callback):
 # %% ../../../nbs/simbev/20_task.ipynb #05f95ee3
 def clear_outputs(folder: str | Path) -> None:
     """Remove an earlier run's model_*.pt and what belongs to them from `folder`."""
-    for pattern in ("model_best.pt", "model_final.pt", "model_[0-9]*.pt", "best_at_*", "resume/*.ckpt"):
+    for pattern in (
+        "model_best.pt",
+        "model_final.pt",
+        "model_[0-9]*.pt",
+        "best_at_*",
+        "resume/*.ckpt",
+    ):
         for file in Path(folder).glob(pattern):
             file.unlink()
 
@@ -405,15 +528,19 @@ def stage_resume(resume: str, folder: str | Path, model: nn.Module | None = None
     path, folder = Path(resume), Path(folder)
     kept = read_checkpoint(path)  # says in one line what is wrong with a file
     if "model_state_dict" not in kept:
-        raise ValueError(f"{path}: no checkpoint of SimBEV training: name a model_*.pt or last.ckpt that it wrote")
+        raise ValueError(
+            f"{path}: no checkpoint of SimBEV training: name a model_*.pt or last.ckpt that it wrote"
+        )
     if model is not None:
         check_weights(model, kept["model_state_dict"], path)
     if path.resolve().parent not in (folder.resolve(), (folder / "resume").resolve()):
         clear_outputs(folder)  # what lies here is not of the run that goes on
     stage, step = folder / "resume", path.stem[6:]
     stage.mkdir(parents=True, exist_ok=True)
-    for name, where, kept in (("best.ckpt", stage, f"best_at_{step}.ckpt"),
-                              ("model_best.pt", folder, f"best_at_{step}.pt")):
+    for name, where, kept in (
+        ("best.ckpt", stage, f"best_at_{step}.ckpt"),
+        ("model_best.pt", folder, f"best_at_{step}.pt"),
+    ):
         best = next((f for f in (path.with_name(kept), path.with_name(name)) if f.exists()), None)
         if best is not None and best != where / name:
             link(best, where / name)
@@ -421,10 +548,26 @@ def stage_resume(resume: str, folder: str | Path, model: nn.Module | None = None
     return str(stage / "last.ckpt")
 
 # %% ../../../nbs/simbev/20_task.ipynb #2947b6a2
-def recipe(lr: float = 1e-3, weight_decay: float = 1e-7, optimizer: str = "adam", schedule: str = "constant",
-           per: str = "step", warmup: int = 0, step_size: int = 10, gamma: float = 0.1) -> Recipe:
+def recipe(
+    lr: float = 1e-3,
+    weight_decay: float = 1e-7,
+    optimizer: str = "adam",
+    schedule: str = "constant",
+    per: str = "step",
+    warmup: int = 0,
+    step_size: int = 10,
+    gamma: float = 0.1,
+) -> Recipe:
     """Optimiser and schedule under the guide's names; a schedule counts in `per` step or epoch."""
     per = "epoch" if schedule in ("plateau", "step") else per
-    return Recipe(optimizer=optimizer, lr=lr, weight_decay=weight_decay, no_decay_norm_bias=optimizer == "adamw",
-                  schedule=schedule, per=per, warmup=warmup if schedule == "warmup_cosine" else 0,
-                  step_size=step_size, gamma=gamma)
+    return Recipe(
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        no_decay_norm_bias=optimizer == "adamw",
+        schedule=schedule,
+        per=per,
+        warmup=warmup if schedule == "warmup_cosine" else 0,
+        step_size=step_size,
+        gamma=gamma,
+    )

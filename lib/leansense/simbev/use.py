@@ -29,29 +29,49 @@ from .task import iou, overlap
 GREY, BLUE, GREEN = "#b5b5b5", "#0173b2", "#029e73"  # label, found, both
 
 
-def cell_centres(cells: torch.Tensor, xbound: Sequence[float], ybound: Sequence[float]) -> torch.Tensor:
+def cell_centres(
+    cells: torch.Tensor, xbound: Sequence[float], ybound: Sequence[float]
+) -> torch.Tensor:
     """Ground positions (n, 3) in metres of the cells that are not 0 on a map (X, Y)."""
     rows, columns = torch.nonzero(cells, as_tuple=True)
-    x, y = ((index + 0.5) * bound[2] + bound[0] for index, bound in ((rows, xbound), (columns, ybound)))
+    x, y = (
+        (index + 0.5) * bound[2] + bound[0] for index, bound in ((rows, xbound), (columns, ybound))
+    )
     return torch.stack([x, y, torch.zeros_like(x)], -1).float()
 
 
 def picture(normalised: torch.Tensor) -> np.ndarray:
     """A normalised image (3, H, W) as (H, W, 3) between 0 and 1."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     return (normalised.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
 # %% ../../../nbs/simbev/40_use.ipynb #3c129a6d
-def draw_map(axes, target: torch.Tensor, found: torch.Tensor, xbound: Sequence[float], ybound: Sequence[float]) -> None:
+def draw_map(
+    axes,
+    target: torch.Tensor,
+    found: torch.Tensor,
+    xbound: Sequence[float],
+    ybound: Sequence[float],
+) -> None:
     """Label and found cells (X, Y) from above: forward is up, left is left, the car in the middle."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
     target, found = (x.cpu() > 0.5 for x in (target, found))
     image = np.ones((*target.shape, 3))
-    for where, colour in ((target & ~found, GREY), (found & ~target, BLUE), (found & target, GREEN)):
+    for where, colour in (
+        (target & ~found, GREY),
+        (found & ~target, BLUE),
+        (found & target, GREEN),
+    ):
         image[where.numpy()] = to_rgb(colour)
-    axes.imshow(image[::-1, ::-1], extent=(ybound[1], ybound[0], xbound[0], xbound[1]), interpolation="nearest")
+    axes.imshow(
+        image[::-1, ::-1],
+        extent=(ybound[1], ybound[0], xbound[0], xbound[1]),
+        interpolation="nearest",
+    )
     axes.add_patch(Rectangle((-0.95, -2.0), 1.9, 4.6, color="#d55e00", zorder=3))
     axes.set_xticks([ybound[1], 0, ybound[0]])
     axes.set_yticks([xbound[0], 0, xbound[1]])
@@ -59,12 +79,20 @@ def draw_map(axes, target: torch.Tensor, found: torch.Tensor, xbound: Sequence[f
     axes.grid(False)
 
 
-def draw_frame(figure, item: Mapping, found: torch.Tensor, xbound: Sequence[float], ybound: Sequence[float],
-               names: Sequence[str] = ()) -> None:
+def draw_frame(
+    figure,
+    item: Mapping,
+    found: torch.Tensor,
+    xbound: Sequence[float],
+    ybound: Sequence[float],
+    names: Sequence[str] = (),
+) -> None:
     """Draw one frame of a SimBEVDataset and the cells (X, Y) found in it into a figure or subfigure."""
     count = item["imgs"].shape[0]
     columns = min(3, count)
-    grid = figure.add_gridspec(-(-count // columns), columns + 1, width_ratios=[1.6] * columns + [1.25])
+    grid = figure.add_gridspec(
+        -(-count // columns), columns + 1, width_ratios=[1.6] * columns + [1.25]
+    )
     centres = cell_centres(found, xbound, ybound)
     rig = [item[name][None] for name in INPUTS[1:]]
     uv, depth = project(centres[None], *rig)
@@ -88,19 +116,32 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
         settings = json.loads(kept["settings"])
         config, params = dict(settings["model"]), dict(settings["params"])
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: says nothing sound of its network and data (settings): {again}") from None
+        raise ValueError(
+            f"{path}: says nothing sound of its network and data (settings): {again}"
+        ) from None
     unknown = sorted(config.keys() - inspect.signature(build).parameters.keys())
     if unknown:
-        raise ValueError(f"{path}: its network has settings that are not known here ({', '.join(unknown)}): {again}")
-    (height, width), grid = config.get("final_dim", (128, 352)), GRID_CONF | (config.get("grid_conf") or {})
-    own = {"final_h": height, "final_w": width} | {name: list(bound) for name, bound in grid.items()}
+        raise ValueError(
+            f"{path}: its network has settings that are not known here ({', '.join(unknown)}): {again}"
+        )
+    (height, width), grid = (
+        config.get("final_dim", (128, 352)),
+        GRID_CONF | (config.get("grid_conf") or {}),
+    )
+    own = {"final_h": height, "final_w": width} | {
+        name: list(bound) for name, bound in grid.items()
+    }
     for name, value in own.items():
         said = params.setdefault(name, value)
         if said != value:
-            raise ValueError(f"{path}: {name} is {said} in its parameters and {value} in its network: {again}")
+            raise ValueError(
+                f"{path}: {name} is {said} in its parameters and {value} in its network: {again}"
+            )
     count = len(channels(params.setdefault("classes", "vehicle")))
     if count != config.get("outC", 1):
-        raise ValueError(f"{path}: {count} classes in its parameters, {config.get('outC', 1)} in its network: {again}")
+        raise ValueError(
+            f"{path}: {count} classes in its parameters, {config.get('outC', 1)} in its network: {again}"
+        )
     return config, params
 
 
@@ -108,13 +149,17 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model, in evaluation mode, and the row's parameters of a model_*.pt; one-line error for any other file."""
     kept = read_checkpoint(path)
     if "settings" not in kept or not isinstance(kept.get("model_state_dict"), dict):
-        raise ValueError(f"{path}: no checkpoint of SimBEV training: name a model_*.pt that it wrote")
+        raise ValueError(
+            f"{path}: no checkpoint of SimBEV training: name a model_*.pt that it wrote"
+        )
     config, params = _described(kept, path)
     try:
         model = build(**config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its network cannot be built: {error}") from None
-    weights = {name.removeprefix("module."): value for name, value in kept["model_state_dict"].items()}
+    weights = {
+        name.removeprefix("module."): value for name, value in kept["model_state_dict"].items()
+    }
     check_weights(model, weights, path)
     check_finite(weights, path)
     model.load_state_dict(weights)
@@ -122,38 +167,62 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
 
 # %% ../../../nbs/simbev/40_use.ipynb #48b2e49d
 @torch.no_grad()
-def predict(model: nn.Module, params: Mapping, folder: str | Path, split: str = "valid", limit: int = 0) -> Iterator:
+def predict(
+    model: nn.Module, params: Mapping, folder: str | Path, split: str = "valid", limit: int = 0
+) -> Iterator:
     """(answer, item, found (X, Y)) for each frame of a data set's split; ValueError when it has no such frames."""
     if limit < 0:
         raise ValueError(f"limit={limit}: give a number of frames, 0 for all")
     values = {**params, "data": str(folder), "layout": "auto", "nworkers": 0, "bsz": 1}
     parts = loaders(dataset(values), values)
     if split not in parts:
-        raise ValueError(f"{folder}: no frames in split '{split}'; it has {', '.join(parts) or 'none'}")
+        raise ValueError(
+            f"{folder}: no frames in split '{split}'; it has {', '.join(parts) or 'none'}"
+        )
     frames = parts[split].dataset
     for index in range(min(limit or len(frames), len(frames))):
         item = frames[index]
         logits = model(*(item[name][None] for name in INPUTS))[0]
         if not bool(logits.isfinite().all()):
-            raise ValueError(f"{item['id']}: the network answers with NaN or infinity: use another checkpoint")
+            raise ValueError(
+                f"{item['id']}: the network answers with NaN or infinity: use another checkpoint"
+            )
         found = logits[0] > 0
         score = float(iou(overlap(logits[None], item["target"][None], item["mask"][None])).mean())
-        yield {"id": item["id"], "cells": torch.nonzero(found).tolist(), "iou": score,
-               "highest": float(logits[0].max().sigmoid())}, item, found.float()
+        yield (
+            {
+                "id": item["id"],
+                "cells": torch.nonzero(found).tolist(),
+                "iou": score,
+                "highest": float(logits[0].max().sigmoid()),
+            },
+            item,
+            found.float(),
+        )
 
 
-def write_predictions(checkpoint: str | Path, folder: str | Path, out: str | Path, split: str = "valid",
-                      limit: int = 0) -> list[Path]:
+def write_predictions(
+    checkpoint: str | Path,
+    folder: str | Path,
+    out: str | Path,
+    split: str = "valid",
+    limit: int = 0,
+) -> list[Path]:
     """Write <out>/<id>.json and .png for each frame; returns the JSON files."""
-    from leansense.core.figures import PAGE, save, style
     from matplotlib.figure import Figure
+
+    from leansense.core.figures import PAGE, save, style
 
     model, params = load_checkpoint(checkpoint)
     bounds = [params.get(name, [-50.0, 50.0, 0.5]) for name in ("xbound", "ybound")]
     made = []
     for answer, item, found in predict(model, params, folder, split, limit):
         stem = Path(out) / answer["id"].replace("/", "_")
-        made.append(write_atomic(stem.with_name(stem.name + ".json"), json.dumps(answer, allow_nan=False) + "\n"))
+        made.append(
+            write_atomic(
+                stem.with_name(stem.name + ".json"), json.dumps(answer, allow_nan=False) + "\n"
+            )
+        )
         with style():
             figure = Figure(figsize=(PAGE, 1.9), layout="constrained")
             draw_frame(figure, item, found, *bounds)
@@ -165,7 +234,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m leansense.simbev.use", description="maps of vehicles for a folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m leansense.simbev.use", description="maps of vehicles for a folder"
+    )
     parser.add_argument("checkpoint", help="a model_*.pt that training wrote")
     parser.add_argument("folder", help="a SimBEV data set in any of its layouts")
     parser.add_argument("--out", default="runs/predictions", help="where JSON and PNG files go")
@@ -173,7 +244,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=0, help="frames; 0: all")
     given = parser.parse_args(argv)
     try:
-        made = write_predictions(given.checkpoint, given.folder, given.out, given.split, given.limit)
+        made = write_predictions(
+            given.checkpoint, given.folder, given.out, given.split, given.limit
+        )
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

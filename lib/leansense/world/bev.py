@@ -14,7 +14,16 @@ from functools import lru_cache
 import numpy as np
 
 from .camera import Images, Rig, render
-from .scene import CLASSES, EGO_SIZE, SIMBEV_CLASSES, Objects, Scene, Snapshot, boxes, class_id
+from leansense.world.scene import (
+    CLASSES,
+    EGO_SIZE,
+    SIMBEV_CLASSES,
+    Objects,
+    Scene,
+    Snapshot,
+    boxes,
+    class_id,
+)
 
 # %% ../../../nbs/world/25_bev.ipynb #d19306b5
 @dataclass(frozen=True)
@@ -31,9 +40,13 @@ class Grid:
 
     def __post_init__(self):
         if min(self.rows, self.columns) < 1 or self.cell_size <= 0:
-            raise ValueError(f"rows={self.rows}, columns={self.columns}, cell_size={self.cell_size:g} must be positive")
+            raise ValueError(
+                f"rows={self.rows}, columns={self.columns}, cell_size={self.cell_size:g} must be positive"
+            )
         if {self.row_sense, self.column_sense} - {1, -1}:
-            raise ValueError(f"row_sense={self.row_sense}, column_sense={self.column_sense}: each must be +1 or -1")
+            raise ValueError(
+                f"row_sense={self.row_sense}, column_sense={self.column_sense}: each must be +1 or -1"
+            )
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -67,7 +80,9 @@ LSS_GRID = Grid(200, 200, 0.5, 1, 1)  # 50 m in each direction
 FILLS = ("touched", "centre")
 
 
-def footprint_cells(objects: Objects, grid: Grid, fill: str = "touched") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def footprint_cells(
+    objects: Objects, grid: Grid, fill: str = "touched"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The cells (owner, row, column) that the objects' footprints fill; an owner is a row of `objects`."""
     if fill not in FILLS:
         raise ValueError(f"fill={fill!r} is unknown: choose from {', '.join(FILLS)}")
@@ -80,7 +95,10 @@ def footprint_cells(objects: Objects, grid: Grid, fill: str = "touched") -> tupl
     high, wide = np.maximum(r1 - r0 + 1, 0), np.maximum(c1 - c0 + 1, 0)
     owner = np.repeat(np.arange(len(objects)), high * wide)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(high * wide) - high * wide, high * wide)
-    row, column = r0[owner] + place // np.maximum(wide[owner], 1), c0[owner] + place % np.maximum(wide[owner], 1)
+    row, column = (
+        r0[owner] + place // np.maximum(wide[owner], 1),
+        c0[owner] + place % np.maximum(wide[owner], 1),
+    )
     x, y = grid.centres()
     dx, dy = x[row, 0] - objects.centre[owner, 0], y[0, column] - objects.centre[owner, 1]
     c, s = np.cos(objects.yaw)[owner], np.sin(objects.yaw)[owner]
@@ -112,8 +130,13 @@ def _centres(grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.ascontiguousarray(v) for v in np.broadcast_arrays(*grid.centres()))
 
 
-def raster(snapshot: Snapshot, grid: Grid, classes: Sequence[str] = SIMBEV_CLASSES[8], ego: bool = False,
-           fill: str = "touched") -> np.ndarray:
+def raster(
+    snapshot: Snapshot,
+    grid: Grid,
+    classes: Sequence[str] = SIMBEV_CLASSES[8],
+    ego: bool = False,
+    fill: str = "touched",
+) -> np.ndarray:
     """The label (classes, rows, columns) uint8 of a snapshot.
 
     classes: names, one channel each. ego: paint the observer's own car too. fill: touched | centre.
@@ -126,7 +149,9 @@ def raster(snapshot: Snapshot, grid: Grid, classes: Sequence[str] = SIMBEV_CLASS
     if "road_line" in classes and fill == "touched":
         thin, quarter = label[list(classes).index("road_line")], grid.cell_size / 4
         for dx, dy in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
-            thin |= snapshot.ground_kind(x + quarter * dx, y + quarter * dy) == class_id("road_line")
+            thin |= snapshot.ground_kind(x + quarter * dx, y + quarter * dy) == class_id(
+                "road_line"
+            )
     sets = [snapshot.objects] + ([boxes("car", (0, 0), EGO_SIZE)] if ego else [])
     for objects in sets:
         owner, row, column = footprint_cells(objects, grid, fill)
@@ -138,7 +163,9 @@ def raster(snapshot: Snapshot, grid: Grid, classes: Sequence[str] = SIMBEV_CLASS
 def resample(label: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
     """The label (..., rows, columns) of one grid on another: nearest at the cells' centres, 0 outside the source."""
     if label.shape[-2:] != (source.rows, source.columns):
-        raise ValueError(f"label has {label.shape[-2:]} cells, but the source grid {(source.rows, source.columns)}")
+        raise ValueError(
+            f"label has {label.shape[-2:]} cells, but the source grid {(source.rows, source.columns)}"
+        )
     x, y = target.centres()
     row, column = source.cell(x[:, 0], y[0])
     inside = np.ix_((row >= 0) & (row < source.rows), (column >= 0) & (column < source.columns))
@@ -157,8 +184,16 @@ class Sample:
     snapshot: Snapshot
 
 
-def render_sample(scene: Scene, t: float, rig: Rig, grid: Grid, classes: Sequence[str] = SIMBEV_CLASSES[8],
-                  seed: int | None = None, ego: bool = False, fill: str = "touched") -> Sample:
+def render_sample(
+    scene: Scene,
+    t: float,
+    rig: Rig,
+    grid: Grid,
+    classes: Sequence[str] = SIMBEV_CLASSES[8],
+    seed: int | None = None,
+    ego: bool = False,
+    fill: str = "touched",
+) -> Sample:
     """Images and label of a scene at t seconds; seed: of the sensors' noise, None: the scene's own."""
     snapshot = scene.snapshot(t)
     images = render(snapshot, rig, scene.seed if seed is None else seed)

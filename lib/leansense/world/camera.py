@@ -15,11 +15,22 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from .scene import (CLASSES, EXTENT, MATERIAL_CLASS, MATERIALS, STEP, Light, Objects, Snapshot,
-                                   class_id)
+from leansense.world.scene import (
+    CLASSES,
+    EXTENT,
+    MATERIAL_CLASS,
+    MATERIALS,
+    STEP,
+    Light,
+    Objects,
+    Snapshot,
+    class_id,
+)
 
 # %% ../../../nbs/world/10_camera.ipynb #db459735
-OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # columns: right, down, forward of a camera looking along +x
+OPTICAL = np.array(
+    [[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]]
+)  # columns: right, down, forward of a camera looking along +x
 
 
 def _locked(array) -> np.ndarray:
@@ -45,7 +56,9 @@ class Rig:
         for name, shape in (("translation", (n, 3)), ("rotation", (n, 3, 3)), ("K", (n, 3, 3))):
             object.__setattr__(self, name, _locked(getattr(self, name)))
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} must be {shape} for {n} cameras, not {getattr(self, name).shape}")
+                raise ValueError(
+                    f"{name} must be {shape} for {n} cameras, not {getattr(self, name).shape}"
+                )
         if not np.allclose(self.rotation @ self.rotation.swapaxes(1, 2), np.eye(3), atol=1e-5):
             raise ValueError("rotation: each camera needs an orthonormal matrix optical -> ego")
 
@@ -61,9 +74,18 @@ class Rig:
         """The rig of the named cameras, in that order."""
         missing = set(names) - set(self.names)
         if missing:
-            raise ValueError(f"camera {sorted(missing)[0]!r} is not in the rig: choose from {', '.join(self.names)}")
+            raise ValueError(
+                f"camera {sorted(missing)[0]!r} is not in the rig: choose from {', '.join(self.names)}"
+            )
         at = [self.names.index(name) for name in names]
-        return Rig(tuple(names), self.translation[at], self.rotation[at], self.K[at], self.height, self.width)
+        return Rig(
+            tuple(names),
+            self.translation[at],
+            self.rotation[at],
+            self.K[at],
+            self.height,
+            self.width,
+        )
 
 # %% ../../../nbs/world/10_camera.ipynb #858605dd
 def looking(yaw: float, pitch: float = 0.0) -> np.ndarray:
@@ -80,26 +102,52 @@ def quaternion(rotation: np.ndarray) -> np.ndarray:
     t = np.trace(m, axis1=-2, axis2=-1)
     k = np.zeros((*m.shape[:-2], 4, 4))
     k[..., 0, 0] = t
-    vector = np.stack([m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]], -1)
+    vector = np.stack(
+        [m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]], -1
+    )
     k[..., 0, 1:] = k[..., 1:, 0] = vector
     k[..., 1:, 1:] = m + m.swapaxes(-1, -2) - t[..., None, None] * np.eye(3)
     q = np.linalg.eigh(k)[1][..., -1]
     return q * np.where(q[..., :1] < 0, -1, 1)
 
 # %% ../../../nbs/world/10_camera.ipynb #dbcfb274
-CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+CAMERAS = (
+    "CAM_FRONT_LEFT",
+    "CAM_FRONT",
+    "CAM_FRONT_RIGHT",
+    "CAM_BACK_LEFT",
+    "CAM_BACK",
+    "CAM_BACK_RIGHT",
+)
 YAWS = (55.0, 0.0, -55.0, 110.0, 180.0, -110.0)  # degrees
-SIMBEV_CENTRES = ((0.4, 0.4, 1.6), (0.6, 0.0, 1.6), (0.4, -0.4, 1.6), (0.0, 0.4, 1.6), (-1.0, 0.0, 1.6),
-                  (0.0, -0.4, 1.6))
-NUSCENES_CENTRES = ((1.53, 0.50, 1.51), (1.70, 0.02, 1.51), (1.55, -0.49, 1.50), (1.04, 0.48, 1.59), (0.03, 0.0, 1.57),
-                    (1.01, -0.48, 1.56))
+SIMBEV_CENTRES = (
+    (0.4, 0.4, 1.6),
+    (0.6, 0.0, 1.6),
+    (0.4, -0.4, 1.6),
+    (0.0, 0.4, 1.6),
+    (-1.0, 0.0, 1.6),
+    (0.0, -0.4, 1.6),
+)
+NUSCENES_CENTRES = (
+    (1.53, 0.50, 1.51),
+    (1.70, 0.02, 1.51),
+    (1.55, -0.49, 1.50),
+    (1.04, 0.48, 1.59),
+    (0.03, 0.0, 1.57),
+    (1.01, -0.48, 1.56),
+)
 
 
-def resized(rig: Rig, scale: float, crop: tuple[float, float] = (0, 0), size: tuple[int, int] | None = None) -> Rig:
+def resized(
+    rig: Rig, scale: float, crop: tuple[float, float] = (0, 0), size: tuple[int, int] | None = None
+) -> Rig:
     """The rig after scaling its images and cutting off `crop` (left, top) pixels; size: the (height, width) left."""
     if scale <= 0:
         raise ValueError(f"scale={scale:g} must be positive")
-    height, width = size or (round(rig.height * scale - crop[1]), round(rig.width * scale - crop[0]))
+    height, width = size or (
+        round(rig.height * scale - crop[1]),
+        round(rig.width * scale - crop[0]),
+    )
     K = rig.K * np.array([scale, scale, 1.0])[:, None]
     K[:, :2, 2] -= crop
     return Rig(rig.names, rig.translation, rig.rotation, K, height, width)
@@ -118,7 +166,11 @@ def simbev_rig(height: int = 900, width: int = 1600) -> Rig:
     """SimBEV's six cameras, 80 degrees wide; other sizes are scaled to the width and cropped at the top."""
     f = 800 / math.tan(math.radians(40))
     K = np.tile(np.array([[f, 0, 800], [0, f, 450], [0, 0, 1]]), (6, 1, 1))
-    return _fit(Rig(CAMERAS, SIMBEV_CENTRES, [looking(math.radians(y)) for y in YAWS], K, 900, 1600), height, width)
+    return _fit(
+        Rig(CAMERAS, SIMBEV_CENTRES, [looking(math.radians(y)) for y in YAWS], K, 900, 1600),
+        height,
+        width,
+    )
 
 
 @lru_cache(maxsize=16)
@@ -126,25 +178,46 @@ def nuscenes_rig(height: int = 900, width: int = 1600) -> Rig:
     """Six cameras placed like those of nuScenes: 65 degrees wide, the rear one 90."""
     f = np.array([1260.0, 1260, 1260, 1260, 800, 1260])
     K = np.array([[[g, 0, 800], [0, g, 450], [0, 0, 1]] for g in f])
-    return _fit(Rig(CAMERAS, NUSCENES_CENTRES, [looking(math.radians(y)) for y in YAWS], K, 900, 1600), height, width)
+    return _fit(
+        Rig(CAMERAS, NUSCENES_CENTRES, [looking(math.radians(y)) for y in YAWS], K, 900, 1600),
+        height,
+        width,
+    )
 
 # %% ../../../nbs/world/10_camera.ipynb #fce92dae
 @lru_cache(maxsize=16)
-def front_rig(height: int = 540, width: int = 960, fov: float = 80.0,
-              centre: tuple[float, float, float] = (0.6, 0.0, 1.6), yaw: float = 0.0, pitch: float = 0.0) -> Rig:
+def front_rig(
+    height: int = 540,
+    width: int = 960,
+    fov: float = 80.0,
+    centre: tuple[float, float, float] = (0.6, 0.0, 1.6),
+    yaw: float = 0.0,
+    pitch: float = 0.0,
+) -> Rig:
     """One camera: horizontal field of view, yaw to the left and pitch downwards in degrees, centre in the ego frame."""
     if not 0 < fov < 180:
-        raise ValueError(f"fov={fov:g}: a pinhole camera sees more than 0 and less than 180 degrees")
+        raise ValueError(
+            f"fov={fov:g}: a pinhole camera sees more than 0 and less than 180 degrees"
+        )
     f = width / 2 / math.tan(math.radians(fov) / 2)
     K = [[[f, 0, width / 2], [0, f, height / 2], [0, 0, 1]]]
-    return Rig(("CAM_FRONT",), [centre], [looking(math.radians(yaw), math.radians(pitch))], K, height, width)
+    return Rig(
+        ("CAM_FRONT",),
+        [centre],
+        [looking(math.radians(yaw), math.radians(pitch))],
+        K,
+        height,
+        width,
+    )
 
 # %% ../../../nbs/world/10_camera.ipynb #ecc7655c
 def project(points: np.ndarray, rig: Rig) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (N, ..., 2) u, v and depths (N, ...) of ego points (..., 3) in each of N cameras."""
     points = np.asarray(points, float)
     shape = (len(rig.names),) + (1,) * (points.ndim - 1)
-    q = (points - rig.translation.reshape(*shape, 3))[..., None, :] @ rig.rotation.reshape(*shape, 3, 3)
+    q = (points - rig.translation.reshape(*shape, 3))[..., None, :] @ rig.rotation.reshape(
+        *shape, 3, 3
+    )
     uvw = (q @ rig.K.swapaxes(1, 2).reshape(*shape, 3, 3))[..., 0, :]
     with np.errstate(divide="ignore", invalid="ignore"):
         return uvw[..., :2] / uvw[..., 2:], uvw[..., 2]
@@ -160,8 +233,13 @@ def unproject(pixels: np.ndarray, depth: np.ndarray, rig: Rig) -> np.ndarray:
     return rays * np.asarray(depth, float)[..., None] + rig.translation.reshape(*shape, 3)
 
 # %% ../../../nbs/world/10_camera.ipynb #70170dc7
-FACES = np.array([[0, 3, 7, 4], [2, 1, 5, 6], [1, 0, 4, 5], [3, 2, 6, 7], [4, 7, 6, 5], [0, 1, 2, 3]])  # CORNERS
-AXIS, SIDE = np.array([0, 0, 1, 1, 2, 2]), np.array([1, -1, 1, -1, 1, -1])  # front, back, left, right, top, bottom
+FACES = np.array(
+    [[0, 3, 7, 4], [2, 1, 5, 6], [1, 0, 4, 5], [3, 2, 6, 7], [4, 7, 6, 5], [0, 1, 2, 3]]
+)  # CORNERS
+AXIS, SIDE = (
+    np.array([0, 0, 1, 1, 2, 2]),
+    np.array([1, -1, 1, -1, 1, -1]),
+)  # front, back, left, right, top, bottom
 NEAR = 0.01  # metres: what is nearer than this is not drawn
 
 
@@ -181,7 +259,9 @@ def _quads(quad: np.ndarray, inverse_K: np.ndarray) -> np.ndarray:
     """The (M, 7, 3) linear functions of quadrilaterals (M, 4, 3) in the optical frames of cameras, K^-1 (M, 3, 3)."""
     right, up = quad[:, 1] - quad[:, 0], quad[:, 3] - quad[:, 0]
     normal = np.cross(right, up)
-    offset = (normal * quad[:, 0]).sum(-1, keepdims=True)  # its sign is that of the edges' orientation
+    offset = (normal * quad[:, 0]).sum(
+        -1, keepdims=True
+    )  # its sign is that of the edges' orientation
     edges = np.cross(quad, np.roll(quad, -1, axis=1)) * np.sign(offset)[..., None]
     plane = normal / offset
     texture = []
@@ -193,7 +273,9 @@ def _quads(quad: np.ndarray, inverse_K: np.ndarray) -> np.ndarray:
     return rows @ inverse_K
 
 # %% ../../../nbs/world/10_camera.ipynb #21bd1269
-def _limits(quad: np.ndarray, K: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _limits(
+    quad: np.ndarray, K: np.ndarray, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whether a quadrilateral (M, 4, 3) may be in the picture, and the first and last pixel row that may show it."""
     z = quad[..., 2]
     behind = z < NEAR
@@ -201,8 +283,12 @@ def _limits(quad: np.ndarray, K: np.ndarray, height: int, width: int) -> tuple[n
         uv = (quad @ K.swapaxes(1, 2))[..., :2] / z[..., None]
     cut = behind.any(1)
     low, high = uv.min(1), uv.max(1)
-    top = np.where(cut, 0, np.clip(np.ceil(np.nan_to_num(low[:, 1]) - 0.5), 0, height)).astype(np.int64)
-    bottom = np.where(cut, height - 1, np.clip(np.floor(np.nan_to_num(high[:, 1]) - 0.5), -1, height - 1))
+    top = np.where(cut, 0, np.clip(np.ceil(np.nan_to_num(low[:, 1]) - 0.5), 0, height)).astype(
+        np.int64
+    )
+    bottom = np.where(
+        cut, height - 1, np.clip(np.floor(np.nan_to_num(high[:, 1]) - 0.5), -1, height - 1)
+    )
     bottom = bottom.astype(np.int64)
     seen = ~behind.all(1) & (bottom >= top) & (cut | ((high[:, 0] >= 0) & (low[:, 0] <= width)))
     return seen, top, bottom
@@ -216,7 +302,9 @@ def _faces(objects: Objects, rig: Rig) -> _Faces:
     local = np.stack([c * d[..., 0] + s * d[..., 1], c * d[..., 1] - s * d[..., 0], d[..., 2]], -1)
     facing = local[..., AXIS] * SIDE > objects.size[:, AXIS] / 2 + 1e-6  # (N, n, 6)
     camera, owner, face = np.nonzero(facing)
-    optical = (corners[None] - rig.translation[:, None, None]) @ rig.rotation[:, None]  # (N, n, 8, 3)
+    optical = (corners[None] - rig.translation[:, None, None]) @ rig.rotation[
+        :, None
+    ]  # (N, n, 8, 3)
     quad = optical[camera[:, None], owner[:, None], FACES[face]]
     seen, top, bottom = _limits(quad, rig.K[camera], rig.height, rig.width)
     camera, owner, face, quad = camera[seen], owner[seen], face[seen], quad[seen]
@@ -266,7 +354,9 @@ def _hits(faces: _Faces, rig: Rig) -> _Hits:
     span, step = _unfold(count)
     pixel = np.repeat((faces.camera[face] * rig.height + row) * rig.width + first, count) + step
     slope, b, c = faces.rows[face, 4].T
-    start = slope * (first + 0.5) + b * (row + 0.5) + c  # inverse depth at the first pixel of each span
+    start = (
+        slope * (first + 0.5) + b * (row + 0.5) + c
+    )  # inverse depth at the first pixel of each span
     inverse = np.repeat(start, count) + np.repeat(slope, count) * step
     key = inverse.astype(np.float32).view(np.int32).astype(np.int64) << 24
     key |= np.repeat(face, count)
@@ -274,7 +364,9 @@ def _hits(faces: _Faces, rig: Rig) -> _Hits:
     np.maximum.at(best, pixel, key)
     keep = np.flatnonzero(best[pixel] == key)
     span = span[keep]
-    return _Hits(pixel[keep], face[span], inverse[keep], first[span] + step[keep] + 0.5, row[span] + 0.5)
+    return _Hits(
+        pixel[keep], face[span], inverse[keep], first[span] + step[keep] + 0.5, row[span] + 0.5
+    )
 
 # %% ../../../nbs/world/10_camera.ipynb #a51545b9
 @dataclass(frozen=True, eq=False)
@@ -302,17 +394,33 @@ def _plane(rig: Rig) -> _Plane:
         depth[(rays[..., 2] >= 0) | (depth <= 0)] = np.inf
         length = np.linalg.norm(rays, axis=-1)
         ground = np.isfinite(depth)
-        x, y = ((rays[..., k] * np.where(ground, depth, 0) + rig.translation[:, None, k])[ground] for k in (0, 1))
+        x, y = (
+            (rays[..., k] * np.where(ground, depth, 0) + rig.translation[:, None, k])[ground]
+            for k in (0, 1)
+        )
         rise = (rays[..., 2] / length)[~ground]
         made = (x, y, depth.ravel(), (depth * length)[ground], rise, length.ravel())
-        rig.__dict__["_plane"] = _Plane(np.flatnonzero(ground), np.flatnonzero(~ground),
-                                        *(np.ascontiguousarray(a, np.float32) for a in made))
+        rig.__dict__["_plane"] = _Plane(
+            np.flatnonzero(ground),
+            np.flatnonzero(~ground),
+            *(np.ascontiguousarray(a, np.float32) for a in made),
+        )
     return rig.__dict__["_plane"]
 
 # %% ../../../nbs/world/10_camera.ipynb #365733d2
 BODY, GLASS, TYRE, TAIL, HEAD, DARK, STRIPE, SKIN = range(8)
-PAINTS = np.array([[1, 1, 1], [0.16, 0.20, 0.25], [0.06, 0.06, 0.06], [0.80, 0.05, 0.05], [1.0, 0.98, 0.85],
-                   [0.10, 0.10, 0.11], [0.92, 0.92, 0.92], [0.78, 0.60, 0.48]])  # BODY takes the object's own colour
+PAINTS = np.array(
+    [
+        [1, 1, 1],
+        [0.16, 0.20, 0.25],
+        [0.06, 0.06, 0.06],
+        [0.80, 0.05, 0.05],
+        [1.0, 0.98, 0.85],
+        [0.10, 0.10, 0.11],
+        [0.92, 0.92, 0.92],
+        [0.78, 0.60, 0.48],
+    ]
+)  # BODY takes the object's own colour
 TEXELS = 16
 
 
@@ -323,7 +431,7 @@ def _textures() -> np.ndarray:
     front, back, sides = slice(0, 1), slice(1, 2), slice(2, 4)
     for name, glass in (("car", (9, 15)), ("truck", (9, 13)), ("bus", (7, 13))):
         one = t[class_id(name)]
-        one[front, glass[0]:glass[1], 2:14] = GLASS
+        one[front, glass[0] : glass[1], 2:14] = GLASS
         one[sides, 0:4, 2:5] = one[sides, 0:4, 11:14] = TYRE
         one[front, 4:7, 0:3] = one[front, 4:7, 13:16] = HEAD
         one[back, 4:7, 0:3] = one[back, 4:7, 13:16] = TAIL
@@ -333,7 +441,7 @@ def _textures() -> np.ndarray:
     truck[2, 9:13, 13:16] = truck[3, 9:13, 0:3] = GLASS  # the cab's windows are at the front end
     truck[sides, 4:6] = truck[back, 2:4, 3:13] = DARK
     for k in range(0, 16, 4):
-        bus[sides, 7:13, k:k + 3] = GLASS
+        bus[sides, 7:13, k : k + 3] = GLASS
     for name in ("motorcycle", "bicycle"):
         t[class_id(name)][:4, 0:7] = TYRE
         t[class_id(name)][2:4, 0:5, 6:10] = DARK
@@ -342,19 +450,30 @@ def _textures() -> np.ndarray:
     t[class_id("pedestrian")][:4, 0:7] = DARK
     t[class_id("traffic_cone")][:4, 8:12] = t[class_id("barrier")][:, :, ::4] = STRIPE
     house = t[class_id("building")]
-    house[:4, 2:5, 1::4] = house[:4, 2:5, 2::4] = house[:4, 8:11, 1::4] = house[:4, 8:11, 2::4] = GLASS
+    house[:4, 2:5, 1::4] = house[:4, 2:5, 2::4] = house[:4, 8:11, 1::4] = house[:4, 8:11, 2::4] = (
+        GLASS
+    )
     return t
 
 # %% ../../../nbs/world/10_camera.ipynb #a34629f3
-BANDS, LEVELS, NOISE = 16, 16, 262_139  # haze steps, brightness steps, length of the sensor's noise (a prime)
+BANDS, LEVELS, NOISE = (
+    16,
+    16,
+    262_139,
+)  # haze steps, brightness steps, length of the sensor's noise (a prime)
 
 
 @lru_cache(maxsize=1)
 def _noise() -> tuple[np.ndarray, np.ndarray]:
     """Two tiles of uint8 0..7: ground (256, 256), patches and grain; sensor (NOISE,), grain."""
     rng = np.random.default_rng(0)
-    patches = sum(np.kron(rng.normal(size=(256 // n, 256 // n)), np.ones((n, n))) for n in (1, 4, 16, 64))
-    to_level = lambda a: np.clip(np.rint(3.5 + 1.5 * a), 0, 7).astype(np.uint8)
+    patches = sum(
+        np.kron(rng.normal(size=(256 // n, 256 // n)), np.ones((n, n))) for n in (1, 4, 16, 64)
+    )
+
+    def to_level(a):
+        return np.clip(np.rint(3.5 + 1.5 * a), 0, 7).astype(np.uint8)
+
     return to_level(patches / 2), to_level(rng.normal(size=NOISE))
 
 
@@ -364,11 +483,17 @@ def _palette(light: Light) -> np.ndarray:
     haze, tint = np.array(light.haze), np.array(light.tint)
     lit = light.ambient + light.direct * math.sin(light.sun[1])
     ground = np.array([colour for _, colour in MATERIALS.values()]) * tint * lit
-    colours = [keep * colour + (1 - keep) * haze for colour in ground] + [keep * light.zenith + (1 - keep) * haze]
+    colours = [keep * colour + (1 - keep) * haze for colour in ground] + [
+        keep * light.zenith + (1 - keep) * haze
+    ]
     grain = 1 + (np.arange(LEVELS) - 7.0) / 3 * (0.04 + light.noise)
-    calm = np.stack([0.25 + 0.75 * keep] * len(ground) + [np.full_like(keep, 0.3)])  # haze and sky are smooth
+    calm = np.stack(
+        [0.25 + 0.75 * keep] * len(ground) + [np.full_like(keep, 0.3)]
+    )  # haze and sky are smooth
     grain = 1 + calm * (grain - 1)  # (materials + 1, BANDS, LEVELS)
-    return np.clip(np.rint(255 * np.array(colours)[:, :, None] * grain[..., None]), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(255 * np.array(colours)[:, :, None] * grain[..., None]), 0, 255).astype(
+        np.uint8
+    )
 
 # %% ../../../nbs/world/10_camera.ipynb #a6bdd599
 def _backdrop(snapshot: Snapshot, rig: Rig, sensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -383,7 +508,9 @@ def _backdrop(snapshot: Snapshot, rig: Rig, sensor: np.ndarray) -> tuple[np.ndar
     level = _noise()[0].take(((i >> 1) & 255) << 8 | ((j >> 1) & 255)) + grain
     keep = np.exp(plane.distance * np.float32(-light.fog)) * np.float32(BANDS - 1)
     index = np.empty(len(sensor), np.int64)
-    index[plane.pixel] = (material * np.int64(BANDS) + (keep + dither[plane.pixel]).astype(np.int64)) * LEVELS + level
+    index[plane.pixel] = (
+        material * np.int64(BANDS) + (keep + dither[plane.pixel]).astype(np.int64)
+    ) * LEVELS + level
     rise = np.clip(plane.rise * np.float32(2.5 * (BANDS - 1)), 0, BANDS - 1.001) + dither[plane.sky]
     index[plane.sky] = (rise.astype(np.int64) + len(MATERIALS) * BANDS) * LEVELS + sensor[plane.sky]
     image = np.empty((len(index), 3), np.uint8)
@@ -393,29 +520,50 @@ def _backdrop(snapshot: Snapshot, rig: Rig, sensor: np.ndarray) -> tuple[np.ndar
     return image, kind
 
 # %% ../../../nbs/world/10_camera.ipynb #2bb69a8d
-def _shade(objects: Objects, faces: _Faces, hits: _Hits, snapshot: Snapshot, stretch, sensor) -> np.ndarray:
+def _shade(
+    objects: Objects, faces: _Faces, hits: _Hits, snapshot: Snapshot, stretch, sensor
+) -> np.ndarray:
     """The colours (hits, 3) uint8 of visible pixels of objects."""
     light, kind = snapshot.light, objects.kind[faces.owner]
-    heading = objects.yaw[faces.owner] + np.array([0, np.pi, np.pi / 2, -np.pi / 2, 0, 0])[faces.face]
+    heading = (
+        objects.yaw[faces.owner] + np.array([0, np.pi, np.pi / 2, -np.pi / 2, 0, 0])[faces.face]
+    )
     azimuth, elevation = light.sun[0] - snapshot.pose[2], light.sun[1]
-    cosine = np.where(faces.face < 4, np.cos(heading - azimuth) * math.cos(elevation), math.sin(elevation))
+    cosine = np.where(
+        faces.face < 4, np.cos(heading - azimuth) * math.cos(elevation), math.sin(elevation)
+    )
     lit = light.ambient + light.direct * np.clip(cosine, 0, 1) * (faces.face != 5)
     paint = np.tile(PAINTS, (len(kind), 1, 1))  # (M, paints, 3)
     paint[:, BODY] = objects.colour[faces.owner]
     paint = paint * lit[:, None, None]
     lamps = (TAIL, HEAD)
     paint[:, lamps] = np.maximum(paint[:, lamps], 0.9 * PAINTS[list(lamps)])
-    paint = np.ascontiguousarray((paint * light.tint).reshape(-1, 3).T, np.float32)  # planar: all reds, greens, blues
+    paint = np.ascontiguousarray(
+        (paint * light.tint).reshape(-1, 3).T, np.float32
+    )  # planar: all reds, greens, blues
     a, b, c = (np.ascontiguousarray(faces.rows[:, 5:, k].T) for k in range(3))
-    along, up = (((a[k].take(hits.face) * hits.u + b[k].take(hits.face) * hits.v + c[k].take(hits.face)) *
-                  (TEXELS / hits.inverse)).astype(np.int64).clip(0, TEXELS - 1) for k in (0, 1))
+    along, up = (
+        (
+            (a[k].take(hits.face) * hits.u + b[k].take(hits.face) * hits.v + c[k].take(hits.face))
+            * (TEXELS / hits.inverse)
+        )
+        .astype(np.int64)
+        .clip(0, TEXELS - 1)
+        for k in (0, 1)
+    )
     texture = (kind.astype(np.int64) * 6 + faces.face) * TEXELS**2
     texel = _textures().take(texture.take(hits.face) + up * TEXELS + along)
     keep = np.exp(-light.fog * stretch[hits.pixel] / hits.inverse.astype(np.float32))
-    gain = 255 * keep * (1 + (sensor[hits.pixel] - np.float32(3.5)) / 3 * np.float32(0.02 + light.noise))
+    gain = (
+        255
+        * keep
+        * (1 + (sensor[hits.pixel] - np.float32(3.5)) / 3 * np.float32(0.02 + light.noise))
+    )
     colour, index = np.empty((len(texel), 3), np.uint8), hits.face * len(PAINTS) + texel
     for n, haze in enumerate(light.haze):
-        colour[:, n] = np.clip(paint[n].take(index) * gain + (1 - keep) * np.float32(255 * haze), 0, 255)
+        colour[:, n] = np.clip(
+            paint[n].take(index) * gain + (1 - keep) * np.float32(255 * haze), 0, 255
+        )
     return colour
 
 # %% ../../../nbs/world/10_camera.ipynb #126dd542
@@ -433,8 +581,12 @@ def _shadows(objects: Objects, snapshot: Snapshot, rig: Rig) -> np.ndarray:
     seen, top, bottom = _limits(quad, rig.K[camera], rig.height, rig.width)
     camera, owner = camera[seen], owner[seen]
     rows = _quads(quad[seen], np.linalg.inv(rig.K)[camera])
-    face, row, first, count = _spans(_Faces(camera, owner, owner, rows, top[seen], bottom[seen]), rig.width)
-    return np.repeat((camera[face] * rig.height + row) * rig.width + first, count) + _unfold(count)[1]
+    face, row, first, count = _spans(
+        _Faces(camera, owner, owner, rows, top[seen], bottom[seen]), rig.width
+    )
+    return (
+        np.repeat((camera[face] * rig.height + row) * rig.width + first, count) + _unfold(count)[1]
+    )
 
 # %% ../../../nbs/world/10_camera.ipynb #79b4e9f2
 @dataclass(frozen=True, eq=False)
@@ -450,7 +602,9 @@ class Images:
 def render(snapshot: Snapshot, rig: Rig, seed: int = 0) -> Images:
     """The pictures of a snapshot through all cameras of a rig; seed: of the sensor's noise, which also depends on t."""
     plane, objects = _plane(rig), snapshot.objects
-    start = int(np.random.default_rng([seed, round(snapshot.t * 1000) & 0xFFFFFFFF]).integers(NOISE))
+    start = int(
+        np.random.default_rng([seed, round(snapshot.t * 1000) & 0xFFFFFFFF]).integers(NOISE)
+    )
     sensor = np.resize(np.roll(_noise()[1], -start), len(plane.depth))
     image, kind = _backdrop(snapshot, rig, sensor)
     depth, instance = plane.depth.copy(), np.zeros(len(kind), np.int16)
@@ -466,10 +620,14 @@ def render(snapshot: Snapshot, rig: Rig, seed: int = 0) -> Images:
         depth[hits.pixel], kind[hits.pixel] = 1 / hits.inverse, objects.kind[owner]
         instance[hits.pixel] = objects.instance[owner]
     shape = (len(rig.names), rig.height, rig.width)
-    return Images(image.reshape(*shape, 3), depth.reshape(shape), kind.reshape(shape), instance.reshape(shape))
+    return Images(
+        image.reshape(*shape, 3), depth.reshape(shape), kind.reshape(shape), instance.reshape(shape)
+    )
 
 # %% ../../../nbs/world/10_camera.ipynb #1cd662fd
-EDGES = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]])
+EDGES = np.array(
+    [[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]]
+)
 
 
 def project_boxes(objects: Objects, rig: Rig) -> tuple[np.ndarray, np.ndarray]:
@@ -477,7 +635,9 @@ def project_boxes(objects: Objects, rig: Rig) -> tuple[np.ndarray, np.ndarray]:
     return project(objects.corners(), rig)
 
 
-def box_segments(objects: Objects, rig: Rig, near: float = 0.1) -> list[tuple[np.ndarray, np.ndarray]]:
+def box_segments(
+    objects: Objects, rig: Rig, near: float = 0.1
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each camera: owners (m,) and end points (m, 2, 2) u, v of the edges of boxes in view, cut at `near`."""
     corners, found = objects.corners(), []
     for n in range(len(rig.names)):

@@ -29,16 +29,26 @@ class Lidar:
     dropout: float = 0.0  # probability that an echo is lost
 
     def __post_init__(self):
-        if self.rings < 1 or self.azimuths < 1 or self.reach <= 0 or self.noise < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"rings={self.rings}, azimuths={self.azimuths}, reach={self.reach:g} must be positive, "
-                             f"noise={self.noise:g} not negative and dropout={self.dropout:g} in [0, 1)")
+        if (
+            self.rings < 1
+            or self.azimuths < 1
+            or self.reach <= 0
+            or self.noise < 0
+            or not 0 <= self.dropout < 1
+        ):
+            raise ValueError(
+                f"rings={self.rings}, azimuths={self.azimuths}, reach={self.reach:g} must be positive, "
+                f"noise={self.noise:g} not negative and dropout={self.dropout:g} in [0, 1)"
+            )
 
 
 @lru_cache(maxsize=8)
 def _directions(lidar: Lidar) -> tuple[np.ndarray, np.ndarray]:
     """Unit directions as azimuth (azimuths,) in 0 .. 2 pi, and elevation (rings,), lowest first, in radians."""
-    return (np.arange(lidar.azimuths) * (2 * math.pi / lidar.azimuths),
-            np.radians(np.linspace(lidar.lowest, lidar.highest, lidar.rings)))
+    return (
+        np.arange(lidar.azimuths) * (2 * math.pi / lidar.azimuths),
+        np.radians(np.linspace(lidar.lowest, lidar.highest, lidar.rings)),
+    )
 
 # %% ../../../nbs/world/20_lidar.ipynb #7eeb2ed5
 def _columns(objects: Objects, lidar: Lidar) -> tuple[np.ndarray, np.ndarray]:
@@ -62,10 +72,15 @@ def _distances(objects: Objects, lidar: Lidar, owner: np.ndarray, column: np.nda
     yaw = objects.yaw[owner]
     c, s = np.cos(yaw), np.sin(yaw)
     dx, dy, dz = (np.array(lidar.centre) - objects.centre[owner]).T
-    start = np.stack([c * dx + s * dy, c * dy - s * dx, dz])[..., None]  # the sensor in the box's frame
+    start = np.stack([c * dx + s * dy, c * dy - s * dx, dz])[
+        ..., None
+    ]  # the sensor in the box's frame
     turn = (azimuth[column] - yaw)[:, None]
-    way = np.stack(np.broadcast_arrays(np.cos(turn) * np.cos(elevation), np.sin(turn) * np.cos(elevation),
-                                       np.sin(elevation)))
+    way = np.stack(
+        np.broadcast_arrays(
+            np.cos(turn) * np.cos(elevation), np.sin(turn) * np.cos(elevation), np.sin(elevation)
+        )
+    )
     way = np.where(abs(way) < 1e-12, 1e-12, way)
     half = objects.size[owner].T[..., None] / 2
     near, far = (-half * np.sign(way) - start) / way, (half * np.sign(way) - start) / way
@@ -90,19 +105,26 @@ def _nearest(snapshot: Snapshot, lidar: Lidar) -> tuple[np.ndarray, np.ndarray]:
     _, elevation = _directions(lidar)
     with np.errstate(divide="ignore"):
         ground = np.where(elevation < 0, -lidar.centre[2] / np.sin(elevation), np.inf)
-    distance, thing = np.tile(ground, (lidar.azimuths, 1)), np.full((lidar.azimuths, lidar.rings), -1)
+    distance, thing = (
+        np.tile(ground, (lidar.azimuths, 1)),
+        np.full((lidar.azimuths, lidar.rings), -1),
+    )
     objects = snapshot.objects
     if len(objects):
         owner, column = _columns(objects, lidar)
         found = _distances(objects, lidar, owner, column)
         pair, ring = np.nonzero(np.isfinite(found))
-        far_first = np.argsort(-found[pair, ring], kind="stable")  # the last one written is the nearest
+        far_first = np.argsort(
+            -found[pair, ring], kind="stable"
+        )  # the last one written is the nearest
         pair, ring = pair[far_first], ring[far_first]
         distance[column[pair], ring], thing[column[pair], ring] = found[pair, ring], owner[pair]
     return distance, thing
 
 # %% ../../../nbs/world/20_lidar.ipynb #4e77ad0f
-_REFLECTIVITY = np.array([0.9 if name in ("white", "yellow", "stripe") else 0.25 for name in MATERIALS], np.float32)
+_REFLECTIVITY = np.array(
+    [0.9 if name in ("white", "yellow", "stripe") else 0.25 for name in MATERIALS], np.float32
+)
 
 
 def scan(snapshot: Snapshot, lidar: Lidar = Lidar(), seed: int = 0) -> Points:
@@ -126,5 +148,11 @@ def scan(snapshot: Snapshot, lidar: Lidar = Lidar(), seed: int = 0) -> Points:
     if hit.any():
         kind[hit], instance[hit] = objects.kind[owner[hit]], objects.instance[owner[hit]]
         intensity[hit] = 0.2 + 0.6 * objects.colour[owner[hit]].mean(1)
-    return Points(xyz.astype(np.float32), kind, instance, intensity.astype(np.float32), ring.astype(np.uint8),
-                  column.astype(np.int16))
+    return Points(
+        xyz.astype(np.float32),
+        kind,
+        instance,
+        intensity.astype(np.float32),
+        ring.astype(np.uint8),
+        column.astype(np.int16),
+    )

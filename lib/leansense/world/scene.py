@@ -12,7 +12,6 @@ __all__ = ['SIMBEV_CLASSES', 'CLASSES', 'VEHICLES', 'CORNERS', 'STEP', 'EXTENT',
 # %% ../../../nbs/world/00_scene.ipynb #5a368746
 import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -20,10 +19,35 @@ import numpy as np
 # %% ../../../nbs/world/00_scene.ipynb #1b662090
 SIMBEV_CLASSES: dict[int, tuple[str, ...]] = {
     8: ("road", "car", "truck", "bus", "motorcycle", "bicycle", "rider", "pedestrian"),
-    11: ("road", "road_line", "sidewalk", "crosswalk", "car", "truck", "bus", "motorcycle", "bicycle", "rider",
-         "pedestrian"),
-    14: ("road", "hazard", "road_line", "sidewalk", "crosswalk", "traffic_cone", "barrier", "car", "truck", "bus",
-         "motorcycle", "bicycle", "rider", "pedestrian"),
+    11: (
+        "road",
+        "road_line",
+        "sidewalk",
+        "crosswalk",
+        "car",
+        "truck",
+        "bus",
+        "motorcycle",
+        "bicycle",
+        "rider",
+        "pedestrian",
+    ),
+    14: (
+        "road",
+        "hazard",
+        "road_line",
+        "sidewalk",
+        "crosswalk",
+        "traffic_cone",
+        "barrier",
+        "car",
+        "truck",
+        "bus",
+        "motorcycle",
+        "bicycle",
+        "rider",
+        "pedestrian",
+    ),
 }
 CLASSES: tuple[str, ...] = ("none", *SIMBEV_CLASSES[14], "terrain", "building", "pole")
 VEHICLES = ("car", "truck", "bus")  # what "vehicle" means in binary segmentation on SimBEV
@@ -33,11 +57,19 @@ def class_id(name: str) -> int:
     """The id of a class, its place in CLASSES; ValueError naming the nearest when there is none."""
     if name not in CLASSES:
         near = difflib.get_close_matches(name, CLASSES, 1, 0.0)
-        raise ValueError(f"class {name!r} is unknown: did you mean {near[0]!r}? There are {', '.join(CLASSES)}")
+        raise ValueError(
+            f"class {name!r} is unknown: did you mean {near[0]!r}? There are {', '.join(CLASSES)}"
+        )
     return CLASSES.index(name)
 
 # %% ../../../nbs/world/00_scene.ipynb #06a971d8
-CORNERS = np.array([[x, y, z] for z in (-0.5, 0.5) for x, y in ((0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5))])
+CORNERS = np.array(
+    [
+        [x, y, z]
+        for z in (-0.5, 0.5)
+        for x, y in ((0.5, 0.5), (-0.5, 0.5), (-0.5, -0.5), (0.5, -0.5))
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,19 +106,28 @@ class Objects:
         return self.corners()[:, :4, :2]
 
 # %% ../../../nbs/world/00_scene.ipynb #9e606cba
-def boxes(kind: str, centre, size, yaw=0.0, velocity=(0.0, 0.0), colour=(0.7, 0.1, 0.1), instance: int = 1) -> Objects:
+def boxes(
+    kind: str, centre, size, yaw=0.0, velocity=(0.0, 0.0), colour=(0.7, 0.1, 0.1), instance: int = 1
+) -> Objects:
     """Objects of one class from centres (n, 3) or (n, 2) on the ground, and sizes (3,) or (n, 3); the rest repeats."""
     centre, size = np.atleast_2d(np.asarray(centre, float)), np.atleast_2d(np.asarray(size, float))
     n = max(len(centre), len(size))
     size = np.broadcast_to(size, (n, 3))
     if centre.shape[1] not in (2, 3) or (size <= 0).any():
-        raise ValueError(f"centre must be (n, 2) or (n, 3) and size positive, not {centre.shape} and {size.min():g}")
+        raise ValueError(
+            f"centre must be (n, 2) or (n, 3) and size positive, not {centre.shape} and {size.min():g}"
+        )
     if centre.shape[1] == 2:
         centre = np.column_stack([np.broadcast_to(centre, (n, 2)), size[:, 2] / 2])
-    return Objects(np.full(n, class_id(kind), np.uint8), np.arange(instance, instance + n, dtype=np.int16),
-                   np.broadcast_to(centre, (n, 3)), size, np.broadcast_to(np.asarray(yaw, float), n),
-                   np.broadcast_to(np.asarray(velocity, float), (n, 2)),
-                   np.broadcast_to(np.asarray(colour, float), (n, 3)))
+    return Objects(
+        np.full(n, class_id(kind), np.uint8),
+        np.arange(instance, instance + n, dtype=np.int16),
+        np.broadcast_to(centre, (n, 3)),
+        size,
+        np.broadcast_to(np.asarray(yaw, float), n),
+        np.broadcast_to(np.asarray(velocity, float), (n, 2)),
+        np.broadcast_to(np.asarray(colour, float), (n, 3)),
+    )
 
 
 def join(*several: Objects) -> Objects:
@@ -118,12 +159,19 @@ class Tracks:
         return _advance(pose, np.maximum(way - begin - length, 0), 0 * curvature)
 
 # %% ../../../nbs/world/00_scene.ipynb #c332f43f
-STEP, EXTENT = 0.05, 400.0  # metres: resolution of the ground, and half the length that is described one by one
+STEP, EXTENT = (
+    0.05,
+    400.0,
+)  # metres: resolution of the ground, and half the length that is described one by one
 MATERIALS: dict[str, tuple[str, tuple[float, float, float]]] = {  # name -> (class, RGB)
-    "asphalt": ("road", (0.33, 0.33, 0.35)), "bay": ("road", (0.42, 0.40, 0.40)),
-    "white": ("road_line", (0.88, 0.88, 0.86)), "yellow": ("road_line", (0.85, 0.68, 0.16)),
-    "slabs": ("sidewalk", (0.62, 0.58, 0.54)), "stripe": ("crosswalk", (0.92, 0.92, 0.90)),
-    "gap": ("crosswalk", (0.30, 0.30, 0.32)), "grass": ("terrain", (0.30, 0.42, 0.20)),
+    "asphalt": ("road", (0.33, 0.33, 0.35)),
+    "bay": ("road", (0.42, 0.40, 0.40)),
+    "white": ("road_line", (0.88, 0.88, 0.86)),
+    "yellow": ("road_line", (0.85, 0.68, 0.16)),
+    "slabs": ("sidewalk", (0.62, 0.58, 0.54)),
+    "stripe": ("crosswalk", (0.92, 0.92, 0.90)),
+    "gap": ("crosswalk", (0.30, 0.30, 0.32)),
+    "grass": ("terrain", (0.30, 0.42, 0.20)),
 }
 MATERIAL_CLASS = np.array([class_id(kind) for kind, _ in MATERIALS.values()], np.uint8)
 
@@ -223,7 +271,9 @@ def paint(street: Street) -> Ground:
         along[off < SIDE_HALF] = SIDE
         along[off < LINE / 2] = SIDE_LINE
     names = list(MATERIALS)
-    table = [[names.index(_material(a, b, street.arms)) for b in range(64)] for a in range(SIDE_WALK + 1)]
+    table = [
+        [names.index(_material(a, b, street.arms)) for b in range(64)] for a in range(SIDE_WALK + 1)
+    ]
     return Ground(along, across, np.array(table, np.uint8))
 
 # %% ../../../nbs/world/00_scene.ipynb #cecef99a
@@ -243,9 +293,36 @@ class Light:
 
 CONDITIONS: dict[str, Light] = {
     "day": Light(),
-    "dusk": Light((2.6, 0.2), 0.42, 0.35, (0.80, 0.52, 0.38), (0.22, 0.24, 0.42), 0.005, (1.0, 0.84, 0.70), 0.05),
-    "fog": Light((0.7, 0.9), 0.72, 0.10, (0.70, 0.72, 0.74), (0.66, 0.69, 0.72), 0.025, (0.96, 0.98, 1.0), 0.03),
-    "night": Light((0.7, 0.9), 0.20, 0.08, (0.06, 0.07, 0.10), (0.01, 0.01, 0.04), 0.006, (0.90, 0.95, 1.1), 0.10),
+    "dusk": Light(
+        (2.6, 0.2),
+        0.42,
+        0.35,
+        (0.80, 0.52, 0.38),
+        (0.22, 0.24, 0.42),
+        0.005,
+        (1.0, 0.84, 0.70),
+        0.05,
+    ),
+    "fog": Light(
+        (0.7, 0.9),
+        0.72,
+        0.10,
+        (0.70, 0.72, 0.74),
+        (0.66, 0.69, 0.72),
+        0.025,
+        (0.96, 0.98, 1.0),
+        0.03,
+    ),
+    "night": Light(
+        (0.7, 0.9),
+        0.20,
+        0.08,
+        (0.06, 0.07, 0.10),
+        (0.01, 0.01, 0.04),
+        0.006,
+        (0.90, 0.95, 1.1),
+        0.10,
+    ),
 }
 
 # %% ../../../nbs/world/00_scene.ipynb #028841f3
@@ -271,8 +348,12 @@ class Snapshot:
         return self.ground.kind(*self.to_world(x, y))
 
 
-def still(objects: Objects, street: Street | None = None, condition: str = "day",
-          pose: tuple[float, float, float] = (0.0, -1.75, 0.0)) -> Snapshot:
+def still(
+    objects: Objects,
+    street: Street | None = None,
+    condition: str = "day",
+    pose: tuple[float, float, float] = (0.0, -1.75, 0.0),
+) -> Snapshot:
     """A snapshot made by hand: objects in the ego frame, on a street (default: the default one) seen from a pose."""
     return Snapshot(objects, pose, paint(street or Street()), _light(condition))
 
@@ -309,37 +390,59 @@ class Scene:
         return Snapshot(objects, own, self.ground, self.light, t, float(self.ego.speed[0]))
 
 # %% ../../../nbs/world/00_scene.ipynb #79739400
-SIZES: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {  # class -> smallest, largest
-    "car": ((3.8, 1.75, 1.4), (4.9, 1.95, 1.8)), "truck": ((6.0, 2.2, 2.6), (9.0, 2.5, 3.6)),
-    "bus": ((10.0, 2.5, 2.9), (12.0, 2.6, 3.3)), "motorcycle": ((2.0, 0.7, 1.0), (2.3, 0.85, 1.2)),
-    "bicycle": ((1.7, 0.5, 1.0), (1.8, 0.6, 1.1)), "rider": ((0.5, 0.45, 0.75), (0.6, 0.55, 0.9)),
-    "pedestrian": ((0.4, 0.45, 1.6), (0.6, 0.6, 1.9)), "traffic_cone": ((0.4, 0.4, 0.7), (0.4, 0.4, 0.75)),
-    "barrier": ((1.8, 0.4, 0.9), (2.2, 0.5, 1.1)), "hazard": ((0.8, 0.8, 0.08), (1.6, 1.2, 0.15)),
-    "building": ((10.0, 8.0, 6.0), (24.0, 14.0, 16.0)), "pole": ((0.2, 0.2, 5.0), (0.3, 0.3, 7.0)),
+SIZES: dict[
+    str, tuple[tuple[float, float, float], tuple[float, float, float]]
+] = {  # class -> smallest, largest
+    "car": ((3.8, 1.75, 1.4), (4.9, 1.95, 1.8)),
+    "truck": ((6.0, 2.2, 2.6), (9.0, 2.5, 3.6)),
+    "bus": ((10.0, 2.5, 2.9), (12.0, 2.6, 3.3)),
+    "motorcycle": ((2.0, 0.7, 1.0), (2.3, 0.85, 1.2)),
+    "bicycle": ((1.7, 0.5, 1.0), (1.8, 0.6, 1.1)),
+    "rider": ((0.5, 0.45, 0.75), (0.6, 0.55, 0.9)),
+    "pedestrian": ((0.4, 0.45, 1.6), (0.6, 0.6, 1.9)),
+    "traffic_cone": ((0.4, 0.4, 0.7), (0.4, 0.4, 0.75)),
+    "barrier": ((1.8, 0.4, 0.9), (2.2, 0.5, 1.1)),
+    "hazard": ((0.8, 0.8, 0.08), (1.6, 1.2, 0.15)),
+    "building": ((10.0, 8.0, 6.0), (24.0, 14.0, 16.0)),
+    "pole": ((0.2, 0.2, 5.0), (0.3, 0.3, 7.0)),
 }
 COLOURS: dict[str, tuple[tuple[float, float, float], ...]] = {  # class -> paints to choose from
-    "car": ((0.75, 0.08, 0.08), (0.10, 0.22, 0.62), (0.85, 0.85, 0.86), (0.12, 0.12, 0.13), (0.50, 0.52, 0.55),
-            (0.16, 0.42, 0.25), (0.80, 0.50, 0.10)),
+    "car": (
+        (0.75, 0.08, 0.08),
+        (0.10, 0.22, 0.62),
+        (0.85, 0.85, 0.86),
+        (0.12, 0.12, 0.13),
+        (0.50, 0.52, 0.55),
+        (0.16, 0.42, 0.25),
+        (0.80, 0.50, 0.10),
+    ),
     "truck": ((0.85, 0.85, 0.82), (0.20, 0.35, 0.60), (0.60, 0.16, 0.12)),
     "bus": ((0.90, 0.75, 0.10), (0.15, 0.50, 0.40)),
-    "motorcycle": ((0.20, 0.05, 0.05), (0.08, 0.08, 0.10)), "bicycle": ((0.10, 0.45, 0.55), (0.55, 0.12, 0.35)),
+    "motorcycle": ((0.20, 0.05, 0.05), (0.08, 0.08, 0.10)),
+    "bicycle": ((0.10, 0.45, 0.55), (0.55, 0.12, 0.35)),
     "rider": ((0.80, 0.25, 0.10), (0.15, 0.30, 0.70)),
     "pedestrian": ((0.60, 0.20, 0.45), (0.20, 0.45, 0.30), (0.75, 0.70, 0.40)),
-    "traffic_cone": ((0.95, 0.42, 0.05),), "barrier": ((0.85, 0.30, 0.25),), "hazard": ((0.28, 0.20, 0.14),),
+    "traffic_cone": ((0.95, 0.42, 0.05),),
+    "barrier": ((0.85, 0.30, 0.25),),
+    "hazard": ((0.28, 0.20, 0.14),),
     "building": ((0.62, 0.50, 0.42), (0.55, 0.57, 0.60), (0.70, 0.66, 0.55), (0.48, 0.36, 0.32)),
     "pole": ((0.35, 0.36, 0.36),),
 }
 
 # %% ../../../nbs/world/00_scene.ipynb #fd85183a
-def overlap(pose: np.ndarray, size: np.ndarray, others: np.ndarray, sizes: np.ndarray,
-            margin: float = 0.3) -> np.ndarray:
+def overlap(
+    pose: np.ndarray, size: np.ndarray, others: np.ndarray, sizes: np.ndarray, margin: float = 0.3
+) -> np.ndarray:
     """Whether rectangles at poses (..., 3) x, y, yaw of sizes (..., 2+) come closer to others than `margin` metres."""
     dx, dy = others[..., 0] - pose[..., 0], others[..., 1] - pose[..., 1]
     turn = others[..., 2] - pose[..., 2]
     c, s = abs(np.cos(turn)), abs(np.sin(turn))
     apart = np.zeros(np.broadcast_shapes(dx.shape, turn.shape), bool)
     for yaw, own, other in ((pose[..., 2], size, sizes), (others[..., 2], sizes, size)):
-        length, width = (abs(np.cos(yaw) * dx + np.sin(yaw) * dy), abs(np.cos(yaw) * dy - np.sin(yaw) * dx))
+        length, width = (
+            abs(np.cos(yaw) * dx + np.sin(yaw) * dy),
+            abs(np.cos(yaw) * dy - np.sin(yaw) * dx),
+        )
         apart |= length > (own[..., 0] + c * other[..., 0] + s * other[..., 1]) / 2 + margin
         apart |= width > (own[..., 1] + s * other[..., 0] + c * other[..., 1]) / 2 + margin
     return ~apart
@@ -354,17 +457,30 @@ class _Builder:
         self.taken = [np.array([ego.poses(t)[0] for t in self.times])]  # each (times, 3)
         self.sizes = [np.array(EGO_SIZE)]
 
-    def add(self, kind: str, x: float, y: float, yaw: float = 0.0, speed: float = 0.0, arc=(0.0, 0.0, 0.0),
-            on: bool = False) -> bool:
+    def add(
+        self,
+        kind: str,
+        x: float,
+        y: float,
+        yaw: float = 0.0,
+        speed: float = 0.0,
+        arc=(0.0, 0.0, 0.0),
+        on: bool = False,
+    ) -> bool:
         """Add an object at a pose of time 0, `on`: on top of the last one; returns whether there was room."""
         low, high = np.array(SIZES[kind])
         size = low + (high - low) * self.rng.random(3)
         paint_ = COLOURS[kind][self.rng.integers(len(COLOURS[kind]))]
         colour = np.clip(np.array(paint_) * self.rng.uniform(0.85, 1.15), 0, 1)
         n = len(self.times)
-        way = Tracks(np.tile([x, y, yaw], (n, 1)), speed * self.times, np.tile(np.array(arc, float), (n, 1)))
+        way = Tracks(
+            np.tile([x, y, yaw], (n, 1)), speed * self.times, np.tile(np.array(arc, float), (n, 1))
+        )
         poses = way.poses(1.0)  # all times at once
-        if not on and overlap(poses, size, np.stack(self.taken), np.stack(self.sizes)[:, None]).any():
+        if (
+            not on
+            and overlap(poses, size, np.stack(self.taken), np.stack(self.sizes)[:, None]).any()
+        ):
             return False
         floor = self.rows[-1][2][2] * 0.8 if on else 0.0
         self.rows.append((kind, (x, y, floor + size[2] / 2), size, yaw, speed, colour, arc))
@@ -375,25 +491,46 @@ class _Builder:
 
     def build(self) -> tuple[Objects, Tracks]:
         """Everything added, as objects in the world frame at time 0 and their tracks."""
-        kind, centre, size, yaw, speed, colour, arc = (np.array([row[n] for row in self.rows]) for n in range(7))
+        kind, centre, size, yaw, speed, colour, arc = (
+            np.array([row[n] for row in self.rows]) for n in range(7)
+        )
         ids = np.array([class_id(k) for k in kind], np.uint8)
         velocity = speed[:, None] * np.stack([np.cos(yaw), np.sin(yaw)], -1)
-        objects = Objects(ids, np.arange(1, len(ids) + 1, dtype=np.int16), centre, size, yaw, velocity, colour)
+        objects = Objects(
+            ids, np.arange(1, len(ids) + 1, dtype=np.int16), centre, size, yaw, velocity, colour
+        )
         return objects, Tracks(np.column_stack([centre[:, :2], yaw]), speed, arc)
 
 
-EGO_SIZE = (4.6, 1.9, 1.5)  # length, width, height of the observer's car, centred on the origin of the ego frame
+EGO_SIZE = (
+    4.6,
+    1.9,
+    1.5,
+)  # length, width, height of the observer's car, centred on the origin of the ego frame
 
 # %% ../../../nbs/world/00_scene.ipynb #5cdc2fdc
 def _street(rng: np.random.Generator) -> Street:
     """Random measures, on the lattice of STEP."""
     crossing = round(rng.uniform(18, 60) / STEP) * STEP if rng.random() < 0.75 else None
-    zebra = None if rng.random() < 0.25 else (
-        crossing - SIDE_HALF - SIDE_PAVEMENT - 4.0 if crossing is not None else round(rng.uniform(8, 45)) * 1.0)
-    return Street(lane=float(rng.choice([3.2, 3.5])), forward=int(rng.integers(1, 3)), backward=int(rng.integers(1, 3)),
-                  bay=float(rng.choice([0.0, 2.4, 2.4])),
-                  walk=tuple(rng.choice([1.6, 2.0, 2.5, 3.0], 2, False).tolist()),
-                  crossing=crossing, arms=str(rng.choice(["left", "right", "both"])), zebra=zebra)
+    zebra = (
+        None
+        if rng.random() < 0.25
+        else (
+            crossing - SIDE_HALF - SIDE_PAVEMENT - 4.0
+            if crossing is not None
+            else round(rng.uniform(8, 45)) * 1.0
+        )
+    )
+    return Street(
+        lane=float(rng.choice([3.2, 3.5])),
+        forward=int(rng.integers(1, 3)),
+        backward=int(rng.integers(1, 3)),
+        bay=float(rng.choice([0.0, 2.4, 2.4])),
+        walk=tuple(rng.choice([1.6, 2.0, 2.5, 3.0], 2, False).tolist()),
+        crossing=crossing,
+        arms=str(rng.choice(["left", "right", "both"])),
+        zebra=zebra,
+    )
 
 
 EGOS = ("drive", "turn", "parked", "roadside")
@@ -412,23 +549,35 @@ def _ego(rng: np.random.Generator, street: Street, mode: str) -> Tracks:
         left = street.arms != "right"
         y = lanes[0] if left else lanes[-1]
         radius = 7.0 if left else 5.0
-        centre = street.crossing + (SIDE_HALF / 2 if left else -SIDE_HALF / 2)  # x of the lane to turn into
+        centre = street.crossing + (
+            SIDE_HALF / 2 if left else -SIDE_HALF / 2
+        )  # x of the lane to turn into
         start = (start[0], y, 0.0)
         arc = (centre - radius - start[0], radius * math.pi / 2, (1 if left else -1) / radius)
     return Tracks(np.array([start]), np.array([speed]), np.array([arc]))
 
 # %% ../../../nbs/world/00_scene.ipynb #35845edd
-SHARES = {"car": 0.66, "truck": 0.12, "bus": 0.06, "motorcycle": 0.08, "bicycle": 0.08}  # of moving traffic
+SHARES = {
+    "car": 0.66,
+    "truck": 0.12,
+    "bus": 0.06,
+    "motorcycle": 0.08,
+    "bicycle": 0.08,
+}  # of moving traffic
 
 
 def _traffic(b: _Builder, street: Street, ego: Tracks, density: float, duration: float) -> None:
     """Moving vehicles in all lanes of the main road and, where there is one, of the side street."""
     rng, half = b.rng, duration / 2
     x0 = float(ego.poses(half)[0, 0])
-    own = next((i for i, y in enumerate(street.lane_centres(1)) if abs(y - ego.start[0, 1]) < 0.1), None)
+    own = next(
+        (i for i, y in enumerate(street.lane_centres(1)) if abs(y - ego.start[0, 1]) < 0.1), None
+    )
     for direction in (1, -1):
         for i, y in enumerate(street.lane_centres(direction)):
-            speed = float(ego.speed[0]) if direction == 1 and i == own else float(rng.uniform(4, 11))
+            speed = (
+                float(ego.speed[0]) if direction == 1 and i == own else float(rng.uniform(4, 11))
+            )
             at = x0 - 110 + rng.uniform(0, 20)
             while at < x0 + 110:
                 kind = str(rng.choice(list(SHARES), p=list(SHARES.values())))
@@ -450,11 +599,16 @@ def _traffic(b: _Builder, street: Street, ego: Tracks, density: float, duration:
                 b.add(kind, street.crossing + lane, edge + side * distance, side * math.pi / 2, 6.0)
 
 # %% ../../../nbs/world/00_scene.ipynb #4c85f641
-def _street_life(b: _Builder, street: Street, span: tuple[float, float], density: float, vehicles: bool) -> None:
+def _street_life(
+    b: _Builder, street: Street, span: tuple[float, float], density: float, vehicles: bool
+) -> None:
     """What stands or walks beside the lanes, for x in span."""
     rng, (outer_r, bay, right, left, outer_l) = b.rng, street.edges
     crossing = math.inf if street.crossing is None else street.crossing
-    near_side = lambda x, room: abs(x - crossing) < SIDE_HALF + SIDE_PAVEMENT + room
+
+    def near_side(x, room):
+        return abs(x - crossing) < SIDE_HALF + SIDE_PAVEMENT + room
+
     if rng.random() < 0.6 * density:  # a building site at the right kerb
         x = rng.uniform(span[0] + 60, span[1] - 60)
         for i in range(4):
@@ -467,14 +621,25 @@ def _street_life(b: _Builder, street: Street, span: tuple[float, float], density
             b.add(str(rng.choice(["car", "car", "car", "truck"])), x, (bay + right) / 2)
         for low, high in ((outer_r, bay), (left, outer_l)):
             if rng.random() < 0.16 * density:
-                b.add("pedestrian", x + rng.uniform(0, 6), rng.uniform(low + 0.4, high - 0.4),
-                      float(rng.choice([0, math.pi])), float(rng.uniform(0.6, 1.5)))
+                b.add(
+                    "pedestrian",
+                    x + rng.uniform(0, 6),
+                    rng.uniform(low + 0.4, high - 0.4),
+                    float(rng.choice([0, math.pi])),
+                    float(rng.uniform(0.6, 1.5)),
+                )
     for x in np.arange(span[0], span[1], 25.0):
         if not near_side(x, 1.0):
             b.add("pole", x, outer_r + 0.3)
     if street.zebra is not None:
         for _ in range(int(rng.integers(0, 3))):
-            b.add("pedestrian", street.zebra + rng.uniform(0.5, 2.5), left + 1.0, -math.pi / 2, rng.uniform(0.8, 1.4))
+            b.add(
+                "pedestrian",
+                street.zebra + rng.uniform(0.5, 2.5),
+                left + 1.0,
+                -math.pi / 2,
+                rng.uniform(0.8, 1.4),
+            )
 
 
 def _houses(b: _Builder, street: Street, span: tuple[float, float]) -> None:
@@ -482,13 +647,24 @@ def _houses(b: _Builder, street: Street, span: tuple[float, float]) -> None:
     outer_r, *_, outer_l = street.edges
     for edge, side, first in ((outer_r, -1, 0.0), (outer_l, 1, 9.0)):
         for x in np.arange(span[0] + first, span[1], 27.0):
-            blocked = street.crossing is not None and abs(x - street.crossing) < 12 + SIDE_HALF + SIDE_PAVEMENT
+            blocked = (
+                street.crossing is not None
+                and abs(x - street.crossing) < 12 + SIDE_HALF + SIDE_PAVEMENT
+            )
             if b.rng.random() < 0.7 and not blocked:
                 b.add("building", x, edge + side * (9 + b.rng.uniform(0, 6)))
 
 # %% ../../../nbs/world/00_scene.ipynb #d84b0e6a
-def make_scene(seed: int, *, condition: str = "day", vehicles: bool = True, density: float = 1.0, ego: str = "drive",
-               duration: float = 16.0, street: Street | None = None) -> Scene:
+def make_scene(
+    seed: int,
+    *,
+    condition: str = "day",
+    vehicles: bool = True,
+    density: float = 1.0,
+    ego: str = "drive",
+    duration: float = 16.0,
+    street: Street | None = None,
+) -> Scene:
     """The scene of a seed: street, traffic, street life; the same arguments give the same scene, bit for bit.
 
     condition: day | dusk | fog | night, light only. vehicles: False leaves out all that roll. density: of traffic and
@@ -499,7 +675,9 @@ def make_scene(seed: int, *, condition: str = "day", vehicles: bool = True, dens
     if ego not in EGOS:
         raise ValueError(f"ego={ego!r} is unknown: choose from {', '.join(EGOS)}")
     if density < 0 or duration <= 0:
-        raise ValueError(f"density={density:g} must not be negative and duration={duration:g} must be positive")
+        raise ValueError(
+            f"density={density:g} must not be negative and duration={duration:g} must be positive"
+        )
     rng = np.random.default_rng(seed)
     drawn = _street(rng)
     street = street or drawn
