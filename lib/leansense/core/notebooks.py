@@ -150,7 +150,7 @@ def tidy(outputs: list[dict], width: int, colours: int) -> list[dict]:
             kept[-1]["execution_count"] = None
     return kept
 
-
+# %% ../../../nbs/core/70_notebooks.ipynb #61eff000
 def _as_text(cells: list[dict], made: list[list[dict]], metadata: dict) -> str:
     """A notebook's file, as nbdev_clean would leave it."""
     cells = [
@@ -160,7 +160,7 @@ def _as_text(cells: list[dict], made: list[list[dict]], metadata: dict) -> str:
     whole = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
-# %% ../../../nbs/core/70_notebooks.ipynb #61eff000
+
 def with_outputs(notebook: dict, raw: list[list[dict]], name: str = "notebook") -> str:
     """The file of `notebook` with the outputs `raw` of its cells; ValueError where it cannot be.
 
