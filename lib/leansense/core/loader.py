@@ -35,6 +35,7 @@ class EpochSampler(Sampler):
     def __init__(self, size: int, seed: int, shuffle: bool, train: bool):
         self.size, self.seed, self.shuffle, self.train = size, seed, shuffle, train
         self.epoch, self.start = 0, (0, 0)
+        self._known = None, None  # what the order depends on, and the order
 
     def set_epoch(self, epoch: int) -> None:
         """Go to `epoch`; Lightning calls this. An evaluation stays in epoch 0."""
@@ -42,18 +43,26 @@ class EpochSampler(Sampler):
 
     def start_at(self, epoch: int, position: int) -> None:
         """Go to `epoch` and begin it, and only it, at this process's `position`-th sample."""
-        self.set_epoch(
-            epoch
-        )  # Lightning opens the first iterator, and workers read ahead, before it says which epoch
+        # Lightning opens the first iterator, and workers read ahead, before it says which epoch
+        self.set_epoch(epoch)
         self.start = (epoch, position)
 
     def order(self) -> np.ndarray:
         """The indices of this process in this epoch."""
         rank, world = world_of()
-        order = shuffled(self.size, self.seed, self.epoch) if self.shuffle else np.arange(self.size)
-        if self.train:
-            order = np.resize(order, -(-self.size // world) * world)
-        return order[rank::world]
+        key = (self.epoch, rank, world)
+        if self._known[0] != key:
+            order = np.arange(self.size)
+            if self.shuffle:
+                order = shuffled(self.size, self.seed, self.epoch)
+            if self.train:
+                order = np.resize(order, -(-self.size // world) * world)
+            self._known = key, order[rank::world]
+        return self._known[1]
+
+    def batch(self, number: int, batch_size: int) -> np.ndarray:
+        """The indices in this process's batch of that number, counted from the epoch's begin."""
+        return self.order()[number * batch_size : (number + 1) * batch_size]
 
     def __len__(self) -> int:
         rank, world = world_of()
@@ -76,7 +85,11 @@ def loader(
     pin_memory: bool = False,
     collate: Callable | None = None,
 ) -> DataLoader:
-    """A DataLoader whose data set is asked for keys (epoch, index); ValueError when it would hold no batch."""
+    """A DataLoader whose data set is asked for keys (epoch, index).
+
+    ValueError when it would hold no batch. `collate` is the system's own: pictures of different
+    sizes, lists of boxes, masks; which samples a batch holds is known from the sampler.
+    """
     size = len(dataset)
     if size == 0 or (drop_last and size < batch_size):
         raise ValueError(
