@@ -41,6 +41,7 @@ def find_teaching(folder: str = "") -> list[Path]:
 
 # %% ../../../nbs/core/70_notebooks.ipynb #121cc6f3
 _ADDRESS = re.compile(r"(<[^<>]*?) at 0x[0-9a-fA-F]+(>)")  # the pattern of nbdev_clean
+_OVERWRITTEN = re.compile(r"[^\n]*\r(?!\n)")  # what a progress bar drew before its last state
 _FOREIGN = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|Users|mnt)/[\w.]+")
 
 
@@ -49,7 +50,7 @@ def clean_text(text: str) -> str:
     places = {str(root()), str(Path(os.path.abspath(root()))), *site.getsitepackages()}
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place + os.sep, "").replace(place, ".")
-    return _ADDRESS.sub(r"\1\2", text)
+    return _ADDRESS.sub(r"\1\2", _OVERWRITTEN.sub("", text))
 
 
 def find_foreign(text: str) -> str:
