@@ -84,6 +84,8 @@ def settings_of(params: dict) -> dict:
 class Row(Run):
     """One execution of a row notebook: checked parameters, data, stages of training, record."""
 
+    known = frozenset({*SHARED, *_TAKEN, *ALIASES})  # which it reads from the parameters
+
     def __init__(self, namespace: dict, notebook: str):
         """Check the parameters in `namespace` (globals()); ValueError, one line, if one is wrong."""
         super().__init__(namespace, notebook)
