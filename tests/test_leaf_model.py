@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from leansense.core.cost import flops, mib, parameters, peak_memory, saved_bytes, train_step
+from leansense.core.paths import root
 from leansense.layers.linear_attention import LinearAttention2d, SoftmaxAttention2d
 from leansense.leaf.model import (
+    BACKBONES,
     VARIANTS,
     backbone_modules,
     build,
@@ -216,6 +218,10 @@ def test_stride_makes_the_choice_matter():
     [
         (dict(variant="bot_linaer"), "did you mean 'bot_linear'"),
         (
+            dict(backbone="resnet50"),
+            "backbone='resnet50' is unknown: choose from mobilenetv3_small",
+        ),
+        (
             dict(heads=5),
             r"heads=5 does not divide the 144 channels: choose from \[1, 2, 3, 4, 6, 8, 9, 12, 16",
         ),
@@ -384,6 +390,57 @@ def test_weights_of_another_net(tmp_path, donor):
         assert "\n" not in str(caught.value) and "other.pt" in str(caught.value)
 
 
+def test_tensorflow_backbone_has_the_same_layers():
+    """Names, shapes and first weights are the same; padding, variances and range of pixels are not."""
+    plain, other = (seeded("bot_linear", 4, backbone=name).eval() for name in BACKBONES)
+    ours, theirs = plain.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert count(other) == 1_158_132 and other.config["backbone"] == "tf_mobilenetv3_small_100"
+    assert plain.backbone.bn1.eps == 1e-5 and other.backbone.bn1.eps == 1e-3
+    assert not torch.allclose(plain(image()), other(image()), rtol=1e-4, atol=1e-5)
+    rebuilt = build(**other.config).eval()
+    rebuilt.load_state_dict(theirs)
+    assert torch.equal(rebuilt(image()), other(image()))
+    assert flops(other, image(1, 224)) == pytest.approx(flops(plain, image(1, 224)), rel=1e-3)
+
+
+def test_tensorflow_backbone_sees_pixels_from_minus_one_to_one():
+    """What the loaders give comes to its first layer as pixel / 127.5 - 1; padding stays zero there."""
+    from leansense.leaf.data import normalised
+
+    model = seeded("vanilla", 4, backbone="tf_mobilenetv3_small_100").eval()
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    seen = []
+    model.backbone.conv_stem.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    found = model.features(normalised(pixels.clone()))
+    torch.testing.assert_close(seen[0], 2 * pixels - 1, rtol=0, atol=1e-6)
+    direct = model.backbone.forward_features(2 * pixels - 1).mean((2, 3))
+    torch.testing.assert_close(found, direct, rtol=1e-3, atol=1e-5)
+    assert seeded("vanilla", 4).input_range(pixels) is pixels
+
+
+@pytest.fixture(scope="module")
+def imagenet():
+    path = root() / "data/weights/tf_mobilenetv3_small_100_backbone.pt"
+    if not path.is_file():
+        pytest.skip(
+            f"no {path.name} in data/weights: papers/leaf/README.md says where it comes from"
+        )
+    return path
+
+
+def test_imagenet_weights_of_the_tensorflow_backbone(imagenet):
+    """They load whole, and the other backbone makes other features of them."""
+    model = build(
+        "bot_linear", 3, backbone="tf_mobilenetv3_small_100", weights=str(imagenet)
+    ).eval()
+    given = torch.load(imagenet, weights_only=True)
+    own = model.backbone.state_dict()
+    assert given.keys() <= own.keys() and all(torch.equal(own[k], given[k]) for k in given)
+    other = build("bot_linear", 3, weights=str(imagenet)).eval()
+    assert not torch.allclose(model.features(image(2, 96)), other.features(image(2, 96)), atol=1e-2)
+
+
 class Thing:
     pass
 
@@ -427,9 +484,10 @@ def test_pretrained_without_the_hub_fails_at_once(monkeypatch, empty_cache, envi
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConnectionError, match="pass weights=PATH") as caught:
-        build("bot_linear", 4, pretrained=True)
-    assert not asked and "\n" not in str(caught.value)
+    for backbone, hub in BACKBONES.items():
+        with pytest.raises(ConnectionError, match=f"{hub}.* pass weights=PATH") as caught:
+            build("bot_linear", 4, pretrained=True, backbone=backbone)
+        assert not asked and "\n" not in str(caught.value)
 
 
 def test_pretrained_from_the_hub_and_from_its_cache(monkeypatch, empty_cache, tmp_path, donor):

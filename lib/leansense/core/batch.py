@@ -9,6 +9,7 @@ __all__ = ['Hear', 'Step', 'plan', 'row_stamp', 'results_stamp', 'results_key', 
 
 # %% ../../../nbs/core/16_batch.ipynb #b5b89bf5
 import fcntl
+import graphlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ from .parameters import nearest
 from .paths import root, run_folder, write_atomic
 from .process import PARENT, end_with, lives, mark, stop, stoppable
 from .readme import update
-from .record import read, stale
+from .record import is_noted, read, stale
 from leansense.core.rows import (
     SCALES,
     Row,
@@ -62,14 +63,39 @@ class Step:
             return None
 
 
+def _handed_on(rows: list[Row], reasons: dict[str, str]) -> dict[str, str]:
+    """`reasons` by row, with those that come from the row that one starts from, or starts others.
+
+    A row runs again after the one that it starts from; and a current row runs again before one that
+    has to run and needs its checkpoint, where that is not in this clone.
+    """
+    known, reasons = {row.id: row for row in rows}, dict(reasons)
+    order = [
+        *graphlib.TopologicalSorter({n: r.needs.values() for n, r in known.items()}).static_order()
+    ]
+    for name in order:
+        again = [parent for parent in known[name].needs.values() if reasons[parent]]
+        if again and (not reasons[name] or reasons[name].startswith("its parent ")):
+            reasons[name] = f"its parent {again[0]} runs again"
+    for name in reversed(order):
+        for parent in known[name].needs.values() if reasons[name] else ():
+            if not reasons[parent] and not is_noted(known[parent].checkpoint):
+                reasons[parent] = f"checkpoint needed by {name}"
+    return reasons
+
+
 def plan(system: str, scale: str = "demo", data: str = "", fresh: bool = False) -> list[Step]:
     """What `make tables` has to do for one system; RowsError when a row is unsound."""
     rows = read_rows(system, scale, data)
     code = {notebook: digest(notebook) for notebook in {row.notebook for row in rows}}
-    return [
-        Step(row, "FRESH=1" if fresh else stale(row.record, row.params, code[row.notebook], data))
-        for row, data in zip(rows, [""] * len(rows) if fresh else fingerprints(rows))
-    ]
+    reasons = _handed_on(
+        rows,
+        {
+            row.id: "FRESH=1" if fresh else stale(row.record, row.params, code[row.notebook], data)
+            for row, data in zip(rows, [""] * len(rows) if fresh else fingerprints(rows))
+        },
+    )
+    return [Step(row, reasons[row.id]) for row in rows]
 
 # %% ../../../nbs/core/16_batch.ipynb #ac95dc4a
 def row_stamp(row: Row) -> Path:
@@ -485,7 +511,10 @@ def _run_rows(system: str, todo: list[Step], go: Callable, log: Path, bar: Progr
     failed = []
     for name, row in ids.items():
         if not row_stamp(row).exists():
-            note = note_of(row)
+            note, lost = note_of(row), [p for p in row.needs.values() if p in ids]
+            lost = [parent for parent in lost if not row_stamp(ids[parent]).exists()]
+            if lost and not note.exists():
+                write_atomic(note, f"not run: its parent {lost[0]} failed\n")
             if (
                 not note.exists()
             ):  # an older record is not this row's result, and a table must not show it as one
