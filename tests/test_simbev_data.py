@@ -1,4 +1,4 @@
-"""SimBEV recordings: faults and their words, layouts, conventions against the world's truth, augmentation, cache."""
+"""SimBEV recordings: faults and their words, layouts, conventions, augmentation, cache."""
 
 import json
 import math
@@ -400,7 +400,7 @@ def test_every_camera_has_its_own_lens(copies, place):
 
 
 def regrid(folder, res, dim):
-    """The native labels of a copy at another resolution, as SimBEV would have drawn them; the config says so."""
+    """The native labels of a copy at another resolution, as SimBEV would have drawn them."""
     at = (np.arange(dim) + 0.5 - dim / 2) * res
     index = np.floor((at + 72) / 0.4).astype(int).clip(0, 359)
     for path in folder.rglob("*GT_SEG.npz"):
@@ -471,7 +471,7 @@ def test_a_damaged_standin_is_drawn_again(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_read_any_layout(folders, layout):
-    """Tables that want depth pictures of the stand-in take a real folder as it is, and go without them."""
+    """Tables that want depth images of the stand-in take a real folder as it is, without them."""
     for scale in ("smoke", "demo", "paper"):
         rows = [
             row
@@ -561,10 +561,10 @@ def test_cameras_that_look_elsewhere(copies):
     ("named", "said"),
     [
         ({"flip": "leftright"}, "flip='leftright' is unknown"),
-        ({"extrinsics": "inv"}, "\'inverse\'"),
-        ({"intrinsics": "scale"}, "\'scaled\'"),
+        ({"extrinsics": "inv"}, "'inverse'"),
+        ({"intrinsics": "scale"}, "'scaled'"),
         ({"ego": "mask"}, "ego='mask' is unknown"),
-        ({"augment": "publishd"}, "\'published\'"),
+        ({"augment": "publishd"}, "'published'"),
         ({"cams": "front,top"}, "cams='top' is unknown"),
         ({"classes": "lorry"}, "classes: 'lorry' is unknown"),
         ({"classes": ["car", "car"]}, "each once"),
@@ -578,7 +578,7 @@ def test_unknown_words(folder, named, said):
     assert said in message(
         ValueError, simbev.SimBEVDataset, simbev.load(folder), "train", **(FAST | named)
     )
-    assert "\'valid\'" in message(ValueError, simbev.load(folder).part, "valud")
+    assert "'valid'" in message(ValueError, simbev.load(folder).part, "valud")
 
 
 def test_bounds_beyond_the_label(folder):
@@ -783,7 +783,7 @@ def test_flips():
 
 
 def test_native_labels_on_the_networks_grid(street):
-    """Ours against the world's own resampling, and against its raster straight onto the network's grid."""
+    """Ours against the world's own resampling, and its raster straight onto the network's grid."""
     from leansense.world import bev
     from leansense.world.camera import simbev_rig
 
@@ -791,8 +791,8 @@ def test_native_labels_on_the_networks_grid(street):
     for frame, shot in zip(street.frames, make_shots(16, 0, 2)):
         label = read_label(frame)
         found = resample_label(orient_label(label), 0.4, bound, bound)
-        assert (found == bev.resample(label, bev.SIMBEV_GRID, bev.LSS_GRID)).all()
-        direct = bev.raster(shot.snapshot, bev.LSS_GRID)
+        assert (found == bev.resample_label(label, bev.SIMBEV_GRID, bev.LSS_GRID)).all()
+        direct = bev.rasterise(shot.snapshot, bev.LSS_GRID)
         union = (found[1:4].max(0) | direct[1:4].max(0)).sum()
         assert not union or (found[1:4].max(0) & direct[1:4].max(0)).sum() / union > 0.75
     rig = simbev_rig(112, 240)
@@ -830,7 +830,7 @@ def test_splat_needs_depth(folder):
 
 
 def test_true_depth_through_loader_and_pooling(street):
-    """One-hot true depth, lifted and pooled by the layers that a model uses, under random augmentation."""
+    """One-hot true depth, lifted and pooled by a model's layers, under random augmentation."""
     from leansense.layers.bev_pool import Grid, PoolPlan, bev_pool
     from leansense.layers.lift_splat import get_geometry, make_frustum
 
@@ -958,7 +958,7 @@ def test_large_images_are_squeezed_with_two_factors(own_data_root):
 
 
 def test_projected_boxes_lie_on_drawn_vehicles(street):
-    """Label cells projected by the item's matrices fall on vehicle pixels of the world's own class image."""
+    """Label cells projected by the item's matrices fall on vehicle pixels of the world's image."""
     from leansense.world.camera import render, simbev_rig
     from leansense.world.scene import class_id
 
@@ -1239,7 +1239,8 @@ def test_identify_is_light():
         "('torch', 'pandas', 'lightning', 'matplotlib', 'torchvision', 'sklearn', 'scipy', 'PIL')"
     )
     code = (
-        "import sys, leansense.simbev.data as d; print(d.identify({'data': 'standin', 'standin': 40}));"
+        "import sys, leansense.simbev.data as d; "
+        "print(d.identify({'data': 'standin', 'standin': 40}));"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     name, loaded = subprocess.run(

@@ -1,4 +1,4 @@
-"""The SimBEV row end to end: determinism, layouts, kill and resume, the seed's files, bad input, use of the result."""
+"""The SimBEV row end to end: determinism, layouts, resuming, published files, bad input, use."""
 
 import json
 import math
@@ -125,7 +125,7 @@ def test_files_and_record(trained):
 
 @pytest.mark.parametrize("step", [6, 8])
 def test_resume_from_a_numbered_file_is_an_undisturbed_run(trained, tmp_path, step):
-    """Into an empty folder: the same metrics, byte for byte, whether the file is from within an epoch or its end."""
+    """Into an empty folder: the same metrics, byte for byte, from within an epoch or its end."""
     done = row(tmp_path, **LONGER, resume=str(trained / f"folder/model_{step:06d}.pt"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(same(tmp_path))["metrics"] == json.loads(same(trained))["metrics"]
@@ -171,7 +171,7 @@ def test_validation_in_between_changes_nothing(trained, tmp_path):
 
 
 def test_three_layouts_in_the_same_notebook(tmp_path):
-    """DATA= on a folder of each layout, written from the same scenes: the same tensors, so the same metrics.
+    """DATA= on a folder of each layout, written from the same scenes: the same metrics.
 
     On cells of half a metre: only there a label of 0.4 m and one of 0.5 m say the same.
     """
@@ -340,7 +340,7 @@ def test_resume_from_every_file(tmp_path, more):
 
 @pytest.mark.parametrize("more", [{}, {"ema": 0.8}, {"accumulate": 2, "ema": 0.8}])
 def test_what_a_file_says_of_its_score_its_weights_do(tmp_path, more):
-    """Every file that training writes, at an epoch's end and within one, with and without a weight average."""
+    """Every file that training writes, at an epoch's end and within, averaged or not."""
     toy(tmp_path, 2, 1, **more)
     valid, scored = loader(Frames(), 2, seed=0, shuffle=False), 0
     for file in sorted([*tmp_path.glob("*.pt"), *tmp_path.glob("*.ckpt")]):
@@ -364,7 +364,7 @@ def test_files_of_another_run_do_not_stay(tmp_path):
 
 
 def test_a_finished_run_gives_everything_back(tmp_path):
-    """last.ckpt is final, and what came after it was lost: all of it comes back, without training."""
+    """last.ckpt is final, and what came after it was lost: all comes back, without training."""
     _, kept = toy(tmp_path, 2, 2)
     files = {
         path.name: path.read_bytes()
@@ -409,7 +409,7 @@ def test_average_precision_is_that_of_torchmetrics():
 
 
 def test_scores_of_several_processes_are_those_of_one():
-    """States that are summed give the same numbers to the last bit, however frames were shared out."""
+    """States that are summed give the same numbers to the last bit, however frames are shared."""
     draw = torch.Generator().manual_seed(2)
     target = (torch.rand(6, 2, 12, 16, generator=draw) < 0.1).float()
     target[2] = 0

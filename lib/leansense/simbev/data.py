@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report
+from ..core.images import Mapped, normalise, to_tensor
 from ..core.paths import resolve
 from leansense.layers.conventions import (
     EXTRINSICS,
@@ -32,7 +33,6 @@ from leansense.layers.image_augment import (
     choose_middle,
     draw_choices,
     make_matrix,
-    normalise,
 )
 from leansense.simbev.frames import (
     EGOS,
@@ -41,7 +41,7 @@ from leansense.simbev.frames import (
     make_rig,
     make_target,
     mask_ego,
-    open_image,
+    read_image,
 )
 from .layouts import CAMERAS, Frame, SimBEV, load, parse_classes, scan
 from .overlap import report_agreement, report_headings
@@ -90,7 +90,7 @@ class Options:
             )
 
 # %% ../../../nbs/simbev/00_data.ipynb #081648ad
-class SimBEVDataset:
+class SimBEVDataset(Mapped):
     """The frames of one split as tensors: `dataset[key]` is the table above, with the frame's `id`.
 
     Args:
@@ -128,14 +128,6 @@ class SimBEVDataset:
         self.rots, self.trans, self.intrins = (part.astype(np.float32) for part in rig)
         self.own, self.labels = mask_ego(o.xbound, o.ybound), {}
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"array": str(self.array.filename)}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state | {
-            "array": np.load(state["array"], mmap_mode="r", allow_pickle=False)
-        }
-
     def __len__(self) -> int:
         return len(self.frames)
 
@@ -150,7 +142,7 @@ class SimBEVDataset:
         post_rots, post_trans = zip(*map(make_matrix, choices))
         rig = {name: torch.from_numpy(getattr(self, name)[index, cameras]) for name in INPUTS[1:4]}
         return {
-            "imgs": normalise(np.stack(images)),
+            "imgs": normalise(to_tensor(np.stack(images))),
             **rig,
             "post_rots": torch.stack(post_rots),
             "post_trans": torch.stack(post_trans),
@@ -267,7 +259,7 @@ def _check_images(frames: Sequence[Frame], report: Report) -> dict[str, tuple[in
 
     def look(path: str):
         try:
-            return open_image(path).shape[1::-1]
+            return read_image(path).shape[1::-1]
         except (OSError, ValueError) as error:
             return str(error)[len(path) + 2 :]
 

@@ -166,31 +166,12 @@ def convert_original(
     return converted
 
 # %% ../../../nbs/simbev/10_model.ipynb #98df9099
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a checkpoint by name, without the wrappers that trainers put around."""
-    from leansense.core.checkpoint import load_file  # loads Lightning
-
-    content = load_file(path)
-    for wrapper in ("state_dict", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not any(
-        torch.is_tensor(value) for value in content.values()
-    ):
-        raise ValueError(f"{path}: holds no weights by name: give a state_dict or a checkpoint")
-    inner = {
-        name.removeprefix("model."): value
-        for name, value in content.items()
-        if name.startswith("model.")
-    }
-    return inner or {name.removeprefix("module."): value for name, value in content.items()}
-
-
 def load_weights(model: LiftSplatShoot, path: str | Path) -> LiftSplatShoot:
     """Load a checkpoint of this model or of the published code; ValueError: the first misfit."""
-    from leansense.core.checkpoint import check_finite, check_weights
+    from leansense.core.checkpoint import check_finite, check_weights  # loads Lightning
+    from leansense.core.weights import read_weights
 
-    given = _read_weights(Path(path))
+    given = read_weights(path)
     if f"{_TRUNK}_conv_stem.weight" in given:
         given, own = convert_original(given), model.state_dict()
         unused = ("dx", "bx", "nx", "frustum", f"{_TRUNK}head.")

@@ -23,8 +23,8 @@ from ..core.paths import data_root, resolve
 from ..core.store import written_once
 from ..layers.conventions import SQUARE, orient_label, resample_label
 from .layouts import CAMERAS, count_training
-from ..world.bev import SIMBEV_GRID, raster
-from ..world.camera import Rig, quaternion, render, simbev_rig
+from ..world.bev import SIMBEV_GRID, rasterise
+from ..world.camera import Rig, render, simbev_rig, to_quaternion
 from ..world.scene import SIMBEV_CLASSES, Snapshot, make_scene
 
 # %% ../../../nbs/simbev/05_standin.ipynb #9eb91588
@@ -91,7 +91,9 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 def draw_label(shot: Shot, ego: bool) -> np.ndarray:
     """The label (8, 360, 360) uint8 of a shot as SimBEV stores it; ego: with the recording car."""
-    return raster(shot.snapshot, SIMBEV_GRID, classes=SIMBEV_CLASSES[8], ego=ego).astype(np.uint8)
+    return rasterise(shot.snapshot, SIMBEV_GRID, classes=SIMBEV_CLASSES[8], ego=ego).astype(
+        np.uint8
+    )
 
 
 def convert_label(native: np.ndarray) -> np.ndarray:
@@ -198,7 +200,7 @@ def _describe_sensors(rig: Rig) -> dict:
 
     names = [f"CAM_{camera.upper()}" for camera in CAMERAS]
     cameras = {
-        name: pose(q, t) for name, q, t in zip(names, quaternion(rig.rotation), rig.translation)
+        name: pose(q, t) for name, q, t in zip(names, to_quaternion(rig.rotation), rig.translation)
     }
     return {
         "camera_intrinsics": rig.K[0].tolist(),
