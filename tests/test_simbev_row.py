@@ -18,16 +18,8 @@ from leansense.core.checkpoint import MARK, read_checkpoint
 from leansense.core.loader import loader
 from leansense.core.parameters import OWNED, declared
 from leansense.core.train import fit
+from leansense.layers import bev_metrics
 from leansense.layers.bev_loss import bev_loss
-from leansense.layers.bev_metrics import (
-    BevReport,
-    BevScores,
-    average_precision,
-    count_by_logit,
-    count_overlap,
-    iou,
-    make_rings,
-)
 from leansense.layers.conventions import INPUTS
 from leansense.simbev.data import dataset
 from leansense.simbev.task import SimBEVKeeper, SimBEVTask, evaluate, recipe, stage_resume
@@ -250,7 +242,10 @@ def test_loss_and_iou_vectors():
         float(bev_loss(*late)),
     ]
     assert abs(sum(losses) / 3 - 0.834421) < 1e-5
-    assert float(iou(sum(count_overlap(*pair) for pair in (*pairs, late)))) == 0.625
+    assert (
+        float(bev_metrics.iou(sum(bev_metrics.count_overlap(*pair) for pair in (*pairs, late))))
+        == 0.625
+    )
 
 
 def test_mask_equals_leaving_cells_out():
@@ -265,13 +260,14 @@ def test_mask_equals_leaving_cells_out():
         bev_loss(logits, target, mask), bev_loss(logits[..., :4], target[..., :4])
     )
     assert torch.equal(
-        count_overlap(logits, target, mask), count_overlap(logits[..., :4], target[..., :4])
+        bev_metrics.count_overlap(logits, target, mask),
+        bev_metrics.count_overlap(logits[..., :4], target[..., :4]),
     )
 
 
 @pytest.mark.parametrize("edges", [(0, 15, 30, 50), (0, 10, 20, 30, 40, 50)])
 def test_rings_partition_the_map(edges):
-    masks = make_rings((-50, 50, 0.5), (-20, 20, 1.0), edges)
+    masks = bev_metrics.make_rings((-50, 50, 0.5), (-20, 20, 1.0), edges)
     assert masks.shape == (len(edges) - 1, 200, 40) and bool((masks.sum(0) == 1).all())
 
 
@@ -396,16 +392,18 @@ def test_average_precision_is_that_of_torchmetrics():
         wanted = binary_average_precision(
             logits[keep].flatten().sigmoid().double(), target[keep].flatten().int()
         )
-        assert float(average_precision(count_by_logit(logits, target, part))) == pytest.approx(
-            float(wanted), abs=1e-6
-        )
-    parts = count_by_logit(logits[:1], target[:1]) + count_by_logit(logits[1:], target[1:])
-    assert torch.equal(parts, count_by_logit(logits, target)), (
+        assert float(
+            bev_metrics.average_precision(bev_metrics.count_by_logit(logits, target, part))
+        ) == pytest.approx(float(wanted), abs=1e-6)
+    parts = bev_metrics.count_by_logit(logits[:1], target[:1]) + bev_metrics.count_by_logit(
+        logits[1:], target[1:]
+    )
+    assert torch.equal(parts, bev_metrics.count_by_logit(logits, target)), (
         "the same from any number of processes"
     )
-    assert float(average_precision(count_by_logit(logits, 0 * target))) == 0
+    assert float(bev_metrics.average_precision(bev_metrics.count_by_logit(logits, 0 * target))) == 0
     with pytest.raises(ValueError, match="logits hold NaN"):
-        count_by_logit(logits * math.nan, target)
+        bev_metrics.count_by_logit(logits * math.nan, target)
 
 
 def test_scores_of_several_processes_are_those_of_one():
@@ -415,8 +413,8 @@ def test_scores_of_several_processes_are_those_of_one():
     target[2] = 0
     logits = torch.randn(target.shape, generator=draw) + 2 * target - 1
     mask = (torch.rand(6, 1, 12, 16, generator=draw) > 0.2).float()
-    bands = make_rings((-6, 6, 1), (-8, 8, 1), (0, 3, 6, 9))
-    for make in (lambda: BevScores(2), lambda: BevReport(bands, 2)):
+    bands = bev_metrics.make_rings((-6, 6, 1), (-8, 8, 1), (0, 3, 6, 9))
+    for make in (lambda: bev_metrics.BevScores(2), lambda: bev_metrics.BevReport(bands, 2)):
         whole, first, second = make(), make(), make()
         whole.update(logits, target, mask)
         first.update(logits[:1], target[:1], mask[:1])
@@ -427,10 +425,10 @@ def test_scores_of_several_processes_are_those_of_one():
         idle = make()
         first.merge_state(idle)  # a process that had no frame
         assert first.compute() == whole.compute()
-    counted = count_overlap(logits, target, mask)
-    assert whole.compute()["iou_per_class"] == iou(counted).tolist()
+    counted = bev_metrics.count_overlap(logits, target, mask)
+    assert whole.compute()["iou_per_class"] == bev_metrics.iou(counted).tolist()
     with pytest.raises(ValueError, match="maps of 2 classes: these scores are of 1"):
-        BevScores(1).update(logits, target, mask)
+        bev_metrics.BevScores(1).update(logits, target, mask)
 
 
 def test_evaluate_keeps_the_mode_and_counts_false_alarms():

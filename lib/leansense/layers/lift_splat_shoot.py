@@ -65,15 +65,7 @@ class LiftSplatShoot(nn.Module):
         self.camencode, self.lift, self.bevencode = camencode, lift, bevencode
         self.config = config
 
-    def forward(
-        self,
-        imgs: torch.Tensor,
-        rots: torch.Tensor,
-        trans: torch.Tensor,
-        intrins: torch.Tensor,
-        post_rots: torch.Tensor,
-        post_trans: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, imgs, rots, trans, intrins, post_rots, post_trans) -> torch.Tensor:
         """Logits.
 
         Args:

@@ -231,25 +231,9 @@ def build(
         weights: a checkpoint to start from
         faithful: the published network
     """
-    config = dict(
-        outC=outC,
-        trunk=trunk,
-        camC=camC,
-        up_width=up_width,
-        bev_width=bev_width,
-        grid_conf={name: list(bound) for name, bound in (grid_conf or GRID_CONF).items()},
-        final_dim=tuple(final_dim),
-        dropout=dropout,
-        bev_dropout=bev_dropout,
-        drop_path=drop_path,
-        checkpointing=checkpointing,
-        frustum_sampling=frustum_sampling,
-        binning=binning,
-        pool=pool,
-        upsample=upsample,
-        pretrained=pretrained,
-        faithful=faithful,
-    )
+    config = {name: value for name, value in locals().items() if name != "weights"}
+    grid = {name: list(bound) for name, bound in (grid_conf or GRID_CONF).items()}
+    config |= {"grid_conf": grid, "final_dim": tuple(final_dim)}
     _check(config)
     if faithful:
         config = _as_published(config, build.__kwdefaults__)
