@@ -117,7 +117,7 @@ def meta_of(folder):
     return folder / "train" / "scene_0000" / "yaw0pitch0" / "meta.json"
 
 
-# ---- faults: each in one line, with the place and the remedy, from the loader and from the doctor
+# ---- faults: each in one line, with the place and the remedy, from the loader and from the check
 
 
 def drop(key):
@@ -874,7 +874,7 @@ def test_true_depth_through_loader_and_pooling(street):
 
 
 @pytest.mark.parametrize("flip", ["none", "lr", "ud"])
-def test_doctor_notices_turned_labels(copies, flip):
+def test_check_notices_turned_labels(copies, flip):
     folder = copies("native")
     for path in folder.rglob("*GT_SEG.npz"):
         label = np.load(path)["data"]
@@ -891,7 +891,7 @@ def test_doctor_notices_turned_labels(copies, flip):
 @pytest.mark.parametrize(
     ("factor", "said"), [(0.5, "labels hardly fit the depth"), (2, "labels do not fit the depth")]
 )
-def test_doctor_notices_a_wrong_focal_length(copies, factor, said):
+def test_check_notices_a_wrong_focal_length(copies, factor, said):
     folder = copies("native")
 
     def scale(content):
@@ -906,7 +906,7 @@ def test_doctor_notices_a_wrong_focal_length(copies, factor, said):
     ] and report.ok == (factor < 1)
 
 
-def test_doctor_asks_whether_cameras_see_the_vehicles(copies, folder):
+def test_check_asks_whether_cameras_see_the_vehicles(copies, folder):
     assert any(
         "of the vehicle cells" in fact and fact.startswith(("9", "100"))
         for fact in simbev.check(folder).facts
@@ -931,7 +931,7 @@ def test_doctor_asks_whether_cameras_see_the_vehicles(copies, folder):
     )
 
 
-def test_doctor_uses_lidar_where_there_is_no_depth(copies):
+def test_check_uses_lidar_where_there_is_no_depth(copies):
     folder = copies("native")
     for path in folder.rglob("*DPT*.png"):
         path.unlink()
@@ -1377,14 +1377,14 @@ def test_standin_written_by_several_at_once(tmp_path):
     assert len(found) == 1 and [str(p) for p in tmp_path.iterdir()] == list(found)
 
 
-def test_doctor_is_content_with_the_standins(folders):
+def test_check_is_content_with_the_standins(folders):
     for layout, folder in folders.items():
         report = simbev.check(folder)
         assert report.ok and not report.warnings and f"{layout} layout, 4 scenes" in str(report)
         assert "48 of 48 images decoded" in str(report)
 
 
-def test_doctor_command(folder, tmp_path):
+def test_check_command(folder, tmp_path):
     def run(*words):
         return subprocess.run(
             [sys.executable, "-m", "leansense.core.check", "simbev", *words],
