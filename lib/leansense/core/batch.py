@@ -45,6 +45,7 @@ from leansense.core.rows import (
     systems,
     without_places,
 )
+from .warm import THREADS, Warm, imported
 
 # %% ../../../nbs/core/16_batch.ipynb #f46bbf9a
 @dataclass(frozen=True)
@@ -488,9 +489,72 @@ def _last_words(log: Path, start: int = 0) -> str:
     why = telling[-1] if telling else "its process ended without a word; was it killed?"
     return without_places(f"{why}{'; the disk that holds runs/ is full' * full}; see {log}")
 
+# %% ../../../nbs/core/16_batch.ipynb #414ae1f3
+def _forks(scale: str, options: list[str]) -> bool:
+    """Whether rows may run in forked children: smoke rows on this machine, without a GPU."""
+    local = scale == "smoke" and "--cores" in options and sys.platform == "linux"
+    return local and not shutil.which("nvidia-smi")
+
+
+def _may_start(waiting: dict[str, Row], running: dict, known: dict[str, Row], cores: int) -> list:
+    """The waiting rows that may start now, with their threads; those of a failed parent go away."""
+    busy = {row.id for row in running.values()}
+    free, found = cores - sum(threads for threads, _ in running), []
+    for row in list(waiting.values()):
+        threads = min(row.cores or cores, cores)
+        parents = [known[name] for name in row.needs.values() if name in known]
+        missing = [parent for parent in parents if not row_stamp(parent).exists()]
+        if any(parent.id not in busy and parent.id not in waiting for parent in missing):
+            del waiting[row.id]
+        elif not missing and threads <= free:
+            free -= threads
+            found.append((waiting.pop(row.id), threads))
+    return found
+
+
+def _fork_rows(rows: list[Row], cores: int, log: Path) -> Iterator[str]:
+    """Run rows in forked children; yields the id of each that starts, and '' now and then."""
+    known, waiting, running, servers = {row.id: row for row in rows}, {}, {}, {}
+    waiting |= known
+    modules = ["papermill", "ipykernel.kernelapp", "leansense.core.rows"]
+    modules += imported({root() / row.notebook for row in rows})
+    env = os.environ | {PARENT: mark(), "LEANSENSE_ROOT": str(root())}
+    try:
+        while (ready := _may_start(waiting, running, known, cores)) or running:
+            for row, threads in ready:
+                own = env | dict.fromkeys(THREADS, str(threads))
+                if threads not in servers:
+                    servers[threads] = Warm(modules, own, log)
+                    servers[threads].start()
+                    with (run_folder() / "lock").open("a") as lock:
+                        lock.write(mark(servers[threads].process.pid) + "\n")
+                words = [row.system, row.id, f"--scale={row.scale}", f"--data={row.data}"]
+                words = ["-m", "leansense.core.rows", "run", *words, f"--threads={threads}"]
+                job = {"command": [sys.executable, *words]}
+                running[threads, servers[threads].submit(job, own, root(), log, log)] = row
+                yield row.id
+            for threads in {threads for threads, _ in running}:
+                try:
+                    ended = servers[threads].ended(0.25)
+                    if ended and ended.code == 0:
+                        row_stamp(running[threads, ended.number]).touch()
+                    lost = [(threads, ended.number)] if ended else []
+                except RuntimeError:  # the server was killed: its rows are lost, others go on
+                    servers.pop(threads).close()
+                    lost = [key for key in running if key[0] == threads]
+                for key in lost:
+                    del running[key]
+            yield ""
+    finally:
+        for server in servers.values():
+            server.close()
+
 # %% ../../../nbs/core/16_batch.ipynb #ba3fe78d
 def _run_rows(system: str, todo: list[Step], go: Callable, log: Path, bar: Progress) -> list[str]:
-    """Run the rows that have to run; the failures, a line each."""
+    """Run the rows that have to run; the failures, a line each.
+
+    go: called with a function that wants to hear each line of Snakemake's log.
+    """
     ids, started = {step.row.id: step.row for step in todo}, []
 
     def hear(line: str) -> None:
@@ -505,7 +569,7 @@ def _run_rows(system: str, todo: list[Step], go: Callable, log: Path, bar: Progr
         bar.show(len(done), ", ".join(work[:2]) + f" and {len(work) - 2} more" * (len(work) > 2))
 
     start = log.stat().st_size
-    go("rows", hear=hear)
+    go(hear)
     hear("")
     bar.show(end=True)
     failed = []
@@ -540,7 +604,15 @@ def _execute(
     if todo:
         bar = Progress(system, len(todo), expected(todo, cores))
         fresh = {"fresh": 1} if config.get("fresh") else {}
-        failed += _run_rows(system, todo, lambda target, hear: go(target, hear, **fresh), log, bar)
+
+        def run(hear: Callable) -> None:
+            if not _forks(scale, options):
+                go("rows", hear, **fresh)
+                return
+            for begun in _fork_rows([step.row for step in todo], cores, log):
+                hear(f"    wildcards: id={begun}" if begun else "")
+
+        failed += _run_rows(system, todo, run, log, bar)
     rows = [step.row for step in steps]
     if results_current(system, rows, scale, data) and pdf_current(system, scale, data):
         return failed

@@ -300,17 +300,20 @@ class Warm:
     Args:
         modules: names; one that cannot be imported is left to whoever needs it.
         env: environment while they are imported; ours when None.
+        log: file that gets what they say; the screen when empty.
     """
 
-    def __init__(self, modules: tuple | list = (), env: dict | None = None):
-        self.modules, self.env, self.process = list(modules), env, None
+    def __init__(self, modules: tuple | list = (), env: dict | None = None, log: str | Path = ""):
+        self.modules, self.env, self.log, self.process = list(modules), env, log, None
         self.count, self.running, self.rest = 0, set(), b""
 
     def start(self) -> None:
         """Start the process and wait until the imports are done; again if it has died."""
         command = [sys.executable, "-P", str(Path(__file__).resolve()), *self.modules]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=self.env, cwd="/", **pipes)
+        with open(self.log or os.devnull, "ab") as log:
+            said = log if self.log else None
+            self.process = subprocess.Popen(command, env=self.env, cwd="/", stderr=said, **pipes)
         self.running, self.rest = set(), b""
         if self._line(1800) != "ready":
             raise RuntimeError("the warm Python did not start: its error is on the screen")
@@ -420,7 +423,7 @@ def run_rows(
     tree = Path(tree or root()).resolve()
     own = {"LEANSENSE_ROOT": str(tree), "PYTHONPATH": str(tree / "lib"), "MPLBACKEND": "Agg"}
     env = os.environ | dict.fromkeys(THREADS, "1") | own | (env or {})
-    warm = Warm(imported({tree / job.notebook for job in jobs}), env)
+    warm = Warm(imported({tree / job.notebook for job in jobs}), env, os.devnull)
     waiting, running, found = list(enumerate(jobs)), {}, {}
     with tempfile.TemporaryDirectory(prefix="leansense-warm-") as folder, contextlib.closing(warm):
         while waiting or running:
