@@ -99,6 +99,7 @@ class CloudTask(Task):
 ROW = [
     "# Clouds: one row\n> Trains one net, in two stages where asked to.",
     """# parameters
+data: str = "standin"  # clouds are drawn
 count: int = 80  # clouds of the training part
 width: int = 8  # features of a point
 lr: float = 0.02  # learning rate

@@ -55,7 +55,7 @@ def edited(folder: Path, saved: str, ran: str, known: tuple = ("patience",)) -> 
 def test_a_misspelt_name_in_the_parameters_cell(tmp_path, name, wrong, is_saved):
     """Saved or not, used by the notebook or by the library, and whatever was run before."""
     cell = DEFAULTS.replace(f"{name}:", f"{wrong}:")
-    with pytest.raises(ValueError, match=f"'{wrong}'.*'{name}'|'{name}' is used, but not"):
+    with pytest.raises(ValueError, match=f"'{wrong}'.*'{name}'|'{name}' is used, but no cell"):
         edited(tmp_path, cell if is_saved else DEFAULTS, cell)
 
 
@@ -63,7 +63,7 @@ def test_a_line_lost_from_the_parameters_cell(tmp_path):
     cell = DEFAULTS.replace("lr: float = 0.1  # rate\n", "")
     with pytest.raises(ValueError, match="'lr' is missing in the parameters cell: restore"):
         edited(tmp_path, DEFAULTS, cell)
-    with pytest.raises(ValueError, match="'lr' is used, but not in the parameters cell"):
+    with pytest.raises(ValueError, match="'lr' is used, but no cell defines it"):
         edited(tmp_path, cell, cell)
 
 

@@ -24,6 +24,7 @@ from leansense.core.task import NonFiniteLoss, Task, samples_of
 from leansense.core.train import Settings, fit, seed_everything, weights_digest
 
 CELL = """
+data: str = "standin"  # clouds are drawn
 epochs: int = 3  # passes over the training part
 lr: float = 0.02  # learning rate
 ema: float = 0.0  # decay of the weight average; 0: none
@@ -138,6 +139,19 @@ def test_a_wrong_setting_stops_before_the_data(notebook, tmp_path):
 
 
 ROWS = [path for path in sorted(ROOT.glob("nbs/*/80_row.ipynb")) if "resume" in declared(path)]
+
+
+def test_data_need_a_parameter(tmp_path):
+    cell = {
+        "cell_type": "code",
+        "metadata": {"tags": ["parameters"]},
+        "source": "n: int = 1  # one",
+    }
+    path = str(write_atomic(tmp_path / "row.ipynb", json.dumps({"cells": [cell]})))
+    with pytest.raises(
+        ValueError, match="row.ipynb: reads data, so it needs a parameter `data: str`"
+    ):
+        Row({"n": 1}, path).data(DATA)
 
 
 @pytest.mark.parametrize("path", ROWS, ids=[path.parent.name for path in ROWS])

@@ -279,7 +279,9 @@ def misnamed(
         if near:
             lines.append(f"unknown parameter '{near[0]}'; nearest is '{name}'")
         elif name in free:
-            lines.append(f"parameter '{name}' is used, but not in the parameters cell: restore it")
+            lines.append(
+                f"'{name}' is used, but no cell defines it: restore its line in the parameters cell"
+            )
     return sorted(set(lines))
 
 # %% ../../../nbs/core/05_parameters.ipynb #c5170934

@@ -80,11 +80,9 @@ def settings_of(params: dict) -> dict:
         found["devices"] = list(range(first, first + count)) if gpu else count
     return found
 
-# %% ../../../nbs/core/29_row.ipynb #bd4ea2ef
+# %% ../../../nbs/core/29_row.ipynb #26a01071
 class Row(Run):
     """One execution of a row notebook: checked parameters, data, stages of training, record."""
-
-    known = frozenset({*SHARED, *_TAKEN, *ALIASES})  # which it reads from the parameters
 
     def __init__(self, namespace: dict, notebook: str):
         """Check the parameters in `namespace` (globals()); ValueError, one line, if one is wrong."""
@@ -110,6 +108,11 @@ class Row(Run):
 
         The module has dataset(params), identify(params) and loaders(dataset, params).
         """
+        if "data" not in self.params:  # what decides currency from outside could not know of it
+            raise ValueError(
+                f"{self.name}: reads data, so it needs a parameter `data: str`"
+                " (a folder, or what stands in for one)"
+            )
         self.folder  # noqa: B018  (another run that wants it is told so before data are prepared)
         dataset = module.dataset(self.params)
         self.about = {"name": dataset.name, "fingerprint": module.identify(self.params)}

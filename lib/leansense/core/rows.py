@@ -411,6 +411,7 @@ def execute(notebook: str, executed: Path, values: dict, progress: bool = False)
             kernel_name="python3",
             progress_bar=False,
             log_output=progress,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
