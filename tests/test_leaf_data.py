@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+from conftest import message
 from leansense.core import check as doctor
 from leansense.core import images
 from leansense.core.loader import loader, sample_rng
@@ -65,14 +66,6 @@ def rows_of(folder):
 def rewrite(folder, rows, header=("path", "label", "split")):
     lines = [",".join(header)] + [",".join(row[name] for name in header) for row in rows]
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-
-
-def message(kind, call, *arguments, **named):
-    with pytest.raises(kind) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
 
 
 # ---- reading: every fault in one line, with the place and the remedy

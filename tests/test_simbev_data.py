@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import message
 from leansense.core.loader import loader
 from leansense.core.parameters import declared
 from leansense.core.paths import data_root
@@ -96,14 +97,6 @@ def copies(folders, tmp_path):
 def street(own_data_root):
     """A larger native stand-in with depth, for the tests of conventions."""
     return simbev.load(standin(n=16, size="240x112", layout="native"))
-
-
-def message(kind, call, *arguments, **named):
-    with pytest.raises(kind) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
 
 
 def change(path, edit):

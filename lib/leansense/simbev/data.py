@@ -189,7 +189,7 @@ class SimBEVDataset(Mapped):
         """A batch of one frame, for shapes and costs."""
         return collate([self[0]])
 
-
+# %% ../../../nbs/simbev/00_data.ipynb #c011a7e0
 def collate(items: Sequence[dict]) -> dict:
     """A batch: every tensor stacked, `id` a list."""
     import torch
