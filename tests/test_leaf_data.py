@@ -37,15 +37,8 @@ from leansense.leaf.split import (
 from leansense.leaf.split import main as split_main
 from leansense.leaf.standin import CLASSES, LOOKS, find_planted, plan, standin
 
+pytestmark = pytest.mark.usefixtures("own_data_root")
 SMALL = dict(n=6, size=64)  # the smallest stand-in that holds every kind of file
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_data_root(tmp_path_factory):
-    """Stand-ins and caches of these tests lie in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
 
 
 @pytest.fixture(scope="module")

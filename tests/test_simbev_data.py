@@ -62,17 +62,10 @@ from leansense.simbev.layouts import (
 from leansense.simbev.overlap import read_depth, splat_overlap
 from leansense.simbev.standin import encode_depth, make_shots, parse_size, standin, version
 
+pytestmark = pytest.mark.usefixtures("own_data_root")
 SMALL = dict(n=8, size="240x112")  # four scenes of two frames: two train, one validates, one tests
 FAST = dict(size=(112, 240), final=(64, 176))
 LAYOUTS = ("published", "converted", "native")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_data_root(tmp_path_factory):
-    """Stand-ins and caches of these tests lie in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
 
 
 @pytest.fixture(scope="module")
