@@ -60,7 +60,7 @@ from leansense.simbev.layouts import (
     reroot,
 )
 from leansense.simbev.overlap import read_depth, splat_overlap
-from leansense.simbev.standin import encode_depth, make_shots, parse_size, standin, version
+from leansense.simbev.standin import encode_depth, make_shots, parse_size, standin, DRAWN
 
 pytestmark = pytest.mark.usefixtures("own_data_root")
 SMALL = dict(n=8, size="240x112")  # four scenes of two frames: two train, one validates, one tests
@@ -1232,7 +1232,7 @@ def test_identify_is_light():
     name, loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True
     ).stdout.split("\n")[:2]
-    assert name == f"standin-40-published-480x224-{version()}" and loaded == "[]"
+    assert name == f"standin-40-published-480x224-{DRAWN}" and loaded == "[]"
 
 
 def test_rows_name_their_data(folders):
