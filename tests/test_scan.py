@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import ROOT, run
-from leansense.layers import scan, scan_native
+from leansense.layers import backend as choosing
+from leansense.layers import scan, scan_mamba_ssm, scan_native
 from leansense.layers.scan import (
     Mamba,
     bidirectional,
@@ -26,7 +27,7 @@ from leansense.layers.scan import (
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 compiled = pytest.mark.skipif(bool(scan_native.why_not()), reason="no C compiler")
-BACKENDS = ["torch", pytest.param("cc", marks=compiled)]
+BACKENDS = ["torch", "reference", pytest.param("cc", marks=compiled)]
 
 
 @pytest.fixture(autouse=True)
@@ -371,7 +372,7 @@ def test_falls_back_to_torch(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     inputs = draw(dtype=torch.float32)
-    assert scan._resolve("auto", inputs["u"], list(inputs.values()), False) == "torch"
+    assert scan.choose("selective_scan", "auto", *inputs.values()) == "torch"
     torch.testing.assert_close(
         selective_scan(**inputs), selective_scan(**inputs, backend="torch"), rtol=0, atol=0
     )
@@ -387,7 +388,7 @@ def test_falls_back_to_torch(environment, monkeypatch):
 @compiled
 def test_auto_is_compiled_on_the_cpu():
     inputs = draw(dtype=torch.float32)
-    assert scan._resolve("auto", inputs["u"], list(inputs.values()), False) == "cc"
+    assert scan.choose("selective_scan", "auto", *inputs.values()) == "cc"
 
 
 def test_nothing_heavy_is_imported():
@@ -575,7 +576,7 @@ def test_extension_adapter(names, reverse, monkeypatch):
     """What reaches the extension, and what comes back, through the public function."""
     calls = []
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", extension(calls))
-    monkeypatch.setattr(scan, "_resolve", lambda *_: "mamba_ssm")
+    monkeypatch.setattr(scan, "choose", lambda operator, *_: "mamba_ssm")
     inputs = {
         name: x.requires_grad_() for name, x in choose(draw(dtype=torch.float32), names).items()
     }
@@ -604,22 +605,24 @@ def test_extension_is_probed_and_never_required(error, monkeypatch):
 
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "selective_scan_cuda", raising=False)
-    found = scan._extension()
+    found = scan_mamba_ssm.find_extension()
     if isinstance(found, str):
         assert "not importable" in found and "\n" not in found
 
 
-@pytest.mark.parametrize(
-    "device, order",
-    [
-        ("cpu", ["cc", "torch", "triton", "mamba_ssm"]),
-        ("meta", ["mamba_ssm", "triton", "torch", "cc"]),
-    ],
-)
-def test_order_of_preference(device, order):
-    u = torch.empty(1, 1, 1, device=device)
-    probes = scan._probes(u, torch.empty(1, 16), False, False)
-    assert list(probes) == order and probes["torch"]() == ""
+def test_order_of_preference():
+    """On the GPU the vendor's kernel, then ours; elsewhere C, then PyTorch; the formula by name only."""
+    assert list(choosing.OPERATORS["selective_scan"]) == [
+        "mamba_ssm",
+        "triton",
+        "cc",
+        "torch",
+        "reference",
+    ]
+    u = torch.empty(1, 1, 1, device="meta")
+    why = partial(choosing._why_not, "selective_scan")
+    assert "meta" in why("cc", (u,)) and why("torch", (u,)) == why("reference", (u,)) == ""
+    assert "runs on cuda" in why("mamba_ssm", (torch.empty(1, 1, 1),))
 
 
 INTERPRETED = """
@@ -690,7 +693,7 @@ def triton_has_assembler() -> bool:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_on_a_gpu(backend, size, names, reverse):
     inputs = choose(draw(*size, dtype=torch.float32, device="cuda"), names)
-    why = scan._probes(inputs["u"], inputs["A"], False, backend != "mamba_ssm")[backend]()
+    why = choosing._why_not("selective_scan", backend, tuple(inputs.values()))
     if why:
         pytest.skip(why)
     options = {"delta_softplus": bool(names), "reverse": reverse}

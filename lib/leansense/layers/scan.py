@@ -7,20 +7,46 @@ __all__ = ['PART', 'selective_scan_flops', 'selective_scan', 'selective_scan_ste
 
 # %% ../../../nbs/layers/10_scan.ipynb #6a9750de
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from . import scan_native
-from .backend import pick, triton_why_not
+from leansense.layers.backend import (
+    OPERATORS,
+    Backend,
+    choose,
+    is_traced,
+    load,
+    register,
+    wide_type,
+    without_autocast,
+)
+
+# %% ../../../nbs/layers/10_scan.ipynb #a8de3177
+def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """delta + bias, through softplus if asked for."""
+    delta = delta if bias is None else delta + bias
+    return F.softplus(delta) if softplus else delta
+
+
+def _reference(u, delta, A, B, C, D=None, z=None, bias=None, softplus=False, reverse=False):
+    """(y, last state (B, D, N)) by the two formulas, step by step; differentiable by autograd."""
+    out, every, kind = u, (u, delta, A, B, C, D, z, bias), wide_type(u, delta, A, B, C, D, z, bias)
+    u, delta, A, B, C, D, z, bias = (None if v is None else v.to(kind) for v in every)
+    delta = _step_size(delta, bias, softplus)
+    h, y = u.new_zeros(u.shape[0], *A.shape), []
+    steps = list(zip(*(v.unbind(1) for v in (u, delta, B, C))))
+    for u_t, delta_t, B_t, C_t in reversed(steps) if reverse else steps:
+        h = (delta_t[..., None] * A).exp() * h + (delta_t * u_t)[..., None] * B_t[:, None]
+        y.append((h * C_t[:, None]).sum(-1))
+    y = torch.stack(y[::-1] if reverse else y, 1) if y else torch.zeros_like(u)
+    y = y if D is None else y + D * u
+    return (y if z is None else y * F.silu(z)).to(out.dtype), h
 
 # %% ../../../nbs/layers/10_scan.ipynb #1cffc9c9
 def _rows(length: int, start: int, count: int, reverse: bool) -> slice:
@@ -262,15 +288,14 @@ def _parallel_back(
     return open_up(dx), open_up(ddelta), dA, open_up(dB), open_up(dC), open_up(y)
 
 # %% ../../../nbs/layers/10_scan.ipynb #1a312f87
-def _step_size(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """delta + bias, through softplus if asked for."""
-    delta = delta if bias is None else delta + bias
-    return F.softplus(delta) if softplus else delta
+def _parts_of(length: int, device: torch.device) -> int:
+    """How many parts of a sequence run at the same time."""
+    return 1 if device.type == "cpu" else max(1, (length + PART - 1) // PART)
 
 
-def _torch_forward(u, delta, A, B, C, D, z, bias, softplus, reverse, save, tile, parts):
-    """(y, last state (B, D, N), saved) with PyTorch alone; parts > 1 runs that many parts of the sequence together."""
-    delta = _step_size(delta, bias, softplus)
+def _torch_forward(u, delta, A, B, C, D, z, bias, softplus, reverse, save, tile):
+    """(y, last state (B, D, N), [states at the chunks' starts]); tile: steps of a chunk."""
+    delta, parts = _step_size(delta, bias, softplus), _parts_of(u.shape[1], u.device)
     first = u.new_zeros(u.shape[0], A.shape[1], u.shape[2])
     sweep = _sweep if parts == 1 else partial(_parallel, parts=parts)
     y, last, saved = sweep(delta, delta * u, A.T.contiguous(), B, C, first, tile, reverse, save)
@@ -278,13 +303,12 @@ def _torch_forward(u, delta, A, B, C, D, z, bias, softplus, reverse, save, tile,
         y = y.addcmul_(u, D)
     if z is not None:
         y = y.mul_(F.silu(z))
-    return y.contiguous(), last.mT.contiguous(), saved
+    return y.contiguous(), last.mT.contiguous(), [saved]
 
 # %% ../../../nbs/layers/10_scan.ipynb #753e58cd
-def _torch_backward(
-    dy, dlast, u, delta, A, B, C, D, z, bias, saved, softplus, reverse, tile, parts
-):
+def _torch_backward(dy, dlast, u, delta, A, B, C, D, z, bias, kept, softplus, reverse, tile):
     """Gradients of u, delta, A, B, C, D, z, bias; None where there is no input."""
+    parts = _parts_of(u.shape[1], u.device)
     raw, delta = delta, _step_size(delta, bias, softplus)
     x, dz, outer = delta * u, None, dy
     if z is not None:
@@ -294,7 +318,7 @@ def _torch_backward(
     sweep = _sweep_back if parts == 1 else partial(_parallel_back, parts=parts)
     again, rates = z is not None, A.T.contiguous()
     dx, ddelta, dA, dB, dC, y = sweep(
-        dy, arriving, delta, x, rates, B, C, saved, tile, reverse, again
+        dy, arriving, delta, x, rates, B, C, kept[0], tile, reverse, again
     )
     if z is not None:
         y = y if D is None else y.addcmul_(u, D)
@@ -308,134 +332,30 @@ def _torch_backward(
         ddelta.mul_(torch.sigmoid(raw if bias is None else raw + bias))
     return du, ddelta, dA.T, dB, dC, dD, dz, None if bias is None else ddelta.sum((0, 1))
 
-# %% ../../../nbs/layers/10_scan.ipynb #1dc396e3
-def _extension() -> Any:
-    """The module selective_scan_cuda, or the reason why it cannot be had, as a string."""
-    try:
-        import selective_scan_cuda
-        import torch  # noqa: F401  (the extension's symbols are in its libraries)
-    except (ImportError, OSError) as error:
-        return f"selective_scan_cuda (of mamba-ssm) is not importable: {str(error).splitlines()[0][:160]}"
-    return selective_scan_cuda
-
-# %% ../../../nbs/layers/10_scan.ipynb #f6bdcf86
-def _turn(x: Tensor | None, reverse: bool) -> Tensor | None:
-    """(B, L, n) -> (B, n, L) contiguous, time turned round if `reverse`; and the same call turns it back."""
-    if x is None:
-        return None
-    return (x.flip(1) if reverse else x).transpose(1, 2).contiguous()
-
-
-def _back(x: Tensor, reverse: bool) -> Tensor:
-    """(B, n, L) -> (B, L, n) contiguous, time turned round if `reverse`."""
-    x = x.transpose(1, 2)
-    return (x.flip(1) if reverse else x).contiguous()
-
-
-def _extension_inputs(u, delta, A, B, C, D, z, bias, reverse):
-    """The tensors in the order, types and layout of the extension's two functions."""
-
-    def same(x):
-        return (
-            None if x is None else _turn(x.to(u.dtype), reverse)
-        )  # one type for all that varies in time
-
-    def full(x):
-        return None if x is None else x.float().contiguous()
-
-    return (
-        same(u),
-        same(delta),
-        full(A),
-        same(B).unsqueeze(1),
-        same(C).unsqueeze(1),
-        full(D),
-        same(z),
-        full(bias),
-    )
-
-# %% ../../../nbs/layers/10_scan.ipynb #ceb62e50
-def _extension_forward(u, delta, A, B, C, D, z, bias, softplus, reverse):
-    """(y, last state, what the backward pass needs, y before the gate) from the extension's `fwd`."""
-    inputs = _extension_inputs(u, delta, A, B, C, D, z, bias, reverse)
-    out, states, *gated = _extension().fwd(*inputs, softplus)
-    last = states[:, :, -1, 1::2].float().contiguous()
-    y = gated[0] if z is not None else out
-    return _back(y, reverse), last, states, out if z is not None else out.new_empty(0)
-
-
-def _extension_backward(dy, u, delta, A, B, C, D, z, bias, states, plain, softplus, reverse):
-    """Gradients of u, delta, A, B, C, D, z, bias from the extension's `bwd`."""
-    inputs = _extension_inputs(u, delta, A, B, C, D, z, bias, reverse)
-    out = plain if z is not None else None
-    du, ddelta, dA, dB, dC, dD, dbias, *rest = _extension().bwd(
-        *inputs, _turn(dy.to(u.dtype), reverse), states, out, None, softplus, False
-    )
-    back = partial(_back, reverse=reverse)
-    return (
-        back(du),
-        back(ddelta),
-        dA,
-        back(dB.squeeze(1)),
-        back(dC.squeeze(1)),
-        dD if D is not None else None,
-        back(rest[0]) if z is not None else None,
-        dbias if bias is not None else None,
-    )
-
 # %% ../../../nbs/layers/10_scan.ipynb #55602c25
-def _probes(u: Tensor, A: Tensor, double: bool, last: bool) -> dict[str, Callable[[], str]]:
-    """name -> probe for tensors like u, in order of preference; last: the last state needs a gradient."""
-    device, states = u.device.type, A.shape[1]
+def _to_wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in one type, fp32, or float64 if any is."""
+    kind = wide_type(*tensors)
+    return [None if x is None else x.to(kind) for x in tensors]
 
-    def extension():
-        if device != "cuda":
-            return f"tensors are on {device}; the extension needs a CUDA device"
-        if double or states > 256 or last:
-            return (
-                "no float64, at most 256 states, and no gradient of the last state in the extension"
-            )
-        return found if isinstance(found := _extension(), str) else ""
 
-    def triton():
-        return (
-            "float64 inputs; the kernels compute in float32" if double else triton_why_not(device)
-        )
+def _torch_saved_shape(u: Tensor, A: Tensor, tile: int) -> tuple[int, ...]:
+    """The shape of the states at the chunks' starts."""
+    parts = _parts_of(u.shape[1], u.device)
+    steps = (u.shape[1] + parts - 1) // parts
+    return (steps + tile - 1) // tile, u.shape[0] * parts, A.shape[1], u.shape[2]
 
-    def compiled():
-        if device != "cpu":
-            return f"tensors are on {device}; the C kernel runs on the CPU"
-        return (
-            "float64 inputs; the C kernel computes in float32" if double else scan_native.why_not()
-        )
 
-    probes = {"mamba_ssm": extension, "triton": triton, "cc": compiled, "torch": lambda: ""}
-    order = (
-        ("cc", "torch", "triton", "mamba_ssm")
-        if device == "cpu"
-        else ("mamba_ssm", "triton", "torch", "cc")
-    )
-    return {name: probes[name] for name in order}
+register(
+    "selective_scan",
+    mamba_ssm="leansense.layers.scan_mamba_ssm",
+    triton="leansense.layers.scan_triton",
+    cc="leansense.layers.scan_native",
+    torch=Backend(lambda *_: "", _to_wide, _torch_forward, _torch_backward, _torch_saved_shape),
+    reference=_reference,
+)
 
 # %% ../../../nbs/layers/10_scan.ipynb #3c748bfd
-def _double(*tensors: Tensor | None) -> bool:
-    return any(x is not None and x.dtype == torch.float64 for x in tensors)
-
-
-def _no_autocast(device: str) -> AbstractContextManager:
-    """Autocast off, if it is on."""
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.is_autocast_enabled(device)
-        else nullcontext()
-    )
-
-
-def _parts_of(length: int, device: torch.device) -> int:
-    """How many parts of a sequence the PyTorch back end runs at the same time."""
-    return 1 if device.type == "cpu" else max(1, (length + PART - 1) // PART)
-
-
 def _forward(
     u,
     delta,
@@ -452,50 +372,16 @@ def _forward(
     save: bool,
 ):
     """(y, last, saved, plain) from one back end; saved and plain are for its backward pass."""
-    empty = torch.empty(0, device=u.device)
-    tensors = (u, delta, A, B, C, D, z, bias)
-    kind = torch.float64 if _double(*tensors) else torch.float32
+    tensors, empty = (u, delta, A, B, C, D, z, bias), torch.empty(0, device=u.device)
     if u.numel() == 0:
-        return (
-            torch.empty_like(u),
-            u.new_zeros(u.shape[0], *A.shape, dtype=kind),
-            empty,
-            empty.clone(),
-        )
-    with _no_autocast(u.device.type):
-        if backend == "mamba_ssm":
-            y, last, saved, plain = _extension_forward(*tensors, softplus, reverse)
-            return y, last, saved.flatten(), plain
-        if backend == "triton":
-            from leansense.layers import scan_triton
-
-            y, last, saved = scan_triton.forward(*tensors, softplus, reverse, save)
-            return y, last, saved.flatten(), empty
-        wide = [None if x is None else x.to(kind) for x in tensors]
-        if backend == "cc":
-            y, last, saved = scan_native.forward(*wide, softplus, reverse, save)
-        else:
-            y, last, saved = _torch_forward(
-                *wide, softplus, reverse, save, tile, _parts_of(u.shape[1], u.device)
-            )
-        return y.to(u.dtype), last, saved.flatten(), empty
-
-# %% ../../../nbs/layers/10_scan.ipynb #af584b6b
-def _saved_shape(u: Tensor, A: Tensor, backend: str, tile: int) -> tuple[int, ...]:
-    """The shape of what a back end keeps for its backward pass."""
-    batch, length, channels = u.shape
-    states = A.shape[1]
-    if backend == "mamba_ssm":
-        return batch, channels, (length + 2047) // 2048, 2 * states
-    if backend == "triton":
-        from leansense.layers import scan_triton
-
-        return scan_triton.saved_shape(batch, length, channels, states)
-    if backend == "cc":
-        return scan_native.saved_shape(batch, length, channels, states)
-    parts = _parts_of(length, u.device)
-    steps = (length + parts - 1) // parts
-    return (steps + tile - 1) // tile, batch * parts, states, channels
+        last = u.new_zeros(u.shape[0], *A.shape, dtype=wide_type(*tensors))
+        return torch.empty_like(u), last, empty, empty.clone()
+    kernels = load("selective_scan", backend)
+    with without_autocast(u.device.type):
+        prepared = kernels.prepare(*tensors)
+        y, last, kept = kernels.forward(*prepared, softplus, reverse, save, tile)
+    saved, plain = (*kept, empty)[:2]
+    return y.to(u.dtype), last, saved.flatten(), plain
 
 # %% ../../../nbs/layers/10_scan.ipynb #dbe74347
 def _backward(
@@ -521,22 +407,11 @@ def _backward(
     if u.numel() == 0:
         return [None if x is None else torch.zeros_like(x) for x in tensors]
     dy = torch.zeros_like(u) if dy is None else dy
-    saved = saved.view(_saved_shape(u, A, backend, tile))
-    with _no_autocast(u.device.type):
-        if backend == "mamba_ssm":
-            found = _extension_backward(dy, *tensors, saved, plain, softplus, reverse)
-        elif backend == "triton":
-            from leansense.layers import scan_triton
-
-            found = scan_triton.backward(dy, dlast, *tensors, saved, softplus, reverse)
-        else:
-            kind = torch.float64 if _double(*tensors) else torch.float32
-            dy, dlast, *wide = (None if x is None else x.to(kind) for x in (dy, dlast, *tensors))
-            if backend == "cc":
-                found = scan_native.backward(dy, dlast, *wide, saved, softplus, reverse)
-            else:
-                parts = _parts_of(u.shape[1], u.device)
-                found = _torch_backward(dy, dlast, *wide, saved, softplus, reverse, tile, parts)
+    kernels = load("selective_scan", backend)
+    kept = [saved.view(kernels.saved_shape(u, A, tile)), plain]
+    with without_autocast(u.device.type):
+        dy, dlast, *prepared = kernels.prepare(dy, dlast, *tensors)
+        found = kernels.backward(dy, dlast, *prepared, kept, softplus, reverse, tile)
     return [None if x is None else g.to(x.dtype) for g, x in zip(found, tensors)]
 
 # %% ../../../nbs/layers/10_scan.ipynb #9c4ab8c4
@@ -564,11 +439,6 @@ class _SelectiveScan(torch.autograd.Function):
             None,
         )
 
-# %% ../../../nbs/layers/10_scan.ipynb #24dc3fa5
-def _resolve(backend: str, u: Tensor, tensors: Sequence[Tensor | None], last: bool) -> str:
-    """The back end to use for these tensors; see `layers.backend.pick`."""
-    return pick("selective_scan", backend, _probes(u, tensors[2], _double(*tensors), last))
-
 # %% ../../../nbs/layers/10_scan.ipynb #cbc79ed8
 @torch.library.custom_op("leansense::selective_scan", mutates_args=())
 def _operator(
@@ -588,16 +458,17 @@ def _operator(
     last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (u, delta, A, B, C, D, z, bias)
-    return _forward(*tensors, softplus, reverse, _resolve(backend, u, tensors, last), tile, save)
+    chosen = choose("selective_scan", backend, *tensors, last)
+    return _forward(*tensors, softplus, reverse, chosen, tile, save)
 
 
 @_operator.register_fake
 def _(u, delta, A, B, C, D, z, bias, softplus, reverse, backend, tile, save, last):
     tensors = (u, delta, A, B, C, D, z, bias)
-    kind = torch.float64 if _double(*tensors) else torch.float32
-    chosen = _resolve(backend, u, tensors, last)
+    kind = wide_type(*tensors)
+    chosen = choose("selective_scan", backend, *tensors, last)
     keeps = u.numel() > 0 and (save or chosen == "mamba_ssm")
-    kept = math.prod(_saved_shape(u, A, chosen, tile)) if keeps else 0
+    kept = math.prod(load("selective_scan", chosen).saved_shape(u, A, tile)) if keeps else 0
     plain = (
         (u.shape[0], u.shape[2], u.shape[1]) if chosen == "mamba_ssm" and z is not None else (0,)
     )
@@ -631,7 +502,7 @@ def _operator_backward(
     last: bool,
 ) -> list[Tensor]:
     tensors = (u, delta, A, B, C, D, z, bias)
-    chosen = _resolve(backend, u, tensors, last)
+    chosen = choose("selective_scan", backend, *tensors, last)
     found = _backward(dy, dlast, *tensors, saved, plain, softplus, reverse, chosen, tile)
     return [g.contiguous() for g in found if g is not None]
 
@@ -724,16 +595,6 @@ def _check(u, delta, A, B, C, D, z, bias) -> None:
         raise ValueError(f"selective_scan: u is {u.dtype}; real floating-point tensors are needed")
 
 # %% ../../../nbs/layers/10_scan.ipynb #92a0b8bf
-def _traced(u: Tensor) -> bool:
-    """Whether somebody is watching: a compiler, an exporter, a dispatch mode, or a tensor that is no plain one."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or type(u) not in (Tensor, nn.Parameter)
-        or torch.jit.is_tracing()
-    )
-
-
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -748,24 +609,34 @@ def selective_scan(
     backend: str = "auto",
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Selective scan, channel-last: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t.
+    """Scan, channel-last: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t.
 
-    u, delta: (B, L, D). A: (D, N). B, C: (B, L, N). D, delta_bias: (D,). z: (B, L, D); y is multiplied by silu(z).
-    delta_bias is added to delta; delta_softplus makes it positive. reverse: time runs from the last token to the first.
-    backend: auto | cc | torch | triton | mamba_ssm. Any length, 0 and 1 too; the state is fp32 (float64 for float64).
-    Returns y (B, L, D) in u's type; with return_last_state also the state (B, D, N) after the last step taken.
-    ValueError for shapes that do not fit, RuntimeError for a named back end that cannot run. Source: arXiv:2312.00752.
+    Any length, 0 and 1 too; the state is fp32 (float64 for float64). Source: arXiv:2312.00752.
+
+    Args:
+        u, delta: (B, L, D), input and step size.
+        A: (D, N), rates. B, C: (B, L, N), projections. D: (D,), skip path.
+        z: (B, L, D); y is multiplied by silu(z).
+        delta_bias: (D,), added to delta; delta_softplus makes the sum positive.
+        reverse: time runs from the last token to the first.
+        backend: auto | mamba_ssm | triton | cc | torch | reference.
+        return_last_state: also the state (B, D, N) after the last step taken.
+
+    Returns y (B, L, D) in u's type. ValueError for shapes that do not fit, RuntimeError for a named
+    back end that cannot run.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     last, tile = save and return_last_state, _tile(u.shape[0], A.shape[1], u.shape[2], u.device)
-    if _traced(u):
+    traced = is_traced(*tensors)
+    chosen = backend if traced else choose("selective_scan", backend, *tensors, last)
+    if chosen == "reference":
+        y, state = _reference(*tensors, delta_softplus, reverse)
+    elif traced:
         options = (delta_softplus, reverse, backend, tile, save, last)
         y, state, *_ = torch.ops.leansense.selective_scan(*tensors, *options)
-        return (y, state) if return_last_state else y
-    chosen = _resolve(backend, u, tensors, last)
-    if save:
+    elif save:
         y, state = _SelectiveScan.apply(*tensors, delta_softplus, reverse, chosen, tile)
     else:
         y, state, *_ = _forward(*tensors, delta_softplus, reverse, chosen, tile, False)
@@ -799,8 +670,8 @@ def selective_scan_step(
         raise ValueError(
             f"selective_scan_step: state has shape {tuple(state.shape)}, must be {(*u.shape, A.shape[1])}"
         )
-    kind = torch.float64 if _double(state, u) else torch.float32
-    with _no_autocast(u.device.type):
+    kind = wide_type(state, u)
+    with without_autocast(u.device.type):
         x, A, B, C, D, z, delta_bias, delta, state = (
             None if v is None else v.to(kind) for v in (u, A, B, C, D, z, delta_bias, delta, state)
         )
@@ -828,49 +699,55 @@ def _slices(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse:
     return F.silu(y) if silu else y
 
 # %% ../../../nbs/layers/10_scan.ipynb #6bcb6126
+def _conv_forward(x, weight, bias, silu, reverse):
+    """(the causal convolution, [itself before silu]) with PyTorch operations, in place; weight: (D, K)."""
+    length, taps = x.shape[1], weight.t().contiguous()
+    y = x * taps[-1] if bias is None else torch.addcmul(bias, x, taps[-1])
+    for shift in range(1, min(len(taps), length)):
+        source, target = _pair(length, shift, reverse)
+        y[:, target].addcmul_(x[:, source], taps[-1 - shift])
+    return (F.silu(y), [y]) if silu else (y, [])
+
+
+def _conv_backward(dy, x, weight, bias, kept, silu, reverse):
+    """Gradients of x, weight and bias (None if there is none)."""
+    dy = torch.ops.aten.silu_backward(dy, kept[0]) if silu else dy
+    length, taps = x.shape[1], weight.t().contiguous()
+    dx, dtaps = dy * taps[-1], torch.zeros_like(taps)
+    for shift in range(min(len(taps), length)):
+        source, target = _pair(length, shift, reverse)
+        dtaps[-1 - shift] = (x[:, source] * dy[:, target]).sum((0, 1))
+        if shift:
+            dx[:, source].addcmul_(dy[:, target], taps[-1 - shift])
+    return dx, dtaps.t(), None if bias is None else dy.sum((0, 1))
+
+
 class _CausalConv(torch.autograd.Function):
-    """The causal convolution with PyTorch operations, in place; weight: (D, K)."""
+    """The causal convolution by one back end."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, reverse):
-        length, taps = x.shape[1], weight.t().contiguous()
-        y = x * taps[-1] if bias is None else torch.addcmul(bias, x, taps[-1])
-        for shift in range(1, min(len(taps), length)):
-            source, target = _pair(length, shift, reverse)
-            y[:, target].addcmul_(x[:, source], taps[-1 - shift])
-        ctx.save_for_backward(x, weight)
-        ctx.reverse, ctx.biased = reverse, bias is not None
+    def forward(ctx, x, weight, bias, silu, reverse, backend):
+        y, kept = load("causal_conv1d", backend).forward(x, weight, bias, silu, reverse)
+        ctx.save_for_backward(x, weight, bias, *kept)
+        ctx.options = silu, reverse, backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        length, taps = x.shape[1], weight.t().contiguous()
-        dx, dtaps = dy * taps[-1], torch.zeros_like(taps)
-        for shift in range(min(len(taps), length)):
-            source, target = _pair(length, shift, ctx.reverse)
-            dtaps[-1 - shift] = (x[:, source] * dy[:, target]).sum((0, 1))
-            if shift:
-                dx[:, source].addcmul_(dy[:, target], taps[-1 - shift])
-        return dx, dtaps.t(), dy.sum((0, 1)) if ctx.biased else None, None
+        (x, weight, bias, *kept), (*options, backend) = ctx.saved_tensors, ctx.options
+        kernels = load("causal_conv1d", backend)
+        return *kernels.backward(dy, x, weight, bias, kept, *options), None, None, None
+
+
+register(
+    "causal_conv1d",
+    cc="leansense.layers.causal_conv_native",
+    torch=Backend(lambda *_: "", _to_wide, _conv_forward, _conv_backward),
+    reference=_slices,
+)
 
 # %% ../../../nbs/layers/10_scan.ipynb #ff868a76
-class _CompiledConv(torch.autograd.Function):
-    """The causal convolution, with silu or without, by the C kernel; fp32 on the CPU."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, silu, reverse):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.options = silu, reverse
-        return scan_native.conv(x, weight, bias, silu, reverse)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return *scan_native.conv_backward(dy, *ctx.saved_tensors, *ctx.options), None, None
-
-
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -879,31 +756,33 @@ def causal_conv1d(
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Depthwise causal convolution of x (B, L, D), channel-last: y_t sees t and the K - 1 tokens before it.
+    """Depthwise causal convolution of x (B, L, D), channel-last: y_t sees t and the K - 1 before it.
 
-    weight: (D, K) or (D, 1, K); bias: (D,). activation: None | "silu". reverse: it sees the K - 1 tokens after it.
-    backend: auto | cc | torch. ValueError for shapes that do not fit or an unknown activation.
+    Args:
+        weight: (D, K) or (D, 1, K). bias: (D,). activation: None | "silu".
+        reverse: y_t sees t and the K - 1 tokens after it.
+        backend: auto | cc | torch | reference.
+
+    ValueError for shapes that do not fit or an unknown activation.
     """
     weight = weight.squeeze(1) if weight.ndim == 3 else weight
     fits = x.ndim == 3 and weight.ndim == 2 and len(weight) == x.shape[2]
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
-            f"causal_conv1d: x (B, L, D), weight (D, K) and bias (D,) are needed, not {tuple(x.shape)}, "
-            f"{tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
+            f"causal_conv1d: x (B, L, D), weight (D, K) and bias (D,) are needed, not "
+            f"{tuple(x.shape)}, {tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
         )
     if activation not in (None, "silu"):
         raise ValueError(
             f"causal_conv1d: activation={activation!r} is unknown: choose None or 'silu'"
         )
-    kind, tensors = torch.float64 if _double(x, weight, bias) else torch.float32, (x, weight, bias)
-    wide = [v if v is None else v.to(kind) for v in tensors]
-    if _traced(x) or not x.numel():
-        return _slices(*wide, activation == "silu", reverse).to(x.dtype)
-    probes = _probes(x, weight, kind == torch.float64, False)
-    if pick("causal_conv1d", backend, {name: probes[name] for name in ("cc", "torch")}) == "cc":
-        return _CompiledConv.apply(*wide, activation == "silu", reverse).to(x.dtype)
-    y = _CausalConv.apply(*wide, reverse)
-    return (F.silu(y) if activation else y).to(x.dtype)
+    tensors, silu = (x, weight, bias), activation == "silu"
+    plain = is_traced(*tensors) or not x.numel()
+    chosen = "reference" if plain else choose("causal_conv1d", backend, *tensors)
+    if chosen == "reference":
+        return _slices(*_to_wide(*tensors), silu, reverse).to(x.dtype)
+    prepared = load("causal_conv1d", chosen).prepare(*tensors)
+    return _CausalConv.apply(*prepared, silu, reverse, chosen).to(x.dtype)
 
 # %% ../../../nbs/layers/10_scan.ipynb #8a603ab4
 def _inverse_softplus(y: Tensor) -> Tensor:
@@ -929,27 +808,37 @@ def _init_dt(
     projection.bias._no_reinit = True
 
 # %% ../../../nbs/layers/10_scan.ipynb #22ffa2fa
-class _MambaWeights(nn.Module):
-    """The parameters of a Mamba block."""
+class Mamba(nn.Module):
+    """A Mamba block, (B, L, d_model) -> the same shape; names and initialisation as in mamba-ssm.
+
+    Args:
+        d_state: states per channel. d_conv: taps of the short convolution.
+        expand: inner width / d_model.
+        dt_rank: bottleneck of the step sizes, "auto" = d_model / 16, rounded up. dt_*: how they start.
+        conv_bias, bias: of the convolution, of the two outer projections.
+        backend: see `selective_scan`.
+    """
 
     def __init__(
         self,
         d_model: int,
-        d_state: int,
-        d_conv: int,
-        expand: float,
-        dt_rank: int | str,
-        dt_min: float,
-        dt_max: float,
-        dt_init: str,
-        dt_scale: float,
-        dt_init_floor: float,
-        conv_bias: bool,
-        bias: bool,
-        device,
-        dtype,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.backend = backend
         inner = int(expand * d_model)
         if min(d_model, d_state, d_conv, inner) < 1:
             raise ValueError(
@@ -977,9 +866,39 @@ class _MambaWeights(nn.Module):
         wide = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         return -torch.exp(wide)
 
-# %% ../../../nbs/layers/10_scan.ipynb #dda93329
-class _MambaStep(_MambaWeights):
-    """A Mamba block for one token at a time."""
+    def forward(self, x: Tensor, reverse: bool = False, return_states: bool = False):
+        """The block on x (B, L, d_model); reverse: time runs from the last token to the first, the order stays.
+
+        return_states: also (conv state (B, d_inner, d_conv), scan state (B, d_inner, d_state)), for `step`.
+        """
+        if x.ndim != 3 or x.shape[2] != self.d_model:
+            raise ValueError(f"Mamba: x must be (B, L, {self.d_model}), not {tuple(x.shape)}")
+        stream, z = self.in_proj(x).chunk(2, -1)
+        simple = self.backend if self.backend in OPERATORS["causal_conv1d"] else "auto"
+        u = causal_conv1d(stream, self.conv1d.weight, self.conv1d.bias, "silu", reverse, simple)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
+        delta = F.linear(dt, self.dt_proj.weight)
+        found = selective_scan(
+            u,
+            delta,
+            self.rates(),
+            B,
+            C,
+            self.D,
+            z,
+            self.dt_proj.bias,
+            True,
+            reverse,
+            self.backend,
+            return_states,
+        )
+        if not return_states:
+            return self.out_proj(found)
+        seen = stream[:, : self.d_conv].flip(1) if reverse else stream[:, -self.d_conv :]
+        return self.out_proj(found[0]), (
+            F.pad(seen, (0, 0, self.d_conv - seen.shape[1], 0)).mT.contiguous(),
+            found[1],
+        )
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int = 0, dtype: torch.dtype | None = None
@@ -1011,85 +930,6 @@ class _MambaStep(_MambaWeights):
             ssm_state, u, delta, self.rates(), B, C, self.D, z, self.dt_proj.bias, True
         )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
-
-# %% ../../../nbs/layers/10_scan.ipynb #f26fc016
-class Mamba(_MambaStep):
-    """A Mamba block, (B, L, d_model) -> the same shape; names, shapes and initialisation as mamba-ssm's `Mamba`.
-
-    d_state: states per channel. d_conv: taps of the short convolution. expand: inner width / d_model.
-    dt_rank: bottleneck of the step sizes, "auto" = d_model / 16, rounded up. dt_*: how they start.
-    conv_bias, bias: of the convolution, of the two outer projections. backend: see `selective_scan`.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: float = 2,
-        dt_rank: int | str = "auto",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        conv_bias: bool = True,
-        bias: bool = False,
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(
-            d_model,
-            d_state,
-            d_conv,
-            expand,
-            dt_rank,
-            dt_min,
-            dt_max,
-            dt_init,
-            dt_scale,
-            dt_init_floor,
-            conv_bias,
-            bias,
-            device,
-            dtype,
-        )
-        self.backend = backend
-
-    def forward(self, x: Tensor, reverse: bool = False, return_states: bool = False):
-        """The block on x (B, L, d_model); reverse: time runs from the last token to the first, the order stays.
-
-        return_states: also (conv state (B, d_inner, d_conv), scan state (B, d_inner, d_state)), for `step`.
-        """
-        if x.ndim != 3 or x.shape[2] != self.d_model:
-            raise ValueError(f"Mamba: x must be (B, L, {self.d_model}), not {tuple(x.shape)}")
-        stream, z = self.in_proj(x).chunk(2, -1)
-        simple = self.backend if self.backend in ("cc", "torch") else "auto"
-        u = causal_conv1d(stream, self.conv1d.weight, self.conv1d.bias, "silu", reverse, simple)
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], -1)
-        delta = F.linear(dt, self.dt_proj.weight)
-        found = selective_scan(
-            u,
-            delta,
-            self.rates(),
-            B,
-            C,
-            self.D,
-            z,
-            self.dt_proj.bias,
-            True,
-            reverse,
-            self.backend,
-            return_states,
-        )
-        if not return_states:
-            return self.out_proj(found)
-        seen = stream[:, : self.d_conv].flip(1) if reverse else stream[:, -self.d_conv :]
-        return self.out_proj(found[0]), (
-            F.pad(seen, (0, 0, self.d_conv - seen.shape[1], 0)).mT.contiguous(),
-            found[1],
-        )
 
 # %% ../../../nbs/layers/10_scan.ipynb #33675592
 def bidirectional(x: Tensor, ahead: Mamba, behind: Mamba) -> tuple[Tensor, Tensor]:

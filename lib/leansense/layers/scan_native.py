@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['SCAN_VECTORS', 'SCAN_POWER', 'SCAN_SOFTPLUS', 'SCAN_CALL', 'SCAN_ROOM', 'SCAN_TILE', 'SCAN_FORWARD_TILE',
            'SCAN_FORWARD', 'SCAN_BACKWARD_TILE', 'SCAN_BACKWARD_ENDS', 'SCAN_BACKWARD', 'SCAN_BACKWARD_ALL', 'SOURCE',
-           'STEPS', 'PAD', 'STATES', 'CONV', 'CONV_BACKWARD', 'CONV_SOURCE', 'even_rows', 'saved_shape', 'forward',
-           'backward', 'why_not', 'conv', 'conv_backward']
+           'STEPS', 'PAD', 'STATES', 'even_rows', 'why_not', 'prepare', 'saved_shape', 'forward', 'backward']
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #1b820da9
 import ctypes
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
+from .backend import float64_why_not
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #95696df1
 SCAN_VECTORS = r"""
@@ -426,15 +427,9 @@ _SIZES = (
     "z_row",
     "dy_row",
 )
+_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "bias")
 _ADDRESSES = (
-    "u",
-    "delta",
-    "A",
-    "B",
-    "C",
-    "D",
-    "z",
-    "bias",
+    *_INPUTS,
     "y",
     "last",
     "saved",
@@ -478,29 +473,23 @@ def _sizes(u: Tensor, A: Tensor, softplus: bool, reverse: bool) -> dict[str, int
     }
 
 
-def _inputs(u, delta, A, B, C, D, z, bias) -> dict[str, Tensor | None]:
-    """The inputs of a call by the structure's names, in a layout that the C code reads."""
-
-    def plain(x):
-        return x if x is None else x.contiguous()
-
-    def even(x):
-        return x if x is None else even_rows(x)
-
-    return {
-        "u": even(u),
-        "delta": even(delta),
-        "A": plain(A),
-        "B": even(B),
-        "C": even(C),
-        "D": plain(D),
-        "z": even(z),
-        "bias": plain(bias),
-    }
+def why_not(*inputs: Any) -> str:
+    """Why the C kernel cannot compute the scan of these inputs, in one line; or empty."""
+    return float64_why_not(*inputs) or native.why_not("scan", SOURCE)
 
 
-def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, int, int]:
+def prepare(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in fp32, in a layout that the C code reads."""
+
+    def read(x):
+        return even_rows(x.float()) if x.ndim == 3 else x.float().contiguous()
+
+    return [None if x is None else read(x) for x in tensors]
+
+
+def saved_shape(u: Tensor, A: Tensor, tile: int = 0) -> tuple[int, int, int]:
     """The shape of the checkpoints: (B, tiles, padded channels x padded states)."""
+    (batch, length, channels), states = u.shape, A.shape[1]
 
     def padded(n, unit):
         return (n + unit - 1) // unit * unit
@@ -556,22 +545,24 @@ def forward(
     softplus: bool,
     reverse: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, last state (B, D, N), checkpoints) of the scan of fp32 tensors on the CPU, none of them empty."""
+    tile: int = 0,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(y, last state (B, D, N), [checkpoints]) of the scan of prepared tensors, none of them empty.
+
+    tile: for PyTorch's version; C has its own.
+    """
     batch, length, channels = u.shape
     states = A.shape[1]
     made = {
         "y": u.new_empty(u.shape),
         "last": u.new_empty(batch, channels, states),
-        "saved": u.new_empty(saved_shape(batch, length, channels, states)) if save else None,
+        "saved": u.new_empty(saved_shape(u, A)) if save else None,
     }
-    tensors = (
-        _inputs(u, delta, A, B, C, D, z, bias) | made
-    )  # a name, so that copies live until the call is over
+    tensors = dict(zip(_INPUTS, (u, delta, A, B, C, D, z, bias))) | made
     call = _describe(_sizes(u, A, softplus, reverse), tensors)
     rows, columns = _parts(batch, channels, torch.get_num_threads())
     _run("scan_forward", [(call, *row, *column) for row in rows for column in columns])
-    return made["y"], made["last"], made["saved"] if save else u.new_empty(0)
+    return made["y"], made["last"], [made["saved"] if save else u.new_empty(0)]
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #5a3466a6
 def backward(
@@ -585,11 +576,15 @@ def backward(
     D: Tensor | None,
     z: Tensor | None,
     bias: Tensor | None,
-    saved: Tensor,
+    kept: list[Tensor],
     softplus: bool,
     reverse: bool,
+    tile: int = 0,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (u, delta, A, B, C, D, z, bias) for those of y and the last state; None where there is no input."""
+    """Gradients of (u, delta, A, B, C, D, z, bias) for those of y and the last state.
+
+    None where there is no input. kept, the options: from and as in `forward`.
+    """
     batch, length, channels = u.shape
     states = A.shape[1]
     rows, columns = _parts(batch, channels, torch.get_num_threads())
@@ -607,15 +602,8 @@ def backward(
         "dC": u.new_empty(len(columns), batch, length, states),
         "dz": None if z is None else u.new_empty(u.shape),
     }
-    tensors = (
-        _inputs(u, delta, A, B, C, D, z, bias)
-        | made
-        | {
-            "saved": saved,
-            "dy": even_rows(dy),
-            "dlast": None if dlast is None else dlast.contiguous(),
-        }
-    )
+    tensors = dict(zip(_INPUTS, (u, delta, A, B, C, D, z, bias))) | made
+    tensors |= {"saved": kept[0], "dy": dy, "dlast": None if dlast is None else dlast.contiguous()}
     sizes = _sizes(u, A, softplus, reverse)
     calls = [
         _describe(sizes, tensors | {"dB": made["dB"][p], "dC": made["dC"][p]})
@@ -642,152 +630,3 @@ def backward(
         made["dz"],
         added(made["dbias"]),
     )
-
-# %% ../../../nbs/layers/11_scan_native.ipynb #3d2652bd
-def why_not() -> str:
-    """Empty if the C kernel can be compiled and loaded here, else the reason in one line."""
-    return native.why_not("scan", SOURCE)
-
-# %% ../../../nbs/layers/11_scan_native.ipynb #155e819a
-CONV = r"""
-typedef struct {
-    int64_t batch, length, channels, taps, silu, reverse, x_row, dy_row;
-    const float *x, *weight, *bias, *dy;  /* weight: (taps, D) */
-    float *y, *dx, *dweight, *dbias;      /* dweight: (batch, taps, D), dbias: (batch, D), both zero */
-} conv;
-INLINE int64_t conv_row(const conv *c, int64_t b, int64_t t) {
-    return b * c->length + (c->reverse ? c->length - 1 - t : t);
-}
-INLINE vf tap_sum(const conv *c, int64_t b, int64_t t, int64_t d, int64_t lanes) {
-    vf sum = c->bias ? load(c->bias + d, lanes) : splat(0.0f);
-    for (int64_t shift = 0; shift < c->taps && shift <= t; shift++)
-        sum += load(c->weight + (c->taps - 1 - shift) * c->channels + d, lanes)
-               * load(c->x + conv_row(c, b, t - shift) * c->x_row + d, lanes);
-    return sum;
-}
-int conv_forward(const conv *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1) {
-    for (int64_t b = b0; b < b1; b++)
-        for (int64_t t0 = 0; t0 < c->length; t0 += 64)
-            for (int64_t d = d0; d < d1; d += W)
-                for (int64_t t = t0; t < c->length && t < t0 + 64; t++) {
-                    vf y = tap_sum(c, b, t, d, d1 - d);
-                    if (c->silu) y *= sigmoid(y);
-                    store(c->y + conv_row(c, b, t) * c->channels + d, y, d1 - d);
-                }
-    return 0;
-}
-"""
-
-# %% ../../../nbs/layers/11_scan_native.ipynb #544e0b16
-CONV_BACKWARD = r"""
-INLINE void conv_spread(const conv *c, int64_t b, int64_t t, int64_t d, int64_t lanes, vf dy) {
-    for (int64_t shift = 0; shift < c->taps && shift <= t; shift++) {
-        int64_t tap = c->taps - 1 - shift, r = conv_row(c, b, t - shift);
-        float *dx = c->dx + r * c->channels + d, *dw = c->dweight + (b * c->taps + tap) * c->channels + d;
-        vf product = load(c->weight + tap * c->channels + d, lanes) * dy;
-        store(dx, shift ? load(dx, lanes) + product : product, lanes);  /* a row is first met with shift 0 */
-        store(dw, load(dw, lanes) + load(c->x + r * c->x_row + d, lanes) * dy, lanes);
-    }
-}
-int conv_backward(const conv *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1) {
-    for (int64_t b = b0; b < b1; b++)
-        for (int64_t t0 = 0; t0 < c->length; t0 += 64)
-            for (int64_t d = d0; d < d1; d += W) {
-                int64_t lanes = d1 - d;
-                vf dbias = splat(0.0f);
-                for (int64_t t = t0; t < c->length && t < t0 + 64; t++) {
-                    vf dy = load(c->dy + conv_row(c, b, t) * c->dy_row + d, lanes);
-                    if (c->silu) {
-                        vf x = tap_sum(c, b, t, d, lanes), o = sigmoid(x);
-                        dy *= o * (1.0f + x * (1.0f - o));
-                    }
-                    conv_spread(c, b, t, d, lanes, dy);
-                    dbias += dy;
-                }
-                store(c->dbias + b * c->channels + d, load(c->dbias + b * c->channels + d, lanes) + dbias, lanes);
-            }
-    return 0;
-}
-"""
-CONV_SOURCE = "".join((SCAN_VECTORS, SCAN_POWER, SCAN_SOFTPLUS, CONV, CONV_BACKWARD))
-
-# %% ../../../nbs/layers/11_scan_native.ipynb #82c95f4b
-class _Conv(ctypes.Structure):
-    """The structure `conv` of the C source."""
-
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in ("batch", "length", "channels", "taps", "silu", "reverse", "x_row", "dy_row")
-    ] + [
-        (name, ctypes.c_void_p)
-        for name in ("x", "weight", "bias", "dy", "y", "dx", "dweight", "dbias")
-    ]
-
-
-def _convolve(
-    function: str, x: Tensor, weight: Tensor, silu: bool, reverse: bool, **tensors: Tensor | None
-) -> None:
-    """Call a C function of the convolution, split among the threads."""
-    batch, length, channels = x.shape
-    tensors |= {"x": even_rows(x), "weight": weight.t().contiguous()}
-    rows = {f"{name}_row": tensors[name].stride(1) for name in ("x", "dy") if name in tensors}
-    addresses = {name: v.data_ptr() for name, v in tensors.items() if v is not None}
-    call = _Conv(
-        batch=batch,
-        length=length,
-        channels=channels,
-        taps=weight.shape[1],
-        silu=silu,
-        reverse=reverse,
-        **rows,
-        **addresses,
-    )
-    compiled = getattr(native.library("conv", CONV_SOURCE), function)
-    rows, columns = _parts(batch, channels, torch.get_num_threads())
-    native.parallel(
-        [
-            partial(compiled, ctypes.byref(call), *map(ctypes.c_int64, (*row, *column)))
-            for row in rows
-            for column in columns
-        ]
-    )
-
-
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool) -> Tensor:
-    """Causal convolution of fp32 x (B, L, D) with weight (D, K), then silu if asked for."""
-    y = x.new_empty(x.shape)
-    _convolve(
-        "conv_forward",
-        x,
-        weight,
-        silu,
-        reverse,
-        y=y,
-        bias=bias if bias is None else bias.contiguous(),
-    )
-    return y
-
-
-def conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight and bias (None if there is none)."""
-    (batch, _, channels), taps = x.shape, weight.shape[1]
-    dx, dweight, dbias = (
-        x.new_empty(x.shape),
-        x.new_zeros(batch, taps, channels),
-        x.new_zeros(batch, channels),
-    )
-    _convolve(
-        "conv_backward",
-        x,
-        weight,
-        silu,
-        reverse,
-        dy=even_rows(dy),
-        dx=dx,
-        dweight=dweight,
-        dbias=dbias,
-        bias=bias if bias is None else bias.contiguous(),
-    )
-    return dx, dweight.sum(0).t(), None if bias is None else dbias.sum(0)

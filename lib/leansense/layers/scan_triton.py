@@ -4,32 +4,18 @@
 
 # %% auto #0
 __all__ = ['T', 'BD', 'GROUP', 'rows', 'combine', 'tile', 'step_size', 'sigmoid', 'projection', 'matrix', 'put_matrix', 'summary',
-           'carry', 'output', 'saved_shape', 'forward', 'states_before', 'derivative', 'store_gradients', 'gradient',
-           'backward']
+           'carry', 'output', 'why_not', 'prepare', 'saved_shape', 'forward', 'states_before', 'derivative',
+           'store_gradients', 'gradient', 'backward']
 
 # %% ../../../nbs/layers/12_scan_triton.ipynb #a741de56
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .backend import float64_why_not, triton_why_not
 from .scan_native import even_rows
-
-try:
-    import triton
-    import triton.language as tl
-
-    jit = triton.jit
-except (
-    ImportError
-):  # the module can be read everywhere; `layers.backend` says why the kernels cannot run
-
-    class tl:
-        """Stands in for triton.language in annotations."""
-
-        constexpr = None
-
-    def jit(function):
-        """Leaves a function as it is."""
-        return function
+from .triton_jit import jit, tl, triton
 
 # %% ../../../nbs/layers/12_scan_triton.ipynb #499d28e5
 @jit
@@ -268,9 +254,25 @@ BD = 8  # channels of a program: 32 bytes of fp32, one sector of memory
 GROUP = 8  # chunks that `carry` combines at a time
 
 
-def saved_shape(batch: int, length: int, channels: int, states: int) -> tuple[int, int, int, int]:
-    """The shape of what forward keeps for backward: the state in which each chunk begins, and the last."""
-    return batch, (length + T - 1) // T + 1, channels, states
+def why_not(*inputs: Any) -> str:
+    """Why the kernels cannot compute the scan of these inputs, in one line; or empty."""
+    device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cuda")
+    return triton_why_not(device) or float64_why_not(*inputs)
+
+
+def prepare(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in a layout that the kernels read; any type, they convert while they load."""
+
+    def read(x):
+        return even_rows(x) if x.ndim == 3 else x.contiguous()
+
+    return [None if x is None else read(x) for x in tensors]
+
+
+def saved_shape(u: Tensor, A: Tensor, tile: int = 0) -> tuple[int, int, int, int]:
+    """What forward keeps for backward: the state in which each chunk begins, and the last."""
+    batch, length, channels = u.shape
+    return batch, (length + T - 1) // T + 1, channels, A.shape[1]
 
 
 def _plan(u: Tensor, A: Tensor) -> tuple[tuple[int, int, int], int, int]:
@@ -281,11 +283,11 @@ def _plan(u: Tensor, A: Tensor) -> tuple[tuple[int, int, int], int, int]:
 
 
 def _inputs(u, delta, A, B, C, D, z, bias) -> tuple[list[Tensor], list[int]]:
-    """(tensors in a layout that the kernels read, their row strides in the kernels' order)."""
-    varying = [even_rows(x) for x in (u, delta, B, C, u if z is None else z)]
-    u, delta, B, C, z = varying
-    fixed = [u if x is None else x.contiguous() for x in (A, D, bias)]
-    return [u, delta, fixed[0], B, C, fixed[1], z, fixed[2]], [x.stride(1) for x in varying]
+    """(prepared tensors in the kernels' order, their row strides); u stands in for absent ones."""
+    varying = [u, delta, B, C, u if z is None else z]
+    fixed = [u if x is None else x for x in (D, bias)]
+    tensors = [u, delta, A, B, C, fixed[0], varying[4], fixed[1]]
+    return tensors, [x.stride(1) for x in varying]
 
 # %% ../../../nbs/layers/12_scan_triton.ipynb #2076e868
 def forward(
@@ -300,14 +302,16 @@ def forward(
     softplus: bool,
     reverse: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, last state (B, D, N) in fp32, the states between chunks) of the scan, none of the inputs empty."""
+    tile: int = 0,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(y, last state (B, D, N) in fp32, [states between chunks]) of the scan of prepared tensors.
+
+    None of them is empty. tile: for PyTorch's version; the kernels have their own.
+    """
     batch, length, channels = u.shape
     states, (grid, chunks, padded) = A.shape[1], _plan(u, A)
     (u_, delta_, A_, B_, C_, D_, z_, bias_), strides = _inputs(u, delta, A, B, C, D, z, bias)
-    slots = torch.empty(
-        saved_shape(batch, length, channels, states), device=u.device, dtype=torch.float32
-    )
+    slots = torch.empty(saved_shape(u, A), device=u.device, dtype=torch.float32)
     slots[:, 0] = 0
     own, total = (
         torch.empty_like(slots[:, 1:]).contiguous(),
@@ -370,7 +374,7 @@ def forward(
         BN=padded,
         num_warps=4,
     )
-    return y, slots[:, -1].clone(), slots if save else slots.new_empty(0)
+    return y, slots[:, -1].clone(), [slots if save else slots.new_empty(0)]
 
 # %% ../../../nbs/layers/12_scan_triton.ipynb #c7b7020c
 @jit
@@ -649,15 +653,19 @@ def backward(
     D: Tensor | None,
     z: Tensor | None,
     bias: Tensor | None,
-    saved: Tensor,
+    kept: list[Tensor],
     softplus: bool,
     reverse: bool,
+    tile: int = 0,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (u, delta, A, B, C, D, z, bias) for those of y and the last state; None where there is no input."""
+    """Gradients of (u, delta, A, B, C, D, z, bias) for those of y and the last state.
+
+    None where there is no input. kept, the options: from and as in `forward`.
+    """
+    saved = kept[0]
     batch, length, channels = u.shape
     states, (grid, chunks, padded) = A.shape[1], _plan(u, A)
     (u_, delta_, A_, B_, C_, D_, z_, bias_), strides = _inputs(u, delta, A, B, C, D, z, bias)
-    dy = even_rows(dy)
     arrivals = torch.empty_like(saved)
     arrivals[:, -1] = 0 if dlast is None else dlast
     own, total = (
