@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 from leansense.layers import linear_attention as module
 from leansense.layers import linear_attention_native as native
 from leansense.layers.attention_peers import OPERATOR
+from leansense.layers.backend import choose
 from leansense.layers.bench import errors, runnable
 from leansense.layers.linear_attention import (
     FEATURE_MAPS,
@@ -502,9 +503,9 @@ def test_flops_in_every_back_end(backend):
         with counter() as count:
             y = call()
         assert count.get_total_flops() == expected
-        for y in (y, call()):
+        for result in (y, call()):
             with counter() as count:
-                y.sum().backward()
+                result.sum().backward()
             assert count.get_total_flops() == 2 * expected
     for one, part in zip(
         x, packed.grad.view(2, 3, 3 * d, n).chunk(3, 2)
@@ -575,23 +576,23 @@ def test_choice_of_back_end(monkeypatch):
     monkeypatch.delenv("LEANSENSE_BACKENDS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not native.why_not():
-        assert module._backend([x], "auto") == "cc"
-    assert module._backend([x.double()], "auto") == "torch"
+        assert choose("linear_attention", "auto", x) == "cc"
+    assert choose("linear_attention", "auto", x.double()) == "torch"
     for wanted, wrong, message in (
-        ("cc", x.double(), "computes in float32, and tensors are float64"),
+        ("cc", x.double(), "tensors are float64; the kernels compute in float32"),
         ("triton", x, "need a CUDA device"),
         ("cc", x.to("meta"), "tensors are on meta"),
     ):
         with pytest.raises(RuntimeError, match=message) as caught:
-            module._backend([wrong], wanted)
+            choose("linear_attention", wanted, wrong)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="nearest is 'torch'"):
         linear_attention(x, x, x, backend="troch")
     monkeypatch.setenv("LEANSENSE_BACKENDS", "torch")
-    assert module._backend([x], "auto") == "torch"
+    assert choose("linear_attention", "auto", x) == "torch"
     monkeypatch.delenv("LEANSENSE_BACKENDS")
     monkeypatch.setenv("LEANSENSE_CC", "0")
-    assert module._backend([x], "auto") == "torch"
+    assert choose("linear_attention", "auto", x) == "torch"
     agree((2, 2, 5, 9), "auto")
     with pytest.raises(RuntimeError, match="'cc' cannot run here: switched off"):
         agree((2, 2, 5, 9), "cc")
