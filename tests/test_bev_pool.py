@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leansense.layers import bev_pool as module
 from leansense.layers import bev_pool_native as native
+from leansense.layers.backend import triton_why_not
 from leansense.layers.bev_pool import Grid, PoolPlan, bev_pool
 
 BACKENDS = ("torch", "index_add", "reference")
@@ -622,6 +623,7 @@ def test_without_a_compiler(monkeypatch):
 
 INTERPRETED = """
 import torch
+from leansense.layers.backend import triton_why_not
 from leansense.layers.bev_pool import Grid, PoolPlan, bev_pool
 draw = torch.Generator().manual_seed(0)
 for shape, C, nx in (((1, 2, 3, 2, 4), 5, (3, 5, 2)), ((2, 1, 17, 1, 3), 64, (20, 3, 1)),
@@ -644,9 +646,9 @@ for shape, C, nx in (((1, 2, 3, 2, 4), 5, (3, 5, 2)), ((2, 1, 17, 1, 3), 64, (20
             assert a.dtype == b.dtype == dtype and a.shape == b.shape
             error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-9)
             assert error <= bound, (shape, dtype, float(error))
-from leansense.layers.backend import pick
+from leansense.layers.backend import pick, triton_why_not
 import leansense.layers.bev_pool as module
-assert module._triton_why_not("cpu") == ""
+assert triton_why_not("cpu") == ""
 empty = PoolPlan.build(torch.zeros(0, 1, 2, 2, 2, dtype=torch.int64), grid)
 assert bev_pool(torch.ones(0, 1, 2, 2, 2), torch.ones(0, 1, 3, 2, 2), empty, "triton").shape == (0, 3, 7, 7)
 print("agree")
@@ -753,7 +755,7 @@ def test_backends_without_triton(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
-    assert "not installed" in module._triton_why_not("cuda")
+    assert "not installed" in triton_why_not("cuda")
     torch.testing.assert_close(
         bev_pool(depth, feat, plan), bev_pool(depth, feat, plan, "reference")
     )
@@ -845,7 +847,7 @@ def test_peers_agree_and_ours_is_exact():
         if "cpu" in contender.devices and not contender.why_not()
     ]
     found = errors(OPERATOR, problem({"B": 2, "H": 8, "W": 22}, 0, torch.float32, "cpu"), names)
-    for phase, by_name in found.items():
+    for by_name in found.values():
         assert all(by_name[name] <= 1e-6 for name in names if name != "lss"), found
     assert 2e-6 < found["forward"]["lss"] < 1e-3  # differences of a running sum
 

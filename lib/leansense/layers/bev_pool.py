@@ -7,7 +7,6 @@ __all__ = ['BINNINGS', 'PLAIN', 'Grid', 'PoolPlan', 'bev_pool']
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #181bbc41
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,10 +15,9 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import pick, triton_why_not
+from .backend import Backend, choose, is_traced, load, register, wide_type
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #b2a59087
 def _count(name: str, bound: Sequence[float]) -> int:
@@ -100,7 +98,7 @@ def _sorted(
     """Points sorted by cell, stably; the pixel of each; where each of the `bags` cells begins, and the end. int32."""
     if cells.numel() == 0:
         return cells.clone(), cells.clone(), cells.new_zeros(bags + 1)
-    if cells.device.type != "cpu" or _intercepted(cells):
+    if cells.device.type != "cpu" or is_traced(cells):
         ordered, points = torch.sort(cells, stable=True)
         edges = torch.arange(bags + 1, dtype=torch.int32, device=cells.device)
         points, offsets = points.int(), torch.searchsorted(ordered, edges, out_int32=True)
@@ -117,38 +115,16 @@ def _sorted(
     lists = by_cell.data, by_cell.indices, by_cell.indptr
     return tuple(torch.from_numpy(a.astype(np.int32, copy=False)) for a in lists)
 
-
-def _intercepted(*tensors: torch.Tensor) -> bool:
-    """Whether somebody looks at operators: a tracer, or a tool like the FLOP counter."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _get_current_dispatch_mode() is not None
-        or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-    )
-
 # %% ../../../nbs/layers/30_bev_pool.ipynb #5f7c0c32
-def _cc_why_not(*tensors: torch.Tensor) -> str:
-    """Why the compiled version is not for these tensors; empty if it is."""
-    if not all(t.device.type == "cpu" and t.dtype != torch.float64 for t in tensors):
-        return "compiled for fp32 on the CPU only"
-    from leansense.layers import bev_pool_native
-
-    return bev_pool_native.why_not()
+register("bev_pool plan", cc="leansense.layers.bev_pool_native", torch=_sorted)
 
 
 def _native(tensor: torch.Tensor):
-    """The compiled version's module if the plan may be built with it, else None."""
-    order = {"cc": lambda: _cc_why_not(tensor), "torch": lambda: ""}
-    if (
-        _intercepted(tensor)
-        or tensor.numel() == 0
-        or pick("bev_pool plan", "auto", order) == "torch"
-    ):
+    """The C version's module if the plan may be built with it, else None."""
+    if is_traced(tensor) or tensor.numel() == 0:
         return None
-    from leansense.layers import bev_pool_native
-
-    return bev_pool_native
+    chosen = choose("bev_pool plan", "auto", tensor)
+    return None if chosen == "torch" else load("bev_pool plan", chosen)
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #766d31f5
 def _check_points(points: torch.Tensor, grid: Grid, binning: str) -> None:
@@ -336,10 +312,14 @@ def _torch_backward(
     return to_depth, to_feat
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #e411185d
-def _plain(
-    depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, dtype: torch.dtype
+def _multiply_out(
+    depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """The result (B, C nz, X, Y) by multiplying out and adding up in `dtype`, differentiable by autograd."""
+    """The result (B, C nz, X, Y) by multiplying out and adding up; differentiable by autograd.
+
+    dtype: of the sums; None: fp32, or float64 if an input is.
+    """
+    dtype = dtype or wide_type(depth, feat)
     depth_rows, feat_rows = _rows(depth, dtype), _rows(feat, dtype)
     product = (depth_rows[:, :, None] * feat_rows[:, None, :]).flatten(0, 1)
     cells = product.new_zeros(plan.shape[0] * math.prod(plan.grid.nx) + 1, feat_rows.shape[1])
@@ -347,24 +327,34 @@ def _plain(
 
 
 def _as_map(cells: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Cells (B X Y Z, C) as the map (B, Z C, X, Y), channels_last; the channel of level z is z C + c."""
+    """Cells (B X Y Z, C) as the map (B, Z C, X, Y), channels_last; level z has channels z C + c."""
     B, X, Y, Z = sizes[0], *sizes[5:]
     return cells.view(B, X, Y, Z * cells.shape[1]).permute(0, 3, 1, 2)
 
+
+def _reference(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan) -> torch.Tensor:
+    """The plain formula in double precision."""
+    return _multiply_out(depth, feat, plan, torch.float64)
+
+# %% ../../../nbs/layers/30_bev_pool.ipynb #4e4702da
+PLAIN = ("index_add", "reference")
+
+
+def _wide_rows(depth: torch.Tensor, feat: torch.Tensor) -> list[torch.Tensor]:
+    """Both as rows, in fp32, or float64 if one of them is."""
+    return [_rows(x, wide_type(depth, feat)) for x in (depth, feat)]
+
+
+register(
+    "bev_pool",
+    triton="leansense.layers.bev_pool_triton",
+    cc="leansense.layers.bev_pool_native",
+    torch=Backend(lambda *_: "", _wide_rows, _torch_forward, _torch_backward),
+    index_add=_multiply_out,
+    reference=_reference,
+)
+
 # %% ../../../nbs/layers/30_bev_pool.ipynb #c8c36081
-def _compute_type(*tensors: torch.Tensor) -> torch.dtype:
-    """The type of sums: fp32, or fp64 if anything is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _as_rows(
-    depth: torch.Tensor, feat: torch.Tensor, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as rows; Triton widens half precision itself, while loading."""
-    wide = _compute_type(depth, feat)
-    return tuple(_rows(x, x.dtype if backend == "triton" else wide) for x in (depth, feat))
-
-
 def _forward(
     depth_rows: torch.Tensor,
     feat_rows: torch.Tensor,
@@ -377,7 +367,7 @@ def _forward(
     if depth_rows.numel() == 0 or feat_rows.numel() == 0:
         cells = feat_rows.new_zeros(math.prod([sizes[0], *sizes[5:]]), feat_rows.shape[1])
     else:
-        cells = _kernels(backend)[0](depth_rows, feat_rows, arrays)
+        cells = load("bev_pool", backend).forward(depth_rows, feat_rows, arrays)
     return _as_map(cells.to(dtype), sizes)
 
 
@@ -399,18 +389,8 @@ def _backward(
         .reshape(-1, feat_rows.shape[1])
         .contiguous()
     )
-    return _kernels(backend)[1](cells, depth_rows, feat_rows, arrays, need_depth, need_feat)
-
-
-def _kernels(backend: str):
-    """(forward, backward) of a back end."""
-    if backend == "triton":
-        from leansense.layers import bev_pool_triton as module
-    elif backend == "cc":
-        from leansense.layers import bev_pool_native as module
-    else:
-        return _torch_forward, _torch_backward
-    return module.pool_forward, module.pool_backward
+    kernels = load("bev_pool", backend)
+    return kernels.backward(cells, depth_rows, feat_rows, arrays, need_depth, need_feat)
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #d87c53cf
 class _BevPool(torch.autograd.Function):
@@ -418,7 +398,7 @@ class _BevPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, depth, feat, arrays, sizes, backend):
-        rows = _as_rows(depth, feat, backend)
+        rows = load("bev_pool", backend).prepare(depth, feat)
         ctx.save_for_backward(depth, feat, *rows)
         ctx.arrays, ctx.backend = arrays, backend
         return _forward(*rows, arrays, sizes, backend, feat.dtype)
@@ -435,27 +415,6 @@ class _BevPool(torch.autograd.Function):
             None,
         )
 
-# %% ../../../nbs/layers/30_bev_pool.ipynb #4e4702da
-PLAIN = ("index_add", "reference")
-
-
-def _triton_why_not(device: str) -> str:
-    """Why Triton is not for tensors on this device; nothing is looked up for the usual CPU tensors."""
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"tensors are on {device}; Triton kernels need a CUDA device"
-    return triton_why_not(device)
-
-
-def _choose(wanted: str, depth: torch.Tensor, feat: torch.Tensor) -> str:
-    """The back end to use: see `bev_pool`."""
-    order = {
-        "triton": lambda: _triton_why_not(depth.device.type),
-        "cc": lambda: _cc_why_not(depth, feat),
-        "torch": lambda: "",
-        **dict.fromkeys(PLAIN, lambda: ""),
-    }
-    return pick("bev_pool", wanted, order)
-
 # %% ../../../nbs/layers/30_bev_pool.ipynb #1ccd729c
 @torch.library.custom_op("leansense::bev_pool", mutates_args=())
 def _operator(
@@ -466,8 +425,9 @@ def _operator(
     backend: str,
 ) -> torch.Tensor:
     """bev_pool as a registered operator; see `bev_pool`."""
-    backend = _choose(backend, depth, feat)
-    return _forward(*_as_rows(depth, feat, backend), arrays, sizes, backend, feat.dtype)
+    backend = choose("bev_pool", backend, depth, feat)
+    rows = load("bev_pool", backend).prepare(depth, feat)
+    return _forward(*rows, arrays, sizes, backend, feat.dtype)
 
 
 @_operator.register_fake
@@ -487,10 +447,9 @@ def _operator_backward(
     need_feat: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of depth and feat; empty where not needed."""
-    backend = _choose(backend, depth, feat)
-    found = _backward(
-        gradient, *_as_rows(depth, feat, backend), arrays, backend, need_depth, need_feat
-    )
+    backend = choose("bev_pool", backend, depth, feat)
+    rows = load("bev_pool", backend).prepare(depth, feat)
+    found = _backward(gradient, *rows, arrays, backend, need_depth, need_feat)
     return tuple(
         _unrows(g, x).contiguous() if need else x.new_empty(0)
         for g, x, need in zip(found, (depth, feat), (need_depth, need_feat))
@@ -558,23 +517,26 @@ def _check(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan) -> None:
 def bev_pool(
     depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan, backend: str = "auto"
 ) -> torch.Tensor:
-    """Sum depth * feat over the points in each cell: (B, C nz, X, Y), channels_last; level z has channels z C + c.
+    """Sum depth * feat over the points in each cell: (B, C nz, X, Y), channels_last.
 
-    depth: (B, N, D, H, W) or (B N, D, H, W). feat: (B, N, C, H, W) or (B N, C, H, W); the result has its type, sums are
-    fp32. backend: auto | triton | cc | torch | index_add | reference. Empty cells are zero (Philion and Fidler 2020,
-    arXiv:2008.05711; precomputed ranks as in arXiv:2211.17111).
+    Level z has channels z C + c; empty cells are zero. Source: Philion and Fidler 2020,
+    arXiv:2008.05711; precomputed ranks as in arXiv:2211.17111.
+
+    Args:
+        depth: (B, N, D, H, W) or (B N, D, H, W).
+        feat: (B, N, C, H, W) or (B N, C, H, W); the result has its type, sums are fp32.
+        backend: auto | triton | cc | torch | index_add | reference.
     """
     _check(depth, feat, plan)
-    intercepted = _intercepted(depth, feat)
-    name = backend if intercepted else _choose(backend, depth, feat)
-    if name in PLAIN or torch.jit.is_tracing():  # which knows PyTorch's own operators only
-        return _plain(
-            depth, feat, plan, torch.float64 if name == "reference" else _compute_type(depth, feat)
-        )
+    traced = is_traced(depth, feat)
+    chosen = backend if traced else choose("bev_pool", backend, depth, feat)
+    if torch.jit.is_tracing() and chosen not in PLAIN:
+        chosen = "index_add"  # that tracer knows PyTorch's own operators only
+    if chosen in PLAIN:
+        return load("bev_pool", chosen)(depth, feat, plan)
     if plan.offsets.numel() == 0:
         raise ValueError(
-            f"the plan was built with ordered=False: backend '{name}' cannot use it, only {PLAIN} can"
+            f"the plan was built with ordered=False: backend '{chosen}' cannot use it, only {PLAIN} can"
         )
-    return (_operator if intercepted else _BevPool.apply)(
-        depth, feat, plan.arrays, plan.sizes, name
-    )
+    run = _operator if traced else _BevPool.apply
+    return run(depth, feat, plan.arrays, plan.sizes, chosen)
