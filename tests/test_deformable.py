@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from leansense.core.cost import peak_memory, ratio, set_threads, throughput
 from leansense.layers import deformable as module
 from leansense.layers import deformable_native as native
+from leansense.layers.backend import choose
 from leansense.layers.bench import errors, runnable
 from leansense.layers.deformable import (
     DeformableAttention,
@@ -260,7 +261,7 @@ def test_c_takes_only_what_it_can_read():
     value, at, weights, _ = draw([(3, 4)])
     for wrong in (value.double(), value.mT):
         with pytest.raises(ValueError, match="contiguous float32"):
-            native.forward(wrong, [(3, 4)], at, weights)
+            native.forward(wrong, at, weights, [(3, 4)])
 
 
 def test_choice_of_back_end(monkeypatch):
@@ -269,17 +270,17 @@ def test_choice_of_back_end(monkeypatch):
     monkeypatch.delenv("LEANSENSE_BACKENDS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not native.why_not():
-        assert module._pick("auto", value) == "cc"
-    assert module._pick("auto", value.double()) == "torch"
-    with pytest.raises(RuntimeError, match="'cc' cannot run here: C computes in float32"):
-        module._pick("cc", value.double())
+        assert choose("deformable_attention", "auto", value) == "cc"
+    assert choose("deformable_attention", "auto", value.double()) == "torch"
+    with pytest.raises(RuntimeError, match="'cc' cannot run here: tensors are float64"):
+        choose("deformable_attention", "cc", value.double())
     with pytest.raises(RuntimeError, match="'triton' cannot run here"):
-        module._pick("triton", value)
+        choose("deformable_attention", "triton", value)
     monkeypatch.setenv("LEANSENSE_BACKENDS", "torch")
-    assert module._pick("auto", value) == "torch"
+    assert choose("deformable_attention", "auto", value) == "torch"
     monkeypatch.delenv("LEANSENSE_BACKENDS")
     monkeypatch.setenv("LEANSENSE_CC", "0")
-    assert module._pick("auto", value) == "torch"
+    assert choose("deformable_attention", "auto", value) == "torch"
     agree([(4, 5)], "auto")
     with pytest.raises(RuntimeError, match="'cc' cannot run here: switched off"):
         agree([(4, 5)], "cc")
@@ -382,7 +383,7 @@ shapes = [(3, 4), (1, 2)]
 _, expected = run(inputs, shapes, "torch", gradient)
 for deterministic in (False, True):
     torch.use_deterministic_algorithms(deterministic)
-    found = kernels.backward(inputs[0], shapes, *inputs[1:], gradient)
+    found = kernels.backward(gradient, *inputs, shapes)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 torch.use_deterministic_algorithms(False)

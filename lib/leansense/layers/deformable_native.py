@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASICS', 'PLANES', 'POSITIONS', 'FORWARD', 'FORWARD_LOOP', 'SORT', 'SWEEP', 'FINISH', 'BACKWARD', 'SOURCE', 'NAME',
-           'why_not', 'forward', 'backward']
+           'why_not', 'prepare', 'forward', 'backward']
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #be84790a
 import ctypes
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from . import native
+from .backend import float64_why_not
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #10a05a63
 BASICS = r"""
@@ -321,9 +322,14 @@ SOURCE = BASICS + PLANES + POSITIONS + FORWARD + FORWARD_LOOP + SORT + SWEEP + F
 NAME = "deformable"
 
 
-def why_not() -> str:
-    """Why the C version cannot be used here; empty if it can. Compiles it on the first call."""
-    return native.why_not(NAME, SOURCE)
+def why_not(*inputs: torch.Tensor) -> str:
+    """Why the C version cannot take these inputs, value first, in one line; or empty."""
+    return float64_why_not(*inputs[:1]) or native.why_not(NAME, SOURCE)
+
+
+def prepare(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors contiguous and in float32."""
+    return [x.float().contiguous() for x in tensors]
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #1faff738
 def _sizes(value: torch.Tensor, locations: torch.Tensor, width: int) -> tuple[int, int, bool]:
@@ -357,11 +363,11 @@ def _check(*tensors: torch.Tensor) -> None:
 # %% ../../../nbs/layers/41_deformable_native.ipynb #f152eb8d
 def forward(
     value: torch.Tensor,
-    shapes: Sequence[tuple[int, int]],
     locations: torch.Tensor,
     weights: torch.Tensor,
+    shapes: Sequence[tuple[int, int]],
 ) -> torch.Tensor:
-    """Deformable attention, (B, Q, heads * d), of contiguous float32 tensors shaped as for deformable_attention."""
+    """Deformable attention, (B, Q, heads * d), of prepared tensors."""
     _check(value, locations, weights)
     (batch, pixels, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
     c = native.library(NAME, SOURCE)
@@ -420,15 +426,15 @@ def _level_calls(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, torch.Ten
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #27b8c152
 def backward(
+    gradient: torch.Tensor,
     value: torch.Tensor,
-    shapes: Sequence[tuple[int, int]],
     locations: torch.Tensor,
     weights: torch.Tensor,
-    gradient: torch.Tensor,
+    shapes: Sequence[tuple[int, int]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of value, locations and weights for that of the output; contiguous float32 as in `forward`."""
+    """The gradients of value, locations and weights for that of the output; all prepared."""
     _check(value, locations, weights, gradient)
-    (batch, pixels, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
+    (_, pixels, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
     c = native.library(NAME, SOURCE)
     n, padded, planes = _sizes(value, locations, c.width())
     dvalue = torch.empty_like(value) if planes else torch.zeros_like(value)
