@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from .backend import triton_why_not
+from .backend import load, triton_why_not
 from .bench import Contender, Operator, Problem, compiled
 from .linear_attention import linear_attention_qkv, softmax_attention
 
@@ -147,11 +147,6 @@ def reference(p: Problem) -> torch.Tensor:
     return _ours("reference")(p)()
 
 
-def _native_why_not() -> str:
-    """Why there is no C version here."""
-    return import_module("leansense.layers.linear_attention_native").why_not()
-
-
 OPERATOR = Operator(
     "linear_attention",
     problem,
@@ -194,7 +189,7 @@ OPERATOR = Operator(
                 "ours in C",
                 True,
                 _ours("cc"),
-                _native_why_not,
+                lambda: load("linear_attention", "cc").why_not(),
                 "one head at a time, in cache",
                 ("cpu",),
             )

@@ -9,9 +9,8 @@ __all__ = ['FEWEST', 'weight_gradient', 'conv2d', 'Conv2d']
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .backend import pick
+from .backend import choose, is_traced, register
 
 # %% ../../../nbs/layers/45_conv.ipynb #a5cb9ef5
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor, k: int) -> torch.Tensor:
@@ -39,8 +38,23 @@ def weight_gradient(x: torch.Tensor, grad: torch.Tensor, k: int) -> torch.Tensor
     return weight.permute(2, 3, 0, 1)
 
 # %% ../../../nbs/layers/45_conv.ipynb #1a153b99
+FEWEST = 64  # channels
+
+
 class _Convolve(torch.autograd.Function):
     """conv2d(x, weight) with zero padding k // 2, whose weight gradient takes the other route."""
+
+    @staticmethod
+    def why_not(x: torch.Tensor, weight: torch.Tensor) -> str:
+        """Why the weight gradient should not take the other route; or empty."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+            return "it is for float32 on the CPU"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+            return "it is for maps in channels-last order"
+        few = min(weight.shape[:2]) < FEWEST
+        return f"it is for at least {FEWEST} channels" if few else ""
 
     @staticmethod
     def forward(ctx, x, weight, stride):
@@ -64,42 +78,26 @@ class _Convolve(torch.autograd.Function):
             to_weight = backward(*first, *rest, [False, True, False])[1]
         return to_x, to_weight, None
 
-# %% ../../../nbs/layers/45_conv.ipynb #17e734ba
-FEWEST = 64  # channels
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:
+    """The plain convolution, for autograd."""
+    return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
 
 
-def _intercepted(*tensors: torch.Tensor) -> bool:
-    """Whether a tracer or a counter looks at the operators; they are to see the plain form."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or _get_current_dispatch_mode() is not None
-        or any(type(t) not in (torch.Tensor, nn.Parameter) for t in tensors)
-    )
-
-
-def _why_not(x: torch.Tensor, weight: torch.Tensor) -> str:
-    """Why the weight gradient should not take the other route; empty if it may."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return "it is for float32 on the CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        return "it is for maps in channels-last order"
-    return "" if min(weight.shape[:2]) >= FEWEST else f"it is for at least {FEWEST} channels"
+register("conv2d", products=_Convolve, torch=_convolve, reference=_convolve)
 
 # %% ../../../nbs/layers/45_conv.ipynb #50828681
 def conv2d(
     x: torch.Tensor, weight: torch.Tensor, stride: int = 1, backend: str = "auto"
 ) -> torch.Tensor:
-    """F.conv2d(x, weight) with zero padding k // 2, for x (B, C, H, W) and weight (O, C, k, k), k odd.
+    """F.conv2d(x, weight) with zero padding k // 2, for x (B, C, H, W), weight (O, C, k, k), k odd.
 
-    backend: auto | products | torch, the route of the weight gradient.
+    backend: auto | products | torch | reference, the route of the weight gradient.
     """
-    order = {"products": lambda: _why_not(x, weight), "torch": str}
     trained = torch.is_grad_enabled() and weight.requires_grad
-    if not trained or _intercepted(x, weight) or pick("conv2d", backend, order) == "torch":
-        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+    plain = not trained or is_traced(x, weight)
+    if plain or choose("conv2d", backend, x, weight) != "products":
+        return _convolve(x, weight, stride)
     return _Convolve.apply(x, weight, stride)
 
 

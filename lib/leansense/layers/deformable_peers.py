@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .backend import triton_why_not
+from .backend import load, triton_why_not
 from .bench import Contender, Operator, Problem, compiled
-from .deformable import _native_why_not, deformable_attention
+from .deformable import deformable_attention
 
 # %% ../../../nbs/layers/73_deformable_peers.ipynb #3fb01b44
 HEADS, CHANNELS, POINTS, SPREAD = 8, 32, 8, 4.0
@@ -196,7 +196,7 @@ OPERATOR = Operator(
                 "ours in C",
                 True,
                 _ours("cc"),
-                lambda: _native_why_not(torch.empty(0)),
+                lambda: load("deformable_attention", "cc").why_not(),
                 "planes that fit the cache, sorted backward",
                 ("cpu",),
             )

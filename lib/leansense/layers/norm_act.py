@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .backend import pick
-from .conv import _intercepted
+from .backend import choose, is_traced, register
 from .native import library, parallel, why_not
 
 # %% ../../../nbs/layers/47_norm_act.ipynb #08dd4cfd
@@ -242,6 +241,27 @@ class _NormAct(torch.autograd.Function):
     """f(batch norm of x) with the batch's statistics, and (4, C): mean, biased variance, a, b; x is channels-last."""
 
     @staticmethod
+    def why_not(x: torch.Tensor, norm: nn.Module) -> str:
+        """Why the loops in C cannot do this norm and what follows; or empty."""
+        if type(norm) is not nn.BatchNorm2d or norm.weight is None or not norm.track_running_stats:
+            return "it needs a plain BatchNorm2d with weights and running statistics"
+        if x.device.type != "cpu" or x.dtype != torch.float32 or norm.weight.dtype != torch.float32:
+            return "it needs float32 tensors on the CPU"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if (
+            x.ndim != 4
+            or not x.is_contiguous(memory_format=torch.channels_last)
+            or x.shape[1] > LARGEST
+        ):
+            return f"it needs maps in channels-last order with at most {LARGEST} channels"
+        if not norm.training and torch.is_grad_enabled():
+            return "gradients of a norm in eval mode"
+        if x.numel() // max(x.shape[1], 1) < 2:
+            return "fewer than 2 values per channel"
+        return why_not("norm_act", SOURCE, FLAGS)
+
+    @staticmethod
     def forward(ctx, x, weight, bias, eps, act):
         (B, C, H, W), compiled = x.shape, _compiled()
         rows, parts = B * H * W, _parts(B * H * W)
@@ -315,40 +335,31 @@ class _NormAct(torch.autograd.Function):
         _over(getattr(compiled, f"{ctx.act}_backward"), rows, C, [*maps, a, b, *at_slopes, at_dx])
         return dx, weight, bias, None, None
 
-# %% ../../../nbs/layers/47_norm_act.ipynb #145aaf6a
-def _native_why_not(x: torch.Tensor, norm: nn.Module) -> str:
-    """Empty if the loops in C can do this norm and what follows, else why not."""
-    if type(norm) is not nn.BatchNorm2d or norm.weight is None or not norm.track_running_stats:
-        return "it needs a plain BatchNorm2d with weights and running statistics"
-    if x.device.type != "cpu" or x.dtype != torch.float32 or norm.weight.dtype != torch.float32:
-        return "it needs float32 tensors on the CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if (
-        x.ndim != 4
-        or not x.is_contiguous(memory_format=torch.channels_last)
-        or x.shape[1] > LARGEST
-    ):
-        return f"it needs maps in channels-last order with at most {LARGEST} channels"
-    if not norm.training and torch.is_grad_enabled():
-        return "gradients of a norm in eval mode"
-    if x.numel() // max(x.shape[1], 1) < 2:
-        return "fewer than 2 values per channel"
-    return why_not("norm_act", SOURCE, FLAGS)
-
 # %% ../../../nbs/layers/47_norm_act.ipynb #b74c1f81
+def _norm_act(x: torch.Tensor, norm: nn.Module, act: str) -> torch.Tensor:
+    """The plain form, for autograd."""
+    return ACTIVATIONS[act](norm(x))
+
+
+for _act in ACTIVATIONS:
+    register(f"norm_act/{_act}", cc=_NormAct, torch=_norm_act, reference=_norm_act)
+
+
 def norm_act(
     x: torch.Tensor, norm: nn.Module, act: str = "relu", backend: str = "auto"
 ) -> torch.Tensor:
-    """act(norm(x)) for maps (B, C, H, W); act: a key of ACTIVATIONS. backend: auto | cc | torch.
+    """act(norm(x)) for maps (B, C, H, W).
 
-    norm: an nn.BatchNorm2d, whose running statistics move in training; any other module is simply called.
+    Args:
+        norm: an nn.BatchNorm2d, whose running statistics move in training; any other module is
+            simply called.
+        act: a key of ACTIVATIONS.
+        backend: auto | cc | torch | reference.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is unknown: choose from {', '.join(ACTIVATIONS)}")
-    order = {"cc": lambda: _native_why_not(x, norm), "torch": str}
-    if _intercepted(x) or pick(f"norm_act/{act}", backend, order) == "torch":
-        return ACTIVATIONS[act](norm(x))
+    if is_traced(x) or choose(f"norm_act/{act}", backend, x, norm) != "cc":
+        return _norm_act(x, norm, act)
     if not norm.training:
         scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
         shift = norm.bias.double() - scale * norm.running_mean.double()

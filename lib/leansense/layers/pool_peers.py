@@ -12,9 +12,9 @@ import random
 
 import torch
 
-from .backend import triton_why_not
+from .backend import load, triton_why_not
 from .bench import Contender, Operator, Problem, compiled
-from .bev_pool import Grid, PoolPlan, _cc_why_not, bev_pool
+from .bev_pool import Grid, PoolPlan, bev_pool
 from leansense.layers.lift_splat import (
     Rig,
     augmentation_matrix,
@@ -231,7 +231,7 @@ OPERATOR = Operator(
                 "ours in C, plan held",
                 True,
                 _ours("cc"),
-                _cc_why_not,
+                lambda: load("bev_pool", "cc").why_not(),
                 "gradients are read once",
                 ("cpu",),
             )

@@ -12,10 +12,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .backend import triton_why_not
+from .backend import load, triton_why_not
 from .bench import Contender, Operator, Problem, compiled
-from .scan import _extension, selective_scan, selective_scan_flops
-from .scan_native import why_not as no_compiler
+from .scan import selective_scan, selective_scan_flops
 
 # %% ../../../nbs/layers/70_scan_peers.ipynb #9857533f
 def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
@@ -205,7 +204,7 @@ CONTENDERS = {
             "ours, C",
             True,
             _ours("cc"),
-            no_compiler,
+            lambda: load("selective_scan", "cc").why_not(),
             "States in registers; needs a C compiler.",
             ("cpu",),
         )

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from .backend import pick
-from .conv import _intercepted, conv2d
+from .backend import choose, is_traced, register
+from .conv import conv2d
 from .native import library, parallel, pointer, why_not
 
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #8a8b3382
@@ -160,6 +160,20 @@ class _AddUpsampled(torch.autograd.Function):
     """y (B, O, H, W), channels last, += conv(upsample(x), weight), in place; keeps the coarse x only."""
 
     @staticmethod
+    def why_not(x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None) -> str:
+        """Why the loops in C cannot take these tensors as they are; or empty."""
+        tensors = [t for t in (x, weight, skip) if t is not None]
+        if any(t.device.type != "cpu" for t in tensors):
+            return f"tensors are on {x.device.type}; the loops in C run on the CPU"
+        if x.dtype not in (torch.float32, torch.float64) or any(
+            t.dtype != x.dtype for t in tensors
+        ):
+            return "it needs float32 or float64 throughout"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        return why_not("upsample_conv", SOURCE)
+
+    @staticmethod
     def forward(ctx, y, x, weight, corners):
         ctx.mark_dirty(y)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -195,18 +209,13 @@ class _AddUpsampled(torch.autograd.Function):
         return grad, grad_x, grad_weight, None
 
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #954cb96e
-def _native_why_not(*tensors: torch.Tensor) -> str:
-    """Empty if the loops in C can take these tensors as they are, else why not."""
-    first = tensors[0]
-    if any(t.device.type != "cpu" for t in tensors):
-        return f"tensors are on {first.device.type}; the loops in C run on the CPU"
-    if first.dtype not in (torch.float32, torch.float64) or any(
-        t.dtype != first.dtype for t in tensors
-    ):
-        return "it needs float32 or float64 throughout"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    return why_not("upsample_conv", SOURCE)
+def _upsample_conv(x, weight, size, skip, align_corners) -> torch.Tensor:
+    """The plain form, for autograd."""
+    fine = interpolate(x, size, mode="bilinear", align_corners=align_corners)
+    return conv2d(fine if skip is None else torch.cat([skip, fine], 1), weight)
+
+
+register("upsample_conv", cc=_AddUpsampled, torch=_upsample_conv, reference=_upsample_conv)
 
 
 def upsample_conv(
@@ -220,7 +229,7 @@ def upsample_conv(
     """conv2d(cat([skip, interpolate(x, size)]), weight), bilinear, zero padding k // 2, stride 1: (B, O, H, W).
 
     x: (B, C, h, w). weight: (O, S + C, k, k), k odd. skip: (B, S, H, W) or None (S = 0). size: (H, W).
-    backend: auto | cc | torch. ValueError for shapes that do not belong together.
+    backend: auto | cc | torch | reference. ValueError for shapes that do not belong together.
     """
     S, k = 0 if skip is None else skip.shape[1], weight.shape[-1]
     if weight.shape[1] != S + x.shape[1] or weight.shape[-2] != k or k % 2 == 0:
@@ -230,12 +239,10 @@ def upsample_conv(
         )
     if skip is not None and skip.shape != (x.shape[0], S, *size):
         raise ValueError(f"skip of shape {tuple(skip.shape)}: needs {(x.shape[0], S, *size)}")
-    tensors = [t for t in (x, weight, skip) if t is not None]
-    order = {"cc": lambda: _native_why_not(*tensors), "torch": str}
-    chosen = "torch" if _intercepted(*tensors) else pick("upsample_conv", backend, order)
-    if chosen == "torch" or not x.numel():
-        fine = interpolate(x, size, mode="bilinear", align_corners=align_corners)
-        return conv2d(fine if skip is None else torch.cat([skip, fine], 1), weight)
+    plain = is_traced(x, weight, skip)
+    chosen = "torch" if plain else choose("upsample_conv", backend, x, weight, skip)
+    if chosen != "cc" or not x.numel():
+        return _upsample_conv(x, weight, size, skip, align_corners)
     if skip is None:
         y = torch.empty(
             x.shape[0], weight.shape[0], *size, dtype=x.dtype, memory_format=torch.channels_last
