@@ -110,13 +110,11 @@ def _hf_why_not() -> str:
     if find_spec("transformers") is None:
         return "transformers is not installed"
     try:
-        import_module(
-            "transformers.models.deformable_detr.modeling_deformable_detr"
-        ).MultiScaleDeformableAttention
-    except (
-        Exception
-    ) as error:  # a missing dependency, another version's layout: many kinds, one consequence
-        return f"transformers: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        module = import_module("transformers.models.deformable_detr.modeling_deformable_detr")
+        getattr(module, "MultiScaleDeformableAttention")  # noqa: B009 (is it there?)
+    except Exception as error:  # a missing dependency, another version: many kinds, one consequence
+        reason = (str(error).splitlines() or [""])[0][:100]
+        return f"transformers: {type(error).__name__}: {reason}"
     return ""
 
 

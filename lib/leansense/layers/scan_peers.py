@@ -141,10 +141,6 @@ def _ours(backend: str):
     return lambda problem: lambda: selective_scan(*problem.inputs.values(), backend=backend)
 
 
-def _no_extension() -> str:
-    return found if isinstance(found := _extension(), str) else ""
-
-
 CONTENDERS = {
     "mambapy": Contender(
         "mamba.py",
@@ -189,7 +185,7 @@ CONTENDERS = {
         "mamba-ssm",
         False,
         _ours("mamba_ssm"),
-        _no_extension,
+        lambda: load("selective_scan", "mamba_ssm").why_not(),
         "The published CUDA kernel through selective_scan_cuda, layout copies included.",
         ("cuda",),
     ),
