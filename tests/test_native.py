@@ -18,7 +18,10 @@ from leansense.layers import backend, native
 from leansense.layers.backend import allowed, isa, pick, usable_isas, use_isa
 from leansense.layers.native import NativeError, library, parallel, pointer, why_not
 
-SOURCE = "typedef float vec __attribute__((vector_size(4 * W)));\nint lanes(void) { return sizeof(vec) / 4; }\n"
+SOURCE = (
+    "typedef float vec __attribute__((vector_size(4 * W)));\n"
+    "int lanes(void) { return sizeof(vec) / 4; }\n"
+)
 has_compiler = pytest.mark.skipif(
     bool(why_not("probe", "int f(void) { return 1; }")), reason="no C compiler"
 )
@@ -161,7 +164,10 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["cut", "bit", "empty", "no note", "other note", "binary note"])
 def test_damaged_cache_is_rebuilt(tmp_path, how):
     """In a process of its own: a library that is in use must not be written over."""
-    code = "from leansense.layers.native import library; import sys; print(library('lanes', sys.argv[1]).lanes())"
+    code = (
+        "from leansense.layers.native import library; import sys; "
+        "print(library('lanes', sys.argv[1]).lanes())"
+    )
 
     def load():
         return subprocess.run(
@@ -180,7 +186,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, how):
 
 @has_compiler
 def test_wrong_library_under_the_right_name(tmp_path):
-    """Somebody else's library in our place: its bytes do not match the note, so it is never loaded."""
+    """Somebody else's library in our place: its bytes do not match the note; never loaded."""
     library("lanes", SOURCE)
     (right,) = cached(tmp_path)
     library("other", "int lanes(void) { return -1; }\n")
@@ -289,7 +295,9 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 @has_compiler
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
 def test_second_start_where_groups_may_write(tmp_path):
-    """Under the umask of many systems: what the first start writes, the second must not refuse as open to others."""
+    """Under the umask of many systems: what the first start writes, the second must not refuse as
+    open to others.
+    """
     code = (
         "import os, sys; os.umask(0o002); from leansense.layers.native import library\n"
         "print(library('lanes', sys.argv[1]).lanes())"
@@ -364,7 +372,9 @@ def test_two_builds_in_one_process(tmp_path):
 @has_compiler
 @pytest.mark.parametrize("kind", ["v4", "v3"])
 def test_loops_over_elements_are_vectorised(tmp_path, kind):
-    """The fused norm's inner loops, for both instruction sets: one that is not takes ten times as long."""
+    """The fused norm's inner loops, for both instruction sets: one that is not takes ten times as
+    long.
+    """
     from leansense.layers import norm_act
 
     command = native.compiler()

@@ -1,4 +1,7 @@
-"""Selective scan: every back end against the formula in float64, its edges, its fall-backs; the Mamba block."""
+"""Selective scan: every back end against the formula in float64, its edges, its fall-backs.
+
+The Mamba block.
+"""
 
 import copy
 import io
@@ -83,7 +86,9 @@ def choose(inputs: dict, names) -> dict:
 
 
 def check(inputs: dict, options: dict, backend: str, tolerance: float) -> None:
-    """Result, last state, and all gradients, those by way of the last state too, against the formula in float64."""
+    """Result, last state, and all gradients, those by way of the last state too, against the
+    formula in float64.
+    """
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     used = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     expected = oracle(**wide, **options)
@@ -156,7 +161,10 @@ def test_any_shape(batch, length, channels, states, reverse, softplus, names, se
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("names", [NOTHING, EVERYTHING], ids=["bare", "all"])
 def test_derivatives_by_finite_differences(reverse, parts, names, monkeypatch):
-    """Also when the sequence is cut into parts that run side by side, as on CUDA; chunks of three steps."""
+    """Also when the sequence is cut into parts that run side by side, as on CUDA.
+
+    Chunks of three steps.
+    """
     monkeypatch.setattr(scan, "_parts_of", lambda length, device: parts)
     monkeypatch.setattr(scan, "_tile", lambda *_: 3)
     inputs = choose(draw(2, 7, 3, 2), names)
@@ -182,7 +190,9 @@ def test_derivatives_by_finite_differences(reverse, parts, names, monkeypatch):
 @pytest.mark.parametrize("step", [1e-4, 0.3, 3.0, 10.0, 1000.0])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_any_step_size_is_exact(backend, step, parts, monkeypatch):
-    """No exponential of a sum that is later subtracted: closed forms over chunks overflow from steps of 0.3 on."""
+    """No exponential of a sum that is later subtracted: closed forms over chunks overflow from
+    steps of 0.3 on.
+    """
     monkeypatch.setattr(scan, "_parts_of", lambda length, device: parts)
     inputs = choose(draw(1, 70, 20, 16, torch.float32, step=step), ("D",))
     inputs["A"] = -torch.arange(1.0, 17).repeat(20, 1)
@@ -213,7 +223,9 @@ def test_nan_is_not_hidden(backend, name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs_and_gradients(backend):
-    """Slices, transposes and expanded gradients give what contiguous ones give, and are not written to."""
+    """Slices, transposes and expanded gradients give what contiguous ones give, and are not written
+    to.
+    """
     plain = draw(2, 21, 12, 4, torch.float32)
     wide = torch.cat([plain["z"], plain["u"]], -1)
     odd = {
@@ -393,16 +405,20 @@ def test_auto_is_compiled_on_the_cpu():
 
 
 def test_nothing_heavy_is_imported():
-    """Importing the module, and a call on the CPU, load neither Triton nor transformers nor mamba-ssm."""
+    """Importing the module, and a call on the CPU, load neither Triton nor transformers nor mamba-
+    ssm.
+    """
     code = (
         "import sys, torch; import leansense.layers.scan as s; s.Mamba(16)(torch.zeros(1, 3, 16)); "
-        "print([m for m in ('transformers', 'mamba_ssm', 'selective_scan_cuda', 'leansense.layers.scan_triton') "
+        "print([m for m in ('transformers', 'mamba_ssm', 'selective_scan_cuda', "
+        "'leansense.layers.scan_triton') "
         "if m in sys.modules])"
     )
     assert run(ROOT, "python", "-c", code).stdout.strip() == "[]"
 
 
-# --- tracing -------------------------------------------------------------------------------------------------------
+# --- tracing --------------------------------------------------------------------------------------
+# -----------------
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -467,12 +483,15 @@ def test_flops():
     assert counter.get_total_flops() == count() + count(backward=True)
 
 
-# --- cost ----------------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
+# -----------------
 
 
 @pytest.mark.parametrize("backend", FAST)
 def test_memory_is_a_few_copies_of_the_input(backend):
-    """Forward and backward of 512 steps with 16 states: the states alone would be 16 copies of u, the loop keeps 48."""
+    """Forward and backward of 512 steps with 16 states: the states alone would be 16 copies of u,
+    the loop keeps 48.
+    """
     from leansense.core.cost import peak_memory
 
     inputs = {
@@ -521,11 +540,14 @@ def test_faster_than_the_loop(backend, least):
     assert ratio(spent["loop"], spent["ours"])["ratio"] > least
 
 
-# --- the extension of mamba-ssm, and Triton ------------------------------------------------------------------------
+# --- the extension of mamba-ssm, and Triton
+# ------------------------------------------------------------------------
 
 
 def extension(calls: list) -> types.ModuleType:
-    """A stand-in for selective_scan_cuda: the published formula in its layout, which checks what it is given."""
+    """A stand-in for selective_scan_cuda: the published formula in its layout, which checks what it
+    is given.
+    """
 
     def formula(u, delta, A, B, C, D, z, bias, softplus):
         def turn(x):
@@ -612,7 +634,10 @@ def test_extension_is_probed_and_never_required(error, monkeypatch):
 
 
 def test_order_of_preference():
-    """On the GPU the vendor's kernel, then ours; elsewhere C, then PyTorch; the formula by name only."""
+    """On the GPU the vendor's kernel, then ours; elsewhere C, then PyTorch.
+
+    The formula by name only.
+    """
     assert list(choosing.OPERATORS["selective_scan"]) == [
         "mamba_ssm",
         "triton",
@@ -644,7 +669,7 @@ call = torch.compile(lambda **x: selective_scan(**x, backend="triton"), backend=
 x = {name: v.requires_grad_() for name, v in choose(draw(1, 5, 2, 2, torch.float32), ()).items()}
 call(**x).sum().backward()
 print("interpreted")
-"""
+"""  # noqa: E501
 
 
 def test_triton_in_its_interpreter():
@@ -667,7 +692,7 @@ for function in (kernels.summary, kernels.carry, kernels.output, kernels.gradien
                        constexprs={(names.index(n),): v for n, v in flags.items() if n in names})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     print(function.fn.__name__, len(made.asm["ptx"]) > 1000)
-"""
+"""  # noqa: E501
 
 
 def test_triton_compiles_for_a_gpu_that_is_not_here():
@@ -706,7 +731,8 @@ def test_on_a_gpu(backend, size, names, reverse):
         check(inputs, options, backend, 1e-5)
 
 
-# --- one step at a time --------------------------------------------------------------------------------------------
+# --- one step at a time
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -740,7 +766,8 @@ def test_step_errors():
         selective_scan_step(torch.zeros(2, 5, 3), **{**token, "B": torch.zeros(2, 7)})
 
 
-# --- convolution ---------------------------------------------------------------------------------------------------
+# --- convolution ----------------------------------------------------------------------------------
+# -----------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -792,7 +819,8 @@ def test_causal_conv_errors():
         causal_conv1d(x, torch.zeros(3, 4), backend="torhc")
 
 
-# --- the block -----------------------------------------------------------------------------------------------------
+# --- the block ------------------------------------------------------------------------------------
+# -----------------
 
 # names and shapes of mamba-ssm's Mamba(d_model=64): d_inner 128, dt_rank 4, d_state 16, d_conv 4
 PARAMETERS = {

@@ -72,7 +72,9 @@ def _as_map(out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
 
 
 def lite_mla(qkv: torch.Tensor, heads: int) -> torch.Tensor:
-    """EfficientViT's linear attention (arXiv:2205.14756): ones behind the values carry the denominator."""
+    """EfficientViT's linear attention (arXiv:2205.14756): ones behind the values carry the
+    denominator.
+    """
     q, k, v = _tokens_first(qkv, heads)
     q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 1), value=1.0)
     out = q @ (k.mT @ v)
@@ -176,7 +178,7 @@ OPERATOR = Operator(
             False,
             partial(_call, sdpa),
             reference=softmax_reference,
-            note="another function: the ratio is where the algorithms cross, not whose code is better",
+            note="another function: the ratio is where algorithms cross, not whose code is better",
         ),
         "reference": Contender(
             "ours, plain formula", True, _ours("reference"), note="what compilers and exporters see"

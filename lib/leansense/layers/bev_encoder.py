@@ -17,7 +17,9 @@ from .upsample_conv import UpsampleConv2d
 
 # %% ../../../nbs/layers/51_bev_encoder.ipynb #0defa131
 class Up(nn.Module):
-    """x (B, C, h, w) enlarged by `scale` behind skip (B, S, H, W), two 3x3 convolutions: (B, out_channels, H, W)."""
+    """x (B, C, h, w) enlarged by `scale` behind skip (B, S, H, W), two 3x3 convolutions: (B,
+    out_channels, H, W).
+    """
 
     def __init__(
         self,
@@ -43,7 +45,9 @@ class Up(nn.Module):
 
 # %% ../../../nbs/layers/51_bev_encoder.ipynb #93a7ddf7
 class BasicBlock(nn.Module):
-    """(B, C, h, w) -> (B, out_channels, h/stride, w/stride): two 3x3 convolutions beside a shortcut."""
+    """(B, C, h, w) -> (B, out_channels, h/stride, w/stride): two 3x3 convolutions beside a
+    shortcut.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
         super().__init__()
@@ -63,7 +67,8 @@ class BasicBlock(nn.Module):
         nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # the stride is taken by slicing: oneDNN's backward of a strided 1x1 convolution of 8 channels can crash
+        # the stride is taken by slicing: oneDNN's backward of a strided 1x1 convolution of 8
+        # channels can crash
         shortcut = (
             x
             if self.downsample is None
@@ -112,7 +117,8 @@ class BevEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-2] % 8 or x.shape[-1] % 8:
             raise ValueError(
-                f"a map of {x.shape[-2]} x {x.shape[-1]} cells: choose bounds that give multiples of 8"
+                f"a map of {x.shape[-2]} x {x.shape[-1]} cells: choose bounds that give multiples "
+                "of 8"
             )
         run = (
             recompute if self.checkpointing and self.training and torch.is_grad_enabled() else _call

@@ -21,21 +21,28 @@ from .backend import Backend, choose, is_traced, load, register, wide_type
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #b2a59087
 def _count(name: str, bound: Sequence[float]) -> int:
-    """The number of steps in a bound (from, to, step); ValueError if it is not a whole number, at least 1."""
+    """The number of steps in a bound (from, to, step).
+
+    ValueError if it is not a whole number, at least 1.
+    """
     if len(bound) != 3 or not all(math.isfinite(v) for v in bound):
         raise ValueError(f"{name}={tuple(bound)}: give three finite numbers (from, to, step)")
     low, high, step = bound
     steps = (high - low) / step if step > 0 else -1.0
     if round(steps) < 1 or abs(steps - round(steps)) > 1e-4:
         raise ValueError(
-            f"{name}={tuple(bound)}: from {low} to {high} is {steps:g} steps of {step}; make it whole"
+            f"{name}={tuple(bound)}: from {low} to {high} is {steps:g} steps of {step}; make it "
+            "whole"
         )
     return round(steps)
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #a49c13b1
 @dataclass(frozen=True)
 class Grid:
-    """Voxel grid around the vehicle and depth bins of the lift; bounds are (from, to, step) in metres (LSS's names)."""
+    """Voxel grid around the vehicle and depth bins of the lift.
+
+    Bounds are (from, to, step) in metres (LSS's names).
+    """
 
     xbound: Sequence[float] = (-50.0, 50.0, 0.5)  # forward
     ybound: Sequence[float] = (-50.0, 50.0, 0.5)  # left
@@ -76,7 +83,10 @@ BINNINGS = ("floor", "lss")
 
 
 def _number(points: torch.Tensor, grid: Grid, binning: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cell number, mask) of points (..., 3), both int32 (...); the mask is -1 (all bits) inside the grid, else 0."""
+    """(cell number, mask) of points (..., 3), both int32 (...).
+
+    The mask is -1 (all bits) inside the grid, else 0.
+    """
     if math.prod(grid.nx) >= 2**24:
         points = points.double()  # fp32 counts exactly only up to 2^24
     number = inside = None
@@ -95,7 +105,10 @@ def _number(points: torch.Tensor, grid: Grid, binning: str) -> tuple[torch.Tenso
 def _sorted(
     cells: torch.Tensor, depths: int, bags: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Points sorted by cell, stably; the pixel of each; where each of the `bags` cells begins, and the end. int32."""
+    """Points sorted by cell, stably; the pixel of each.
+
+    Where each of the `bags` cells begins, and the end. int32.
+    """
     if cells.numel() == 0:
         return cells.clone(), cells.clone(), cells.new_zeros(bags + 1)
     if cells.device.type != "cpu" or is_traced(cells):
@@ -133,7 +146,8 @@ def _check_points(points: torch.Tensor, grid: Grid, binning: str) -> None:
         raise ValueError(f"binning={binning!r} is unknown: choose from {', '.join(BINNINGS)}")
     if points.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"points are {points.dtype}, which moves them to other cells: compute the geometry in float32"
+            f"points are {points.dtype}, which moves them to other cells: compute the geometry in "
+            "float32"
         )
     positions = points.is_floating_point()
     if (
@@ -142,7 +156,8 @@ def _check_points(points: torch.Tensor, grid: Grid, binning: str) -> None:
         or points.dtype == torch.bool
     ):
         raise ValueError(
-            f"points are {points.dtype} {tuple(points.shape)}; give positions (B, N, D, H, W, 3) or "
+            f"points are {points.dtype} {tuple(points.shape)}; give positions (B, N, D, H, W, 3) "
+            "or "
             f"integer cell numbers (B, N, D, H, W)"
         )
     if max(points.shape[0] * math.prod(grid.nx) + 2, points.numel()) >= 2**31:
@@ -154,7 +169,10 @@ def _check_points(points: torch.Tensor, grid: Grid, binning: str) -> None:
 def _lists(
     points: torch.Tensor, grid: Grid, binning: str, ordered: bool
 ) -> tuple[tuple[int, ...], list[torch.Tensor]]:
-    """(B, N, D, H, W) and the six index lists of a plan; the last three are empty unless `ordered`."""
+    """(B, N, D, H, W) and the six index lists of a plan.
+
+    The last three are empty unless `ordered`.
+    """
     native, total = _native(points), math.prod(grid.nx)
     B, N, D, H, W = points.shape[:5]
     if native and points.is_floating_point():
@@ -183,7 +201,10 @@ def _lists(
 # %% ../../../nbs/layers/30_bev_pool.ipynb #97844108
 @dataclass(frozen=True, eq=False)
 class PoolPlan:
-    """Which point falls into which cell, in the orders that `bev_pool` needs. Make it with `PoolPlan.build`."""
+    """Which point falls into which cell, in the orders that `bev_pool` needs.
+
+    Make it with `PoolPlan.build`.
+    """
 
     grid: Grid
     shape: tuple[int, int, int, int, int]  # B, N, D, H, W
@@ -200,10 +221,13 @@ class PoolPlan:
     def build(
         points: torch.Tensor, grid: Grid, binning: str = "floor", ordered: bool = True
     ) -> "PoolPlan":
-        """From positions (B, N, D, H, W, 3) in metres, or integer cell numbers (B, N, D, H, W), (x n_y + y) n_z + z.
+        """From positions (B, N, D, H, W, 3) in metres, or integer cell numbers (B, N, D, H, W), (x
+        n_y + y) n_z + z.
 
-        Points outside the grid, not finite, or with a number out of range belong to no cell. binning: floor | lss.
-        ordered=False: without the sorted lists, for the back ends index_add and reference only (what ONNX can build).
+        Points outside the grid, not finite, or with a number out of range belong to no cell.
+        binning: floor | lss.
+        ordered=False: without the sorted lists, for the back ends index_add and reference only
+        (what ONNX can build).
         """
         _check_points(points, grid, binning)
         with (
@@ -235,13 +259,16 @@ class PoolPlan:
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #51380c0f
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(..., K, H, W) as contiguous rows (pixels, K) of a type; no copy if the memory is in that order already."""
+    """(..., K, H, W) as contiguous rows (pixels, K) of a type.
+
+    No copy if the memory is in that order already.
+    """
     x = x.flatten(0, -4) if x.ndim > 3 else x[None]
     return x.permute(0, 2, 3, 1).to(dtype).flatten(0, 2).contiguous()
 
 
 def _unrows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Rows (pixels, K) back in the shape and type of `like` (..., K, H, W), without moving memory."""
+    """Rows (pixels, K) back in shape and type of `like` (..., K, H, W), without moving memory."""
     K, H, W = like.shape[-3:]
     return rows.view(*like.shape[:-3], H, W, K).movedim(-1, -3).to(like.dtype)
 
@@ -504,8 +531,10 @@ def _check(depth: torch.Tensor, feat: torch.Tensor, plan: PoolPlan) -> None:
             or not x.is_floating_point()
         ):
             raise ValueError(
-                f"{name} is {x.dtype} {tuple(x.shape)}; the plan has {B} x {N} images, {D} depths, {H} x "
-                f"{W} pixels: give (B, N, {'D' if x is depth else 'C'}, H, W), B and N may be merged"
+                f"{name} is {x.dtype} {tuple(x.shape)}; the plan has {B} x {N} images, {D} depths, "
+                f"{H} x "
+                f"{W} pixels: give (B, N, {'D' if x is depth else 'C'}, H, W), B and N may be "
+                "merged"
             )
     if not depth.device == feat.device == plan.cells.device:
         raise ValueError(
@@ -536,7 +565,8 @@ def bev_pool(
         return load("bev_pool", chosen)(depth, feat, plan)
     if plan.offsets.numel() == 0:
         raise ValueError(
-            f"the plan was built with ordered=False: backend '{chosen}' cannot use it, only {PLAIN} can"
+            f"the plan was built with ordered=False: backend '{chosen}' cannot use it, only "
+            f"{PLAIN} can"
         )
     run = _operator if traced else _BevPool.apply
     return run(depth, feat, plan.arrays, plan.sizes, chosen)

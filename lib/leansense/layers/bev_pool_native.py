@@ -50,7 +50,7 @@ void number(const float *x, const float *y, const float *z, long samples, long e
            (int *[]){cells, inside, targets});
 }
 
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/31_bev_pool_native.ipynb #1f307400
 ORDER = r"""
@@ -65,7 +65,7 @@ void order(const int *cells, long pixels, long depths, long bags, int *at, int *
       which[place] = i;
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/31_bev_pool_native.ipynb #9c28de8e
 SUMS = r"""
@@ -98,7 +98,7 @@ void pool(const float *depth, const float *feat, const int *points, const int *w
     }
   }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/31_bev_pool_native.ipynb #449a7d9e
 HUGE = r"""
@@ -112,7 +112,7 @@ void huge(char *start, long bytes) {
   if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
 #endif
 }
-"""
+"""  # noqa: E501
 FRESH = 1 << 25  # bytes from which glibc's malloc always asks the system
 
 # %% ../../../nbs/layers/31_bev_pool_native.ipynb #98e9dca9
@@ -139,7 +139,7 @@ INLINE void group(Pass a, long pixel, long k, const int many) {
   }
   if (a.to_feat) for (int v = 0; v < many; v++) AT(a.to_feat + pixel * a.C + k + v * W) = s[v];
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/31_bev_pool_native.ipynb #a5112ab2
 BACK = r"""
@@ -187,7 +187,7 @@ prepare = _wide_rows  # contiguous rows in fp32
 def number(
     planes: torch.Tensor, bounds: Sequence[Sequence[float]], n: Sequence[int], binning: str
 ) -> list[torch.Tensor]:
-    """cells, inside, targets (see `PoolPlan`) of positions as contiguous fp32 planes (3, B, ...)."""
+    """cells, inside, targets (see `PoolPlan`) of positions, contiguous fp32 planes (3, B, ...)."""
     lists = [torch.empty(planes[0].numel(), dtype=torch.int32) for _ in range(3)]
     low, _, step = zip(*bounds)
     edge = 0.0 if binning == "floor" else -1 + 2**-24  # the first number above -1
@@ -237,7 +237,9 @@ class _Pass(ctypes.Structure):
 
 
 def _split(count: int) -> list[tuple[ctypes.c_long, ctypes.c_long]]:
-    """range(count) in one piece for a single thread, else in a few for each, since some are heavier."""
+    """range(count) in one piece for a single thread, else in a few for each, since some are
+    heavier.
+    """
     parts = 1 if torch.get_num_threads() == 1 else 4 * torch.get_num_threads()
     edges = [count * i // parts for i in range(parts + 1)]
     return [(ctypes.c_long(a), ctypes.c_long(b)) for a, b in zip(edges, edges[1:])]
@@ -246,7 +248,7 @@ def _split(count: int) -> list[tuple[ctypes.c_long, ctypes.c_long]]:
 def forward(
     depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Cells (B X Y Z, C) from contiguous fp32 rows of depths (pixels, D) and features (pixels, C)."""
+    """Cells (B X Y Z, C) from fp32 rows of depths (pixels, D) and features (pixels, C)."""
     points, pixels, offsets = arrays[3:]
     out = torch.empty(len(offsets) - 2, feat.shape[1])
     call, C = native.library(NAME, SOURCE).pool, ctypes.c_long(feat.shape[1])
@@ -265,7 +267,10 @@ def backward(
     need_depth: bool = True,
     need_feat: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the rows of depths and features from that of the cells (B X Y Z, C); None where not needed."""
+    """Gradients of the rows of depths and features from that of the cells (B X Y Z, C).
+
+    None where not needed.
+    """
     to_depth = torch.empty_like(depth) if need_depth else None
     to_feat = torch.empty_like(feat) if need_feat else None
     places = (native.pointer(x) for x in (gradient, depth, feat, arrays[0], to_depth, to_feat))

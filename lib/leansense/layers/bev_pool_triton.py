@@ -29,7 +29,9 @@ def _sum_cells(
     BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """out (cells, C): each row the weighted sum of the feature rows that `offsets` says belong to it."""
+    """out (cells, C): each row the weighted sum of the feature rows that `offsets` says belong to
+    it.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = tl.load(offsets + row, mask=row < cells, other=0)
@@ -61,7 +63,10 @@ def _accumulator(*tensors: torch.Tensor):
 
 
 def why_not(*inputs: torch.Tensor) -> str:
-    """Why the kernels cannot take these tensors, in one line; or empty. Sums are float64 if one is."""
+    """Why the kernels cannot take these tensors, in one line; or empty.
+
+    Sums are float64 if one is.
+    """
     return triton_why_not(inputs[0].device.type)
 
 
@@ -73,7 +78,8 @@ def prepare(depth: torch.Tensor, feat: torch.Tensor) -> list[torch.Tensor]:
 def forward(
     depth: torch.Tensor, feat: torch.Tensor, arrays: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Cells (B X Y Z, C), in feat's type, from rows of depths (pixels, D) and features (pixels, C), both contiguous.
+    """Cells (B X Y Z, C), in feat's type, from rows of depths (pixels, D) and features (pixels, C),
+    both contiguous.
 
     arrays: the index lists of a `PoolPlan`.
     """
@@ -150,7 +156,10 @@ def backward(
     need_depth: bool = True,
     need_feat: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the rows of depths and features from that of the cells (B X Y Z, C); None where not needed."""
+    """Gradients of the rows of depths and features from that of the cells (B X Y Z, C).
+
+    None where not needed.
+    """
     (pixels, D), C = depth.shape, feat.shape[1]
     to_depth, to_feat = torch.empty_like(depth), torch.empty_like(feat)
     BLOCK = triton.next_power_of_2(C)

@@ -51,7 +51,7 @@ int conv_forward(const conv *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1) 
                 }
     return 0;
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/14_causal_conv_native.ipynb #544e0b16
 CONV_BACKWARD = r"""
@@ -83,7 +83,7 @@ int conv_backward(const conv *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1)
             }
     return 0;
 }
-"""
+"""  # noqa: E501
 CONV_SOURCE = "".join((SCAN_VECTORS, SCAN_POWER, SCAN_SOFTPLUS, CONV, CONV_BACKWARD))
 
 # %% ../../../nbs/layers/14_causal_conv_native.ipynb #82c95f4b

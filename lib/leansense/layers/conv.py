@@ -14,7 +14,8 @@ from .backend import choose, is_traced, register
 
 # %% ../../../nbs/layers/45_conv.ipynb #a5cb9ef5
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor, k: int) -> torch.Tensor:
-    """Gradient (O, C, k, k) of the weight of a convolution with stride 1, zero padding k // 2, k odd.
+    """Gradient (O, C, k, k) of the weight of a convolution with stride 1, zero padding k // 2, k
+    odd.
 
     x: (B, C, H, W). grad: (B, O, H, W), of the result.
     """
@@ -102,7 +103,9 @@ def conv2d(
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution without bias, odd kernel k, zero padding k // 2: nn.Conv2d by another weight gradient."""
+    """A convolution without bias, odd kernel k, zero padding k // 2: nn.Conv2d by another weight
+    gradient.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
         super().__init__(

@@ -113,7 +113,10 @@ def _bags(
 def _torch_forward(
     value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Deformable attention by embedding_bag, (B, Q, heads * d); fp32 inside unless value is fp64."""
+    """Deformable attention by embedding_bag, (B, Q, heads * d).
+
+    Fp32 inside unless value is fp64.
+    """
     (batch, _, heads, d), (_, queries, _, levels, points, _) = value.shape, locations.shape
     wide = torch.float64 if value.dtype == torch.float64 else torch.float32
     bag = 4 * levels * points
@@ -153,7 +156,9 @@ def _quiet_csr() -> None:
 
 
 def _dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
-    """For each bag the dot products of its rows of `table` with the gradient: (Q, K), (Q, d), (S, d) -> (Q, K)."""
+    """For each bag the dot products of its rows of `table` with the gradient: (Q, K), (Q, d), (S,
+    d) -> (Q, K).
+    """
     if rows.shape[1] >= len(
         table
     ):  # a map smaller than the bag: all products are fewer than those asked for
@@ -173,7 +178,7 @@ def _dots(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
 def _derivatives(
     s: _Samples, dots: Sequence[Tensor], weight: Tensor, height: int, width: int
 ) -> tuple[Tensor, ...]:
-    """The gradients of attention, x and y, each (Q, P), from the dot products of the four corners."""
+    """The gradients of attention, x and y, each (Q, P), from the four corners' dot products."""
     v0, v1, v2, v3 = dots
     left, right = torch.addcmul(s.y0 * v0, s.y1, v2), torch.addcmul(s.y0 * v1, s.y1, v3)
     top, bottom = torch.addcmul(s.x0 * v0, s.x1, v1), torch.addcmul(s.x0 * v2, s.x1, v3)
@@ -224,7 +229,10 @@ def _backward_head(
     dat: Tensor,
     dweight: Tensor,
 ) -> Tensor:
-    """The gradient of one head's table, (S, d); those of positions and attention are written to dat and dweight."""
+    """The gradient of one head's table, (S, d).
+
+    Those of positions and attention are written to dat and dweight.
+    """
     wide, (queries, _, points) = table.dtype, weight.shape
     chunk, start, dtable = max(1, CHUNK // (4 * points)), 0, []
     cell = torch.empty(queries, points, dtype=torch.int32, device=table.device)
@@ -419,7 +427,8 @@ def _check(
         )
     if weights.shape != locations.shape[:-1]:
         raise ValueError(
-            f"weights must be {tuple(locations.shape[:-1])} like locations, not {tuple(weights.shape)}"
+            f"weights must be {tuple(locations.shape[:-1])} like locations, not "
+            f"{tuple(weights.shape)}"
         )
     if (value.shape[0], value.shape[2]) != (locations.shape[0], locations.shape[2]):
         raise ValueError(
@@ -436,7 +445,8 @@ def _check(
         )
     if sum(h * w for h, w in shapes) != value.shape[1]:
         raise ValueError(
-            f"shapes={list(map(tuple, shapes))} have {sum(h * w for h, w in shapes)} pixels, value has "
+            f"shapes={list(map(tuple, shapes))} have {sum(h * w for h, w in shapes)} pixels, value "
+            "has "
             f"{value.shape[1]}"
         )
     if not all(
@@ -481,7 +491,9 @@ def deformable_attention(
 
 # %% ../../../nbs/layers/40_deformable.ipynb #2aca6bf1
 def star(heads: int, levels: int, points: int) -> Tensor:
-    """Initial offsets in pixels, (heads, levels, points, 2): of head k at angle 2 pi k / heads, 1, 2, 3 ... out."""
+    """Initial offsets in pixels, (heads, levels, points, 2): of head k at angle 2 pi k / heads, 1,
+    2, 3 ... out.
+    """
     angle = torch.arange(heads, dtype=torch.float32) * (2 * math.pi / heads)
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     direction = direction / direction.abs().amax(-1, keepdim=True)
@@ -492,7 +504,9 @@ def star(heads: int, levels: int, points: int) -> Tensor:
 def reference_points(
     shapes: Sequence[tuple[int, int]], device: torch.device | str | None = None
 ) -> Tensor:
-    """The centre of every pixel of every level, x then y in [0, 1], once for each level: (1, S, levels, 2)."""
+    """The centre of every pixel of every level, x then y in [0, 1], once for each level: (1, S,
+    levels, 2).
+    """
     every = []
     for h, w in shapes:
         y = (torch.arange(h, dtype=torch.float32, device=device) + 0.5) / h
@@ -506,7 +520,8 @@ def sampling_locations(
 ) -> Tensor:
     """Where to look, (B, Q, heads, levels, points, 2): reference + offsets of that shape.
 
-    reference: (B or 1, Q, levels, 2), points, to which offsets in pixels are added; or 4, boxes (cx, cy, w, h).
+    reference: (B or 1, Q, levels, 2), points, to which offsets in pixels are added; or 4, boxes
+    (cx, cy, w, h).
     """
     wanted = (offsets.shape[1], offsets.shape[3])
     if reference.ndim != 4 or reference.shape[1:3] != wanted or reference.shape[-1] not in (2, 4):
@@ -520,9 +535,11 @@ def sampling_locations(
 
 # %% ../../../nbs/layers/40_deformable.ipynb #25e42a8f
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention with its four linear maps (Zhu et al. 2021, arXiv:2010.04159).
+    """Multi-scale deformable attention with its four linear maps (Zhu et al.
 
-    dim must be a multiple of heads. Parameters are named as in the authors' module; backend as in deformable_attention.
+    2021, arXiv:2010.04159).
+    dim must be a multiple of heads. Parameters are named as in the authors' module; backend as in
+    deformable_attention.
     """
 
     def __init__(
@@ -536,7 +553,8 @@ class DeformableAttention(nn.Module):
         super().__init__()
         if min(dim, heads, levels, points) < 1 or dim % heads:
             raise ValueError(
-                f"dim={dim} must be a multiple of heads={heads}; levels={levels}, points={points} >= 1"
+                f"dim={dim} must be a multiple of heads={heads}; levels={levels}, points={points} "
+                ">= 1"
             )
         self.heads, self.levels, self.points, self.backend = heads, levels, points, backend
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
@@ -560,7 +578,8 @@ class DeformableAttention(nn.Module):
     ) -> Tensor:
         """Deformable attention of query (B, Q, dim) to value (B, S, dim): (B, Q, dim).
 
-        reference: as for sampling_locations. mask: (B, S), True where value is padding and counts as zero.
+        reference: as for sampling_locations. mask: (B, S), True where value is padding and counts
+        as zero.
         """
         value = self.value_proj(value)
         if mask is not None:

@@ -56,7 +56,7 @@ INLINE quad sum4(vec a, vec b, vec c, vec d) {
     for (int k = 4; k < W; k += 4) sum += *(quad *)(t + k);
     return sum;
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #d91ea7d7
 PLANES = r"""
@@ -123,7 +123,7 @@ INLINE void find_corners(corners *restrict c, const grid *restrict g, const floa
         c->cell[j] = g->start[j] + y * g->across[j] + x;
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #d8a1d465
 FORWARD = r"""
@@ -156,7 +156,7 @@ static void channels(const corners *c, const grid *g, int from, int to, const fl
     int n = (d + W - 1) / W;
     BLOCKS(BAG)
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #b83f9c95
 FORWARD_LOOP = r"""
@@ -183,7 +183,7 @@ void forward(const float *value, long stride, const float *at, const float *weig
         }
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #d9a0ad65
 SORT = r"""
@@ -223,7 +223,7 @@ static void sort(visit *visits, int *cell, int *end, float *four, const float *a
     for (long q = 0; q < queries; q++)
         for (int p = 0; p < points; p++, s++) visits[end[cell[s]]++] = (visit){s, q};
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #e9ce659f
 SWEEP = r"""
@@ -261,7 +261,7 @@ INLINE void sweep(const visit *visits, const int *end, long cells, const float *
         }
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #155e4269
 FINISH = r"""
@@ -299,7 +299,7 @@ static void finish(float *dat, float *dweight, const float *dots, const float *a
         }
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #59a06c64
 BACKWARD = r"""
@@ -317,7 +317,7 @@ void backward(const float *value, float *dvalue, long stride, const float *at, c
     BLOCKS(SWEEP)
     finish(dat, dweight, dots, at, weight, queries, points, step, shape);
 }
-"""
+"""  # noqa: E501
 SOURCE = BASICS + PLANES + POSITIONS + FORWARD + FORWARD_LOOP + SORT + SWEEP + FINISH + BACKWARD
 NAME = "deformable"
 
@@ -333,7 +333,9 @@ def prepare(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 # %% ../../../nbs/layers/41_deformable_native.ipynb #1faff738
 def _sizes(value: torch.Tensor, locations: torch.Tensor, width: int) -> tuple[int, int, bool]:
-    """Vectors of a row, its floats with padding, and whether heads are copied into planes of their own."""
+    """Vectors of a row, its floats with padding, and whether heads are copied into planes of their
+    own.
+    """
     d, pixels = value.shape[3], value.shape[1]
     n = -(-d // width)
     samples = locations.shape[1] * locations.shape[3] * locations.shape[4]
@@ -403,7 +405,10 @@ def forward(
 def _scratch(
     value: torch.Tensor, locations: torch.Tensor, cells: int, n: int, padded: int, planes: bool
 ) -> list:
-    """Planes of value, its gradient and the output's gradient; visits, cells, cells' ends, weights; and the room."""
+    """Planes of value, its gradient and the output's gradient.
+
+    Visits, cells, cells' ends, weights; and the room.
+    """
     samples = -(-locations.shape[1] * locations.shape[4] // 64) * 64  # whole groups
     room = (
         0 if n in (1, 2, 4) else 4 * samples

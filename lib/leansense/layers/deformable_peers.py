@@ -21,7 +21,10 @@ HEADS, CHANNELS, POINTS, SPREAD = 8, 32, 8, 4.0
 
 
 def _off_centre(locations: torch.Tensor, size: torch.Tensor, margin: float = 0.01) -> torch.Tensor:
-    """Locations, each at least `margin` pixels from pixel centres; size: (levels, 1, 2), width and height."""
+    """Locations, each at least `margin` pixels from pixel centres.
+
+    size: (levels, 1, 2), width and height.
+    """
     pixel = locations * size - 0.5
     whole = pixel.floor()
     return (whole + (pixel - whole).clamp(margin, 1 - margin) + 0.5) / size

@@ -18,7 +18,10 @@ from .triton_jit import jit, on_device, tl, triton
 # %% ../../../nbs/layers/42_deformable_triton.ipynb #cb9bf33e
 @jit
 def place(at, size):
-    """(whole, rest) of positions in [0, 1] in pixels; whole is an int32 within [-2, size + 1] for any number."""
+    """(whole, rest) of positions in [0, 1] in pixels.
+
+    Whole is an int32 within [-2, size + 1] for any number.
+    """
     x = at.to(tl.float32) * size - 0.5
     x = tl.where(x < -2.0, -2.0, x)
     x = tl.where(x > size + 1.0, size + 1.0, x)
@@ -28,7 +31,9 @@ def place(at, size):
 
 @jit
 def corner(value, x, y, width, height, live, stride, channel, d):
-    """The rows (BLOCK_Q, BLOCK_D) of a corner in fp32, zero outside the map, and their offsets and mask."""
+    """The rows (BLOCK_Q, BLOCK_D) of a corner in fp32, zero outside the map, and their offsets and
+    mask.
+    """
     inside = live & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     offset = (y * width + x).to(tl.int64)[:, None] * stride + channel[None, :]
     mask = inside[:, None] & (channel < d)[None, :]
@@ -137,7 +142,10 @@ def forward(
 def add_corner(
     value, dvalue, x, y, width, height, live, stride, channel, d, g, share, ATOMIC: tl.constexpr
 ):
-    """The dot products (BLOCK_Q) of a corner's rows with g; adds share * g to the corner's rows of dvalue."""
+    """The dot products (BLOCK_Q) of a corner's rows with g.
+
+    Adds share * g to the corner's rows of dvalue.
+    """
     v, offset, mask = corner(value, x, y, width, height, live, stride, channel, d)
     if ATOMIC:
         tl.atomic_add(dvalue + offset, share[:, None] * g, mask=mask, sem="relaxed")
@@ -173,7 +181,9 @@ def backward_kernel(
     BLOCK_D: tl.constexpr,
     ATOMIC: tl.constexpr,
 ):
-    """dat, dweight and, with ATOMIC, additions to dvalue (fp32): BLOCK_Q queries of one head, all channels."""
+    """dat, dweight and, with ATOMIC, additions to dvalue (fp32): BLOCK_Q queries of one head, all
+    channels.
+    """
     q, channels = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     b, head, live, stride = (
         tl.program_id(1) // heads,
@@ -227,7 +237,9 @@ def backward_kernel(
 
 # %% ../../../nbs/layers/42_deformable_triton.ipynb #b9020640
 def _sorted_samples(shapes: Sequence[tuple[int, int]], locations: Tensor) -> tuple[Tensor, Tensor]:
-    """(order, first): samples (B heads, Q L P) sorted by cell, and where each cell's begin, (B heads, S + 1)."""
+    """(order, first): samples (B heads, Q L P) sorted by cell, and where each cell's begin, (B
+    heads, S + 1).
+    """
     cells, start = [], 0
     for level, (h, w) in enumerate(shapes):
         size = torch.tensor((w, h), device=locations.device)
@@ -266,7 +278,9 @@ def pixel_kernel(
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One pixel's row of dvalue for one head and block of channels, from the samples of the four cells around it."""
+    """One pixel's row of dvalue for one head and block of channels, from the samples of the four
+    cells around it.
+    """
     pixel, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     b, head, px, py = pair // heads, pair % heads, pixel % width, pixel // width

@@ -19,7 +19,7 @@ from .bev_pool import BINNINGS, PLAIN, Grid, PoolPlan, bev_pool
 
 # %% ../../../nbs/layers/33_lift_splat.ipynb #b161cf2d
 class Rig(NamedTuple):
-    """The matrices of N cameras, in the order in which `get_geometry` takes them after the frustum."""
+    """The matrices of N cameras, in the order in which `get_geometry` takes them."""
 
     rots: torch.Tensor  # (..., N, 3, 3), optical camera axes -> ego axes
     trans: torch.Tensor  # (..., N, 3), camera position in the ego frame, metres
@@ -29,7 +29,9 @@ class Rig(NamedTuple):
 
 
 def looking_along(yaw: float) -> torch.Tensor:
-    """Optical-to-ego rotation (3, 3) of a level camera that looks `yaw` degrees to the left of straight ahead."""
+    """Optical-to-ego rotation (3, 3) of a level camera that looks `yaw` degrees to the left of
+    straight ahead.
+    """
     c, s = math.cos(math.radians(yaw)), math.sin(math.radians(yaw))
     return torch.tensor(
         [[s, 0.0, c], [-c, 0.0, s], [0.0, -1.0, 0.0]]
@@ -39,9 +41,11 @@ def looking_along(yaw: float) -> torch.Tensor:
 def surround_rig(
     batch: int = 1, resize: float = 0.22, crop: tuple[float, float] = (0.0, 48.0)
 ) -> Rig:
-    """SimBEV's six cameras: front left, front, front right, back left, back, back right; 1600 x 900 pixels, 80 degrees.
+    """SimBEV's six cameras: front left, front, front right, back left, back, back right.
 
-    resize, crop: the augmentation, as in `augmentation_matrix`; the default makes images of 352 x 128.
+    1600 x 900 pixels, 80 degrees.
+    resize, crop: the augmentation, as in `augmentation_matrix`; the default makes images of 352 x
+    128.
     """
     yaws = (55.0, 0.0, -55.0, 110.0, 180.0, -110.0)
     places = ((0.4, 0.4), (0.6, 0.0), (0.4, -0.4), (0.0, 0.4), (-1.0, 0.0), (0.0, -0.4))
@@ -67,17 +71,21 @@ def augmentation_matrix(
     flip: bool = False,
     rotate: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The image augmentation as (post_rot (3, 3), post_tran (3,)), fp32: uv' = post_rot[:2, :2] uv + post_tran[:2].
+    """The image augmentation as (post_rot (3, 3), post_tran (3,)), fp32: uv' = post_rot[:2, :2] uv
+    + post_tran[:2].
 
-    resize: one factor or (horizontal, vertical). crop: box (left, top, right, bottom) in pixels of the resized image;
-    may reach beyond it. flip: mirror left and right. rotate: degrees counter-clockwise around the crop's centre.
+    resize: one factor or (horizontal, vertical). crop: box (left, top, right, bottom) in pixels of
+    the resized image;
+    may reach beyond it. flip: mirror left and right. rotate: degrees counter-clockwise around the
+    crop's centre.
     """
     sx, sy = resize if isinstance(resize, (tuple, list)) else (resize, resize)
     left, top, right, bottom = (float(v) for v in crop)
     width, height = right - left, bottom - top
     if not (sx > 0 and sy > 0 and width > 0 and height > 0):
         raise ValueError(
-            f"resize={resize}, crop={tuple(crop)}: factors, and the crop's width and height, must be > 0"
+            f"resize={resize}, crop={tuple(crop)}: factors, and the crop's width and height, must "
+            "be > 0"
         )
     affine = torch.tensor([[sx, 0.0, -left], [0.0, sy, -top], [0.0, 0.0, 1.0]], dtype=torch.float64)
     if flip:
@@ -101,7 +109,9 @@ FRUSTUM_SAMPLINGS = ("cell_center", "lss")
 
 
 class Frustum(NamedTuple):
-    """Where the feature pixels of one camera lie in its augmented image, and the depths that each may have."""
+    """Where the feature pixels of one camera lie in its augmented image, and the depths that each
+    may have.
+    """
 
     u: torch.Tensor  # (fW,) columns, pixels
     v: torch.Tensor  # (fH,) rows, pixels
@@ -115,9 +125,11 @@ def make_frustum(
     frustum_sampling: str = "cell_center",
     device: torch.device | str | None = None,
 ) -> Frustum:
-    """The frustum of an image of input_size = (height, width) pixels seen by a network with stride `downsample`.
+    """The frustum of an image of input_size = (height, width) pixels seen by a network with stride
+    `downsample`.
 
-    A size that is no multiple of the stride has ceil(size / stride) feature pixels, as padded convolutions give.
+    A size that is no multiple of the stride has ceil(size / stride) feature pixels, as padded
+    convolutions give.
     """
     if frustum_sampling not in FRUSTUM_SAMPLINGS:
         raise ValueError(
@@ -125,7 +137,8 @@ def make_frustum(
         )
     if downsample < 1 or len(input_size) != 2 or min(input_size) < 1:
         raise ValueError(
-            f"input_size={input_size}, downsample={downsample}: give (height, width) and a stride >= 1"
+            f"input_size={input_size}, downsample={downsample}: give (height, width) and a stride "
+            ">= 1"
         )
     height, width = (-(-size // downsample) for size in input_size)
     if frustum_sampling == "cell_center":
@@ -153,7 +166,10 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 
 
 def inverse3(m: torch.Tensor) -> torch.Tensor:
-    """Inverse of matrices (..., 3, 3) in closed form; singular ones raise ValueError (on the CPU, in eager mode)."""
+    """Inverse of matrices (..., 3, 3) in closed form.
+
+    Singular ones raise ValueError (on the CPU, in eager mode).
+    """
     a, b, c = m.unbind(-2)
     adjugate = torch.stack(
         (torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)), -1
@@ -161,7 +177,8 @@ def inverse3(m: torch.Tensor) -> torch.Tensor:
     det = (a * adjugate[..., 0]).sum(-1)
     if m.device.type == "cpu" and not torch.compiler.is_compiling() and not (det.abs() > 0).all():
         raise ValueError(
-            "a camera matrix is singular or not finite: check intrins and post_rots (zero focal length?)"
+            "a camera matrix is singular or not finite: check intrins and post_rots (zero focal "
+            "length?)"
         )
     return adjugate / det[..., None, None]
 
@@ -186,8 +203,10 @@ def get_geometry(
 ) -> torch.Tensor:
     """Ego-frame positions (B, N, D, fH, fW, 3), metres, fp32, of all frustum points of all cameras.
 
-    rots (B, N, 3, 3) and trans (B, N, 3): camera to ego. intrins (B, N, 3, 3): K of the original image. post_rots
-    (B, N, 3, 3), post_trans (B, N, 3): the image augmentation, its planar part. Never half precision, autocast or not.
+    rots (B, N, 3, 3) and trans (B, N, 3): camera to ego. intrins (B, N, 3, 3): K of the original
+    image. post_rots
+    (B, N, 3, 3), post_trans (B, N, 3): the image augmentation, its planar part. Never half
+    precision, autocast or not.
     """
     shape = rots.shape[:-2]
     wanted = {
@@ -222,9 +241,11 @@ def project(
     post_rots: torch.Tensor,
     post_trans: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (B, N, M, 2) in the augmented images and depths (B, N, M) of ego-frame points (B, M, 3) or (B, N, M, 3).
+    """Pixels (B, N, M, 2) in the augmented images and depths (B, N, M) of ego-frame points (B, M,
+    3) or (B, N, M, 3).
 
-    A point is visible where its depth is positive and its pixel inside the image; others are returned all the same.
+    A point is visible where its depth is positive and its pixel inside the image; others are
+    returned all the same.
     """
     with torch.autocast(rots.device.type, enabled=False):
         points = points.to(_wide(points)) if points.ndim == 4 else points.to(_wide(points))[:, None]
@@ -235,7 +256,10 @@ def project(
 
 # %% ../../../nbs/layers/33_lift_splat.ipynb #60051add
 class PlanMemory:
-    """The last few plans, found by the exact bytes of their matrices; a copy or a pickle starts empty."""
+    """The last few plans, found by the exact bytes of their matrices.
+
+    A copy or a pickle starts empty.
+    """
 
     def __init__(self, size: int):
         self.size = size
@@ -273,11 +297,14 @@ def _check_features(depth_logits, features, rots, frustum, sampling) -> None:
 
 # %% ../../../nbs/layers/33_lift_splat.ipynb #ce3d52d0
 class LiftSplat(nn.Module):
-    """Depth logits and features of N cameras -> a map (B, C nz, X, Y), channels_last; rows +x, columns +y (left)."""
+    """Depth logits and features of N cameras -> a map (B, C nz, X, Y), channels_last.
+
+    Rows +x, columns +y (left).
+    """
 
     def __init__(
         self,
-        grid: Grid = Grid(),
+        grid: Grid = Grid(),  # noqa: B008 (frozen)
         input_size: tuple[int, int] = (128, 352),
         downsample: int = 16,
         frustum_sampling: str = "cell_center",
@@ -314,7 +341,10 @@ class LiftSplat(nn.Module):
     def forward(
         self, depth_logits, features, rots, trans, intrins, post_rots, post_trans, plan=None
     ):
-        """depth_logits (B, N, D, fH, fW), features (B, N, C, fH, fW), B and N may be merged; matrices as in `plan`."""
+        """depth_logits (B, N, D, fH, fW), features (B, N, C, fH, fW), B and N may be merged.
+
+        Matrices as in `plan`.
+        """
         matrices = rots, trans, intrins, post_rots, post_trans
         _check_features(
             depth_logits, features, rots, Frustum(self.u, self.v, self.d), self.sampling

@@ -39,7 +39,7 @@ def _feature(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 # %% ../../../nbs/layers/20_linear_attention.ipynb #2ae0b518
 def _factorised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
-    """Linear attention of q, k with the feature map already applied, in four ordinary operations."""
+    """Linear attention of q, k with the feature map applied, in four ordinary operations."""
     numerator = (v @ k.transpose(-1, -2)) @ q  # (d, N): brackets are the whole idea
     denominator = k.sum(-1, keepdim=True).transpose(-1, -2) @ q  # (1, N)
     return numerator / (denominator + eps)
@@ -115,7 +115,10 @@ def _widen(*inputs: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _full_precision(core: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """core(*inputs) in fp32 (fp64 stays), autocast or not; the result has the first input's type."""
+    """core(*inputs) in fp32 (fp64 stays), autocast or not.
+
+    The result has the first input's type.
+    """
     with without_autocast(inputs[0].device.type):
         return core(*_widen(*inputs)).to(inputs[0].dtype)
 
@@ -139,7 +142,10 @@ def _reference(
 def _twice(
     gradient: torch.Tensor, inputs: Sequence[torch.Tensor], formula: Callable[..., torch.Tensor]
 ):
-    """The gradients of formula(*inputs) as a graph that can be differentiated again; None where not wanted."""
+    """The gradients of formula(*inputs) as a graph that can be differentiated again.
+
+    None where not wanted.
+    """
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(formula(*inputs), wanted, gradient, create_graph=True))
     return [next(found) if x.requires_grad else None for x in inputs]
@@ -155,7 +161,10 @@ register(
 
 
 def _token_rows(x: torch.Tensor) -> torch.Tensor:
-    """x (B, heads, d, N) itself if its tokens are neighbours in memory, else a copy; for kernels."""
+    """x (B, heads, d, N) itself if its tokens are neighbours in memory, else a copy.
+
+    For kernels.
+    """
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 # %% ../../../nbs/layers/20_linear_attention.ipynb #7e240b22
@@ -169,7 +178,10 @@ def _run_backward(
     feature_map: str,
     into: Sequence[torch.Tensor | None],
 ) -> None:
-    """A back end's backward without autocast; PyTorch's operators when somebody wants to see them."""
+    """A back end's backward without autocast.
+
+    PyTorch's operators when somebody wants to see them.
+    """
     with without_autocast(q.device.type):
         if backend == "torch" or not is_traced(gradient):
             kernels = load("linear_attention", backend)
@@ -304,7 +316,8 @@ def linear_attention_qkv(
 ) -> torch.Tensor:
     """Linear attention of one tensor (B, heads * 3d, ...), each head's q, k, v side by side.
 
-    Returns (B, heads * d, ...). The axes behind the second are the tokens. The other arguments are those of linear_attention.
+    Returns (B, heads * d, ...). The axes behind the second are the tokens. The other arguments are
+    those of linear_attention.
     """
     if qkv.ndim < 3 or heads < 1 or qkv.shape[1] % (3 * heads):
         raise ValueError(
@@ -328,7 +341,8 @@ def softmax_attention(
 ) -> torch.Tensor:
     """softmax(q^T k / sqrt(d) + bias) v for q, k, v of shape (B, heads, d, N); returns that shape.
 
-    bias: (B or 1, heads or 1, N, N), added to the logits. matrix: store the N x N matrix as the plain formula does.
+    bias: (B or 1, heads or 1, N, N), added to the logits. matrix: store the N x N matrix as the
+    plain formula does.
     """
     if not (q.shape == k.shape == v.shape and q.ndim == 4):
         raise ValueError(
@@ -355,7 +369,10 @@ def sincos_2d(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The (1, channels, height, width) sine code of positions; channels must be a multiple of 4, else ValueError."""
+    """The (1, channels, height, width) sine code of positions.
+
+    Channels must be a multiple of 4, else ValueError.
+    """
     if channels % 4:
         raise ValueError(f"sin-cos positions need a multiple of 4 channels, not {channels}")
     quarter = channels // 4
@@ -368,7 +385,10 @@ def sincos_2d(
 
 @lru_cache(maxsize=16)
 def _cached_sincos(*key) -> torch.Tensor:
-    """sincos_2d for the last sixteen sizes; ordinary tensors, even when first asked for in inference mode."""
+    """sincos_2d for the last sixteen sizes.
+
+    Ordinary tensors, even when first asked for in inference mode.
+    """
     with torch.inference_mode(False):
         return sincos_2d(*key)
 
@@ -381,7 +401,9 @@ def _sincos_like(x: torch.Tensor) -> torch.Tensor:
 
 # %% ../../../nbs/layers/20_linear_attention.ipynb #8574a760
 class RelativePosition(nn.Module):
-    """BoTNet's relative logits: learnt tables of 2h-1 and 2w-1 vectors of d channels, shared by the heads."""
+    """BoTNet's relative logits: learnt tables of 2h-1 and 2w-1 vectors of d channels, shared by the
+    heads.
+    """
 
     def __init__(self, dim: int, size: tuple[int, int]):
         super().__init__()
@@ -391,10 +413,14 @@ class RelativePosition(nn.Module):
         )
 
     def forward(self, q: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """What to add to the logits, (B, heads, N, N), for queries (B, heads, d, N); ValueError at another size."""
+        """What to add to the logits, (B, heads, N, N), for queries (B, heads, d, N).
+
+        ValueError at another size.
+        """
         if tuple(size) != tuple(self.size):
             raise ValueError(
-                f"relative positions were built for a {self.size} map and cannot serve {tuple(size)}"
+                f"relative positions were built for a {self.size} map and cannot serve "
+                f"{tuple(size)}"
             )
         tokens = torch.arange(size[0] * size[1], device=q.device)
         y, x = tokens // size[1], tokens % size[1]
@@ -449,7 +475,10 @@ class _Attention2d(nn.Module):
 
 # %% ../../../nbs/layers/20_linear_attention.ipynb #802dcfc0
 class SoftmaxAttention2d(_Attention2d):
-    """Softmax attention over a (B, C, H, W) map; matrix=True stores the N x N matrix, as the plain formula does."""
+    """Softmax attention over a (B, C, H, W) map.
+
+    Matrix=True stores the N x N matrix, as the plain formula does.
+    """
 
     def __init__(
         self,
@@ -470,7 +499,8 @@ class SoftmaxAttention2d(_Attention2d):
 class LinearAttention2d(_Attention2d):
     """Linear attention over a (B, C, H, W) map, with the weights' layout of SoftmaxAttention2d.
 
-    backend: as in linear_attention; PyTorch's products unless asked, so that the same seed trains the same model
+    backend: as in linear_attention; PyTorch's products unless asked, so that the same seed trains
+    the same model
     on a machine with and without a C compiler.
     """
 
@@ -485,7 +515,8 @@ class LinearAttention2d(_Attention2d):
     ):
         if pos == "relative":
             raise ValueError(
-                "pos='relative' adds a term to each of the N x N logits, which linear attention never "
+                "pos='relative' adds a term to each of the N x N logits, which linear attention "
+                "never "
                 "computes: use sincos_q, sincos_qk or none"
             )
         super().__init__(channels, heads, pos)
@@ -497,7 +528,9 @@ class LinearAttention2d(_Attention2d):
 
 # %% ../../../nbs/layers/20_linear_attention.ipynb #3bc99996
 def other_attention(layer: _Attention2d, feature_map: str = "relu") -> _Attention2d:
-    """The other kind of attention with a copy of this layer's weights: softmax for linear, linear for softmax."""
+    """The other kind of attention with a copy of this layer's weights: softmax for linear, linear
+    for softmax.
+    """
     channels, heads, pos = layer.q.in_channels, layer.heads, layer.pos
     with torch.random.fork_rng(
         devices=[]

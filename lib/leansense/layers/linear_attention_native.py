@@ -57,7 +57,7 @@ INLINE F sums(V a, V b, V c, V d) {
 }
 INLINE float sum(V x) { return sums(x, x, x, x)[0]; }
 static long up(long n, long to) { return (n + to - 1) / to * to; }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/21_linear_attention_native.ipynb #a72a8ad4
 COPIES = r"""
@@ -130,7 +130,7 @@ static void product(float *out, const float *M, int mi, int mj, const float *c, 
   for (; t + T * W <= m; t += T * W) tile(out + t, M, mi, mj, c, X + t, rows, T);
   for (; t < m; t += W) tile(out + t, M, mi, mj, c, X + t, rows, 1);
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/21_linear_attention_native.ipynb #edef2628
 FORWARD = r"""
@@ -172,7 +172,7 @@ static void spread(Head out, float *kept, Head q, const float *KV, const float *
     memcpy(kept + n, r, 4 * c);
   }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/21_linear_attention_native.ipynb #fa86d1c9
 ENTER = r"""
@@ -197,7 +197,7 @@ int forward(const Tensor *x, float *KV, float *z, float *kept, long heads, long 
   free(A);
   return 0;
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/21_linear_attention_native.ipynb #06410bed
 BACKWARD = r"""
@@ -248,7 +248,7 @@ static void keys(Head dk, Head dv, const float *dKV, const float *dz, Head k, He
     put(dk, n, C, c, size);
   }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/21_linear_attention_native.ipynb #c66766db
 RETURN = r"""
@@ -271,7 +271,7 @@ int backward(const Tensor *x, const float *KV, const float *z, const float *kept
   free(A);
   return 0;
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/21_linear_attention_native.ipynb #4193047e
 SOURCE = VECTORS + COPIES + PRODUCTS + FORWARD + ENTER + BACKWARD + KEYS + RETURN
@@ -297,7 +297,9 @@ class _Tensor(ctypes.Structure):
 def _call(
     name: str, tensors: Sequence[torch.Tensor | None], kept: Sequence[torch.Tensor], *how
 ) -> None:
-    """Run the C function over all heads of (B, heads, d, N) tensors, on as many threads as PyTorch has."""
+    """Run the C function over all heads of (B, heads, d, N) tensors, on as many threads as PyTorch
+    has.
+    """
     function, (batch, heads, d, n) = (
         getattr(native.library("linear_attention", SOURCE), name),
         tensors[0].shape,

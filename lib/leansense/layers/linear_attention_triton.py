@@ -173,7 +173,10 @@ def prepare(*inputs: torch.Tensor) -> list[torch.Tensor]:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, eps: float
 ) -> tuple[torch.Tensor, Kept]:
-    """The result, and KV, z and r (fp32) for the backward pass; q, k, v of one type, fp32, fp16 or bf16."""
+    """The result, and KV, z and r (fp32) for the backward pass.
+
+    Q, k, v of one type, fp32, fp16 or bf16.
+    """
     (_, heads, d, n), count = q.shape, q.shape[0] * q.shape[1]
     if not q.numel() or d > WIDEST:
         out, kept = _torch_forward(q.float(), k.float(), v.float(), feature_map, eps)
@@ -232,7 +235,9 @@ def queries(
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dq, if WANTED, and dkv (B*heads, splits, d, d), dz (B*heads, splits, d) of each program's tokens."""
+    """dq, if WANTED, and dkv (B*heads, splits, d, d), dz (B*heads, splits, d) of each program's
+    tokens.
+    """
     program, c = tl.program_id(0), tl.arange(0, BD)
     head, split, inside = program // splits, program % splits, (c < d)[:, None] & (c < d)[None, :]
     q, g = head_of(q, head, heads, q_batch, q_head), head_of(g, head, heads, g_batch, g_head)

@@ -53,8 +53,9 @@ def compiler() -> list[str]:
 
 # %% ../../../nbs/layers/01_native.ipynb #e67b1274
 def cache_folder() -> Path:
-    """Where compiled libraries are kept: LEANSENSE_CACHE, else leansense/ in the user's cache; made when missing.
+    """Where compiled libraries are kept: LEANSENSE_CACHE, else leansense/ in the user's cache.
 
+    Made when missing.
     NativeError when it cannot be written, is not the user's own, or is open to other users.
     """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -68,7 +69,8 @@ def cache_folder() -> Path:
         ) from None
     if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
         raise NativeError(
-            f"{folder}: other users can write to it; chmod go-w it, or name another in LEANSENSE_CACHE"
+            f"{folder}: other users can write to it; chmod go-w it, or name another in "
+            "LEANSENSE_CACHE"
         )
     if not os.access(folder, os.W_OK):
         raise NativeError(f"{folder}: not writable; name a folder of your own in LEANSENSE_CACHE")
@@ -97,7 +99,9 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 def _compile(command: Sequence[str], source: str, target: Path) -> None:
-    """Compile `source` into the shared library `target`, in one step, with a note of its bytes beside it."""
+    """Compile `source` into the shared library `target`, in one step, with a note of its bytes
+    beside it.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         code, made, note = (Path(folder) / name for name in ("code.c", "made.so", "note"))
         code.write_text(source, encoding="utf-8")
@@ -115,7 +119,8 @@ def _compile(command: Sequence[str], source: str, target: Path) -> None:
                 line for line in done.stderr.splitlines() if "error" in line
             ] or done.stderr.splitlines()
             raise NativeError(
-                f"{command[0]} failed: {lines[0][:200] if lines else f'exit status {done.returncode}'}"
+                f"{command[0]} failed: "
+                f"{lines[0][:200] if lines else f'exit status {done.returncode}'}"
             )
         note.write_text(_hash(made.read_bytes()), encoding="ascii")
         made.chmod(0o700)  # whatever the umask: what a group may write is refused at the next start
@@ -125,7 +130,9 @@ def _compile(command: Sequence[str], source: str, target: Path) -> None:
 
 # %% ../../../nbs/layers/01_native.ipynb #e847feda
 def _intact(target: Path) -> bool:
-    """Whether the library is there, is the user's own and nobody else's to write, and has the bytes its note says."""
+    """Whether the library is there, is the user's own and nobody else's to write, and has the bytes
+    its note says.
+    """
     note = target.with_suffix(".hash")
     try:
         state = target.stat()
@@ -143,7 +150,10 @@ _VARIABLES = ("LEANSENSE_CC", "LEANSENSE_CACHE", "CC", "XDG_CACHE_HOME", "HOME",
 def _load(
     name: str, source: str, extra: tuple[str, ...], kind: str, environment: tuple
 ) -> ctypes.CDLL | str:
-    """The library, or why there is none; `environment` only renews the answer when a variable changes."""
+    """The library, or why there is none.
+
+    `environment` only renews the answer when a variable changes.
+    """
     try:
         command, folder = tuple(compiler()), cache_folder()
         flags = (*FLAGS, *extra, *ISAS[kind][0])
@@ -159,9 +169,11 @@ def _load(
 
 # %% ../../../nbs/layers/01_native.ipynb #009ab1d8
 def library(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The C `source` as a loaded library, compiled unless the cache holds it; NativeError (one line) if that fails.
+    """The C `source` as a loaded library, compiled unless the cache holds it.
 
-    flags: the compiler's, for this source, after `FLAGS`. Libraries for several instruction sets can be loaded at once.
+    NativeError (one line) if that fails.
+    flags: the compiler's, for this source, after `FLAGS`. Libraries for several instruction sets
+    can be loaded at once.
     """
     found = _load(name, source, flags, isa(), tuple(map(os.environ.get, _VARIABLES)))
     if isinstance(found, str):
@@ -180,12 +192,16 @@ def why_not(name: str, source: str, flags: tuple[str, ...] = ()) -> str:
 
 # %% ../../../nbs/layers/01_native.ipynb #1630d09d
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """The address of a contiguous CPU tensor's data, NULL for None; ValueError for any other tensor."""
+    """The address of a contiguous CPU tensor's data, NULL for None.
+
+    ValueError for any other tensor.
+    """
     if tensor is None:
         return ctypes.c_void_p(None)
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(
-            f"a pointer needs a contiguous tensor on the CPU, not {tensor.device}, {tensor.stride()}"
+            f"a pointer needs a contiguous tensor on the CPU, not {tensor.device}, "
+            f"{tensor.stride()}"
         )
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -197,7 +213,10 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 
 def parallel(tasks: Sequence[Callable[[], None]]) -> None:
-    """Run the tasks, in parallel on torch.get_num_threads() threads; the first error is raised after all have ended."""
+    """Run the tasks, in parallel on torch.get_num_threads() threads.
+
+    The first error is raised after all have ended.
+    """
     threads = min(torch.get_num_threads(), len(tasks))
     if threads <= 1:
         for task in tasks:

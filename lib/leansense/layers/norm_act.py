@@ -58,7 +58,7 @@ static long tile_(const float *from, float *to, long C) {      /* repeat C numbe
     for (long r = 0; r < repeats; r++) memcpy(to + r * C, from, sizeof(float) * C);
     return C * repeats;
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/47_norm_act.ipynb #e0efeaa2
 MOMENTS = (
@@ -81,7 +81,7 @@ void moments(const float *restrict x, const float *shift, double *restrict total
 }
 /* from the totals of n parts: mean, 1 / deviation, both also in single precision as a caller needs them, a and b */
 void statistics(const double *total, long n, double rows, double eps, const float *shift, const float *weight,
-                const float *bias, double *mean, double *rstd, float *mean_, float *variance_, """
+                const float *bias, double *mean, double *rstd, float *mean_, float *variance_, """  # noqa: E501
     r"""float *a, float *b, long C) {
     for (long c = 0; c < C; c++) {
         double first = 0, second = 0;
@@ -96,7 +96,7 @@ void statistics(const double *total, long n, double rows, double eps, const floa
         b[c] = bias[c] - weight[c] * rstd[c] * mean[c];
     }
 }
-"""
+"""  # noqa: E501
 )
 
 # %% ../../../nbs/layers/47_norm_act.ipynb #4ff104bc
@@ -135,7 +135,7 @@ void ACT_sums(const float *restrict x, const float *restrict g, const float *sca
             for (long c = 0; c < C; c++) { total[c] += v[t + c]; total[C + c] += w[t + c]; }
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/47_norm_act.ipynb #70fc9035
 _RECOMPUTED = r"""
@@ -154,7 +154,7 @@ void ACT_backward(const float *restrict x, const float *restrict g, const float 
         }
     }
 }
-"""
+"""  # noqa: E501
 _KEPT = r"""
 /* the same where dx holds g f'(a x + b) already */
 void ACT_backward(const float *restrict x, const float *g, const float *scale, const float *shift, const float *p0,
@@ -168,7 +168,7 @@ void ACT_backward(const float *restrict x, const float *g, const float *scale, c
         for (long i = 0; i < m; i++) o[i] = a[i] * (o[i] - p[i] - q[i] * xs[i]);
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/47_norm_act.ipynb #a98969e4
 _CHANNELS = r"""
@@ -186,7 +186,7 @@ void gradients(const double *total, long n, double rows, const double *mean, con
         p[c] = du / rows - slope * mean[c];
     }
 }
-"""
+"""  # noqa: E501
 KEEPING = ("silu",)  # activations whose derivative is too dear to be computed twice
 
 
@@ -228,7 +228,9 @@ def _over(
     tensors: list[ctypes.c_void_p],
     totals: list[ctypes.c_void_p] | None = None,
 ) -> None:
-    """function(tensors, own totals (2, channels) float64 if given, channels, first, last) for each part of the rows."""
+    """function(tensors, own totals (2, channels) float64 if given, channels, first, last) for each
+    part of the rows.
+    """
     parts, tasks = _parts(rows), []
     for n in range(parts):
         own = [] if totals is None else [totals[n]]
@@ -238,7 +240,10 @@ def _over(
 
 # %% ../../../nbs/layers/47_norm_act.ipynb #55935df5
 class _NormAct(torch.autograd.Function):
-    """f(batch norm of x) with the batch's statistics, and (4, C): mean, biased variance, a, b; x is channels-last."""
+    """f(batch norm of x) with the batch's statistics, and (4, C): mean, biased variance, a, b.
+
+    X is channels-last.
+    """
 
     @staticmethod
     def why_not(x: torch.Tensor, norm: nn.Module) -> str:
@@ -396,7 +401,9 @@ _MODULES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
 
 
 def fuse(network: nn.Module) -> nn.Module:
-    """`network` with timm's BatchNormAct2d that have an activation replaced by NormAct, in place; same parameters."""
+    """`network` with timm's BatchNormAct2d that have an activation replaced by NormAct, in place;
+    same parameters.
+    """
     from timm.layers import BatchNormAct2d
 
     for parent in list(network.modules()):

@@ -73,13 +73,19 @@ def _tile(batch: int, states: int, channels: int, device: torch.device) -> int:
 
 # %% ../../../nbs/layers/10_scan.ipynb #ba9c1727
 def _fill(a: Tensor, h: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
-    """a = exp(delta A), h = x B for (T, b, N, D) buffers; delta, x: (T, b, D), A: (N, D), B: (T, b, N)."""
+    """a = exp(delta A), h = x B for (T, b, N, D) buffers.
+
+    Delta, x: (T, b, D), A: (N, D), B: (T, b, N).
+    """
     torch.mul(delta.unsqueeze(2), A, out=a).exp_()
     torch.mul(x.unsqueeze(2), B.unsqueeze(3), out=h)
 
 
 def _advance(a: Sequence[Tensor], h: Sequence[Tensor], state: Tensor, order: range) -> Tensor:
-    """h[t] += a[t] * (the state before) for t in order, in place; returns the last state, a view."""
+    """h[t] += a[t] * (the state before) for t in order, in place.
+
+    Returns the last state, a view.
+    """
     for t in order:
         state = h[t].addcmul_(a[t], state)
     return state
@@ -101,7 +107,10 @@ def _sweep(
     reverse: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, last state, states at the chunks' starts (chunks, b, N, D)); A: (N, D), first: (b, N, D)."""
+    """(y, last state, states at the chunks' starts (chunks, b, N, D)).
+
+    A: (N, D), first: (b, N, D).
+    """
     (batch, length, channels), states = x.shape, A.shape[0]
     y, last = torch.empty_like(x), torch.empty_like(first)
     saved = x.new_empty((length + tile - 1) // tile if save else 0, batch, states, channels)
@@ -130,7 +139,10 @@ def _read(C: Tensor, h: Tensor) -> Tensor:
 
 # %% ../../../nbs/layers/10_scan.ipynb #24f95ccb
 def _adjoint(a: Sequence[Tensor], g: Sequence[Tensor], arriving: Tensor, order: range) -> None:
-    """g[t] += a[after t] g[after t] in place, for t in order (against time); `arriving` enters the first."""
+    """g[t] += a[after t] g[after t] in place, for t in order (against time).
+
+    `arriving` enters the first.
+    """
     g[order[0]].add_(arriving)
     for late, early in zip(order, order[1:]):
         g[early].addcmul_(a[late], g[late])
@@ -170,7 +182,10 @@ def _sweep_back(
     reverse: bool,
     again: bool,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, ddelta, dA, dB, dC, y) for the gradients of y and of the last state; y only if `again`."""
+    """(dx, ddelta, dA, dB, dC, y) for the gradients of y and of the last state.
+
+    Y only if `again`.
+    """
     (batch, length, channels), states = x.shape, A.shape[0]
     whole = [x.new_empty(v.shape) for v in (x, delta, B, C, x)]
     dA, together = torch.zeros_like(A), _group(batch, states * channels, x.device)
@@ -402,7 +417,7 @@ def _backward(
     backend: str,
     tile: int,
 ) -> list[Tensor | None]:
-    """Gradients of u, delta, A, B, C, D, z, bias in their own types, None where there is no input."""
+    """Gradients of the eight tensors in their own types, None where there is no input."""
     tensors = (u, delta, A, B, C, D, z, bias)
     if u.numel() == 0:
         return [None if x is None else torch.zeros_like(x) for x in tensors]
@@ -538,7 +553,10 @@ def selective_scan_flops(
     softplus: bool = False,
     backward: bool = False,
 ) -> int:
-    """FLOPs of the operator for u of shape (B, L, D); an exponential counts as one, a multiply-add as two."""
+    """FLOPs of the operator for u of shape (B, L, D).
+
+    An exponential counts as one, a multiply-add as two.
+    """
     elements = math.prod(u)
     once = 1 + 2 * skip + 4 * gate + 4 * softplus
     return elements * ((19 * states + 4 + 2 * once) if backward else (7 * states + once))
@@ -560,7 +578,8 @@ def _check(u, delta, A, B, C, D, z, bias) -> None:
     """ValueError, in one line, for arguments that do not fit together."""
     if u.ndim != 3 or A.ndim != 2:
         raise ValueError(
-            f"selective_scan: u must be (B, L, D) and A (D, N), not {tuple(u.shape)} and {tuple(A.shape)}"
+            f"selective_scan: u must be (B, L, D) and A (D, N), not {tuple(u.shape)} and "
+            f"{tuple(A.shape)}"
         )
     (batch, length, channels), states = u.shape, A.shape[1]
     if states < 1:
@@ -655,9 +674,11 @@ def selective_scan_step(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step of `selective_scan`: (y (B, D), new state (B, D, N)) for one token u, delta, z (B, D), B, C (B, N).
+    """One step of `selective_scan`: (y (B, D), new state (B, D, N)) for one token u, delta, z (B,
+    D), B, C (B, N).
 
-    state: (B, D, N), fp32 or float64, zeros at the start; it is not changed. ValueError for shapes that do not fit.
+    state: (B, D, N), fp32 or float64, zeros at the start; it is not changed. ValueError for shapes
+    that do not fit.
     """
     _check(
         u.unsqueeze(1),
@@ -668,7 +689,8 @@ def selective_scan_step(
     )
     if state.shape != (*u.shape, A.shape[1]):
         raise ValueError(
-            f"selective_scan_step: state has shape {tuple(state.shape)}, must be {(*u.shape, A.shape[1])}"
+            f"selective_scan_step: state has shape {tuple(state.shape)}, must be "
+            f"{(*u.shape, A.shape[1])}"
         )
     kind = wide_type(state, u)
     with without_autocast(u.device.type):
@@ -700,7 +722,10 @@ def _slices(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse:
 
 # %% ../../../nbs/layers/10_scan.ipynb #6bcb6126
 def _conv_forward(x, weight, bias, silu, reverse):
-    """(the causal convolution, [itself before silu]) with PyTorch operations, in place; weight: (D, K)."""
+    """(the causal convolution, [itself before silu]) with PyTorch operations, in place.
+
+    weight: (D, K).
+    """
     length, taps = x.shape[1], weight.t().contiguous()
     y = x * taps[-1] if bias is None else torch.addcmul(bias, x, taps[-1])
     for shift in range(1, min(len(taps), length)):
@@ -756,7 +781,8 @@ def causal_conv1d(
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Depthwise causal convolution of x (B, L, D), channel-last: y_t sees t and the K - 1 before it.
+    """Depthwise causal convolution of x (B, L, D), channel-last: y_t sees t and the K - 1 before
+    it.
 
     Args:
         weight: (D, K) or (D, 1, K). bias: (D,). activation: None | "silu".
@@ -770,7 +796,8 @@ def causal_conv1d(
     if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
             f"causal_conv1d: x (B, L, D), weight (D, K) and bias (D,) are needed, not "
-            f"{tuple(x.shape)}, {tuple(weight.shape)}, {None if bias is None else tuple(bias.shape)}"
+            f"{tuple(x.shape)}, {tuple(weight.shape)}, "
+            f"{None if bias is None else tuple(bias.shape)}"
         )
     if activation not in (None, "silu"):
         raise ValueError(
@@ -794,7 +821,9 @@ def _inverse_softplus(y: Tensor) -> Tensor:
 def _init_dt(
     projection: nn.Linear, dt_min: float, dt_max: float, init: str, scale: float, floor: float
 ) -> None:
-    """Initialise the projection of delta: its weight keeps the variance, its bias makes steps of dt_min .. dt_max."""
+    """Initialise the projection of delta: its weight keeps the variance, its bias makes steps of
+    dt_min .. dt_max.
+    """
     spread = projection.in_features**-0.5 * scale
     if init == "constant":
         nn.init.constant_(projection.weight, spread)
@@ -814,7 +843,8 @@ class Mamba(nn.Module):
     Args:
         d_state: states per channel. d_conv: taps of the short convolution.
         expand: inner width / d_model.
-        dt_rank: bottleneck of the step sizes, "auto" = d_model / 16, rounded up. dt_*: how they start.
+        dt_rank: bottleneck of the step sizes, "auto" = d_model / 16, rounded up. dt_*: how they
+        start.
         conv_bias, bias: of the convolution, of the two outer projections.
         backend: see `selective_scan`.
     """
@@ -842,7 +872,8 @@ class Mamba(nn.Module):
         inner = int(expand * d_model)
         if min(d_model, d_state, d_conv, inner) < 1:
             raise ValueError(
-                f"Mamba: d_model={d_model}, d_state={d_state}, d_conv={d_conv}, expand={expand}: each "
+                f"Mamba: d_model={d_model}, d_state={d_state}, d_conv={d_conv}, expand={expand}: "
+                "each "
                 f"must be 1 or more, and expand * d_model too"
             )
         self.d_model, self.d_state, self.d_conv, self.d_inner = d_model, d_state, d_conv, inner
@@ -867,9 +898,11 @@ class Mamba(nn.Module):
         return -torch.exp(wide)
 
     def forward(self, x: Tensor, reverse: bool = False, return_states: bool = False):
-        """The block on x (B, L, d_model); reverse: time runs from the last token to the first, the order stays.
+        """The block on x (B, L, d_model).
 
-        return_states: also (conv state (B, d_inner, d_conv), scan state (B, d_inner, d_state)), for `step`.
+        reverse: time runs from the last token to the first, the order stays.
+        return_states: also (conv state (B, d_inner, d_conv), scan state (B, d_inner, d_state)), for
+        `step`.
         """
         if x.ndim != 3 or x.shape[2] != self.d_model:
             raise ValueError(f"Mamba: x must be (B, L, {self.d_model}), not {tuple(x.shape)}")
@@ -903,9 +936,11 @@ class Mamba(nn.Module):
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int = 0, dtype: torch.dtype | None = None
     ):
-        """The two states before the first token: zeros of (B, d_inner, d_conv) and (B, d_inner, d_state).
+        """The two states before the first token: zeros of (B, d_inner, d_conv) and (B, d_inner,
+        d_state).
 
-        max_seqlen is for mamba-ssm's signature: a recurrence needs no length. The scan's state is fp32 or float64.
+        max_seqlen is for mamba-ssm's signature: a recurrence needs no length. The scan's state is
+        fp32 or float64.
         """
         weight = self.conv1d.weight
         kind = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
@@ -917,7 +952,7 @@ class Mamba(nn.Module):
     def step(
         self, x: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One token: x (B, 1, d_model) -> (output (B, 1, d_model), new conv state, new scan state)."""
+        """One token: x (B, 1, d_model) -> (the same shape, new conv state, new scan state)."""
         if x.ndim != 3 or x.shape[1:] != (1, self.d_model):
             raise ValueError(f"Mamba.step: x must be (B, 1, {self.d_model}), not {tuple(x.shape)}")
         stream, z = self.in_proj(x[:, 0]).chunk(2, -1)
@@ -933,5 +968,7 @@ class Mamba(nn.Module):
 
 # %% ../../../nbs/layers/10_scan.ipynb #33675592
 def bidirectional(x: Tensor, ahead: Mamba, behind: Mamba) -> tuple[Tensor, Tensor]:
-    """(ahead on x from first to last, behind on x from last to first), both (B, L, d_model) in x's order."""
+    """(ahead on x from first to last, behind on x from last to first), both (B, L, d_model) in x's
+    order.
+    """
     return ahead(x), behind(x, reverse=True)

@@ -26,7 +26,10 @@ def find_extension() -> ModuleType | str:
 
 # %% ../../../nbs/layers/13_scan_mamba_ssm.ipynb #f6bdcf86
 def _turn(x: Tensor | None, reverse: bool) -> Tensor | None:
-    """(B, L, n) -> (B, n, L) contiguous, time turned round if `reverse`; and the same call turns it back."""
+    """(B, L, n) -> (B, n, L) contiguous, time turned round if `reverse`.
+
+    And the same call turns it back.
+    """
     if x is None:
         return None
     return (x.flip(1) if reverse else x).transpose(1, 2).contiguous()
@@ -111,7 +114,10 @@ def backward(
     reverse: bool,
     tile: int = 0,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of u, delta, A, B, C, D, z, bias from the extension's `bwd`; dlast must be None or 0."""
+    """Gradients of u, delta, A, B, C, D, z, bias from the extension's `bwd`.
+
+    Dlast must be None or 0.
+    """
     inputs, states = _inputs(u, delta, A, B, C, D, z, bias, reverse), kept[0]
     du, ddelta, dA, dB, dC, dD, dbias, *rest = find_extension().bwd(
         *inputs,

@@ -134,7 +134,7 @@ INLINE void copy_states(const call *c, const room *w, int64_t b, int64_t d0, int
                 else *p = lanes[i * w->padded + n][l];
             }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #e0f068c7
 SCAN_ROOM = r"""
@@ -167,7 +167,7 @@ static int make_room(const call *c, int64_t d0, int64_t d1, int backward, room *
     }
     return 0;
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #bf84d791
 SCAN_TILE = r"""
@@ -197,7 +197,7 @@ INLINE void load_tile(const call *c, vf most, tile *s, int64_t b, int64_t t0, in
     }
     s->wide = any(longest * most > splat(100.0f));
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #62e7502c
 SCAN_FORWARD_TILE = r"""
@@ -261,7 +261,7 @@ int scan_forward(const call *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1) 
     free(w.memory);
     return 0;
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #600ff658
 SCAN_BACKWARD_TILE = r"""
@@ -301,7 +301,7 @@ INLINE void adjoint(vf *e, vf *dA, const vf *A, tile *s, const room *w, int64_t 
         s->dx[t] = dx, s->ddelta[t] = ddelta;
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #82b96a0d
 SCAN_BACKWARD_ENDS = r"""
@@ -333,7 +333,7 @@ INLINE void store_gradient(const call *c, tile *s, int64_t b, int64_t t0, int st
     if (c->dD) add_to(c->dD + b * c->channels + d, dskip, lanes);
     if (c->dbias) add_to(c->dbias + b * c->channels + d, dbias, lanes);
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #500e6074
 SCAN_BACKWARD = r"""
@@ -371,7 +371,7 @@ static void backward_step(const call *c, room *w, tile *s, int64_t b, int64_t k,
             c->dC[at] = total(w->dC[t * np + n]);
         }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #f7e8ee05
 SCAN_BACKWARD_ALL = r"""
@@ -389,7 +389,7 @@ int scan_backward(const call *c, int64_t b0, int64_t b1, int64_t d0, int64_t d1)
     free(w.memory);
     return 0;
 }
-"""
+"""  # noqa: E501
 SOURCE = "".join(
     (
         SCAN_VECTORS,
@@ -455,7 +455,9 @@ class _Call(ctypes.Structure):
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #53d7bc84
 def even_rows(x: Tensor) -> Tensor:
-    """x of shape (B, L, D) itself if its rows are contiguous and evenly spaced, else a contiguous copy."""
+    """x of shape (B, L, D) itself if its rows are contiguous and evenly spaced, else a contiguous
+    copy.
+    """
     batch, length, _ = x.shape
     even = x.stride(2) == 1 and (batch == 1 or x.stride(0) == length * x.stride(1))
     return x if even else x.contiguous()
@@ -500,7 +502,7 @@ def saved_shape(u: Tensor, A: Tensor, tile: int = 0) -> tuple[int, int, int]:
 def _parts(
     batch: int, channels: int, threads: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """How to split (batch, channels) for so many threads: ranges of batch rows, ranges of channels."""
+    """Ranges of batch rows and ranges of channels that split the work for so many threads."""
 
     def ranges(count, pieces, unit):
         step = -(-count // (pieces * unit)) * unit
@@ -523,7 +525,10 @@ def _describe(sizes: dict[str, int], tensors: dict[str, Tensor | None]) -> _Call
 
 
 def _run(function: str, parts: list[tuple[_Call, int, int, int, int]]) -> None:
-    """Call a C function for all parts, in parallel; MemoryError when a workspace could not be had."""
+    """Call a C function for all parts, in parallel.
+
+    MemoryError when a workspace could not be had.
+    """
     compiled = getattr(native.library("scan", SOURCE), function)
 
     def one(call, *bounds):

@@ -18,7 +18,10 @@ from .scan import selective_scan, selective_scan_flops
 
 # %% ../../../nbs/layers/70_scan_peers.ipynb #9857533f
 def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
-    """u, delta (B, L, D), A (D, N), B, C (B, L, N), D (D,) and a gradient; size: B, L, D and, if wanted, N."""
+    """u, delta (B, L, D), A (D, N), B, C (B, L, N), D (D,) and a gradient.
+
+    size: B, L, D and, if wanted, N.
+    """
     batch, length, channels, states = size["B"], size["L"], size["D"], size.get("N", 16)
     draw = torch.Generator().manual_seed(seed)
 
@@ -53,7 +56,7 @@ def _discretised(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor
 
 
 def loop_slices(u, delta, A, B, C, D):
-    """The loop of the published reference: a slice per step, quadratic time in the backward pass."""
+    """The loop of the published reference: a slice per step, quadratic time backward."""
     decay, enters = _discretised(u, delta, A, B)
     h, y = decay.new_zeros(decay.shape[0], *A.shape), []
     for t in range(u.shape[1]):

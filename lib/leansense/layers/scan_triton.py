@@ -20,7 +20,10 @@ from .triton_jit import jit, tl, triton
 # %% ../../../nbs/layers/12_scan_triton.ipynb #499d28e5
 @jit
 def rows(chunk, shift, length, REVERSE: tl.constexpr, T: tl.constexpr):
-    """(row in memory, exists) of the chunk's T logical steps, moved by `shift`; outside of the chunk none exists."""
+    """(row in memory, exists) of the chunk's T logical steps, moved by `shift`.
+
+    Outside of the chunk none exists.
+    """
     place = tl.arange(0, T) + shift
     step = chunk * T + place
     exists = (place >= 0) & (place < T) & (step >= 0) & (step < length)
@@ -53,7 +56,8 @@ def step_size(
     size = raw
     if SOFTPLUS:
         e = tl.exp(-tl.abs(raw))
-        # log(1 + e) loses e's digits when e is small; there 2 atanh(e / (2 + e)) has them, three terms are enough
+        # log(1 + e) loses e's digits when e is small; there 2 atanh(e / (2 + e)) has them, three
+        # terms are enough
         s = e / (2 + e)
         small = 2 * s * (1 + s * s * (1 / 3 + s * s / 5))
         size = tl.maximum(raw, 0.0) + tl.where(e < 0.1, small, tl.log(1 + e))
@@ -119,7 +123,10 @@ def summary(
     BD: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """own (B, K, D, N): each chunk's result from zero; total (B, K, D): its sum of delta. x, P: u, B or dy, C."""
+    """own (B, K, D, N): each chunk's result from zero; total (B, K, D): its sum of delta.
+
+    X, P: u, B or dy, C.
+    """
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     d, n = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN)
     row, exists = rows(chunk, 0, length, REVERSE, T)
@@ -427,7 +434,10 @@ def derivative(
     REVERSE: tl.constexpr,
     T: tl.constexpr,
 ):
-    """g of each step, (T, BD, BN); dy: (T, BD), Ct: (T, BN), arriving: (BD, BN), from later chunks."""
+    """g of each step, (T, BD, BN).
+
+    dy: (T, BD), Ct: (T, BN), arriving: (BD, BN), from later chunks.
+    """
     t = tl.arange(0, T)
     row, exists = rows(chunk, 1, length, REVERSE, T)
     size = step_size(delta, bias, row, exists, delta_row, d, channels, BIAS, SOFTPLUS)[1]
@@ -471,7 +481,10 @@ def store_gradients(
     states,
     SOFTPLUS: tl.constexpr,
 ):
-    """From g, states and decays of a chunk, (T, BD, BN), to everything that is stored; grad: dy, value: u, (T, BD)."""
+    """From g, states and decays of a chunk, (T, BD, BN), to everything that is stored.
+
+    grad: dy, value: u, (T, BD).
+    """
     inside, at_row = (
         exists[:, None] & (d < channels)[None, :],
         (b * length + row.to(tl.int64))[:, None] * channels,

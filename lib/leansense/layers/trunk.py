@@ -42,7 +42,9 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 def recompute(
     module: nn.Module, *inputs: torch.Tensor, function: Callable | None = None
 ) -> torch.Tensor:
-    """function(*inputs), default module(*inputs), whose inner activations are computed again for the backward pass."""
+    """function(*inputs), default module(*inputs), whose inner activations are computed again for
+    the backward pass.
+    """
     return checkpoint(
         function or module,
         *inputs,
@@ -52,7 +54,10 @@ def recompute(
 
 # %% ../../../nbs/layers/50_trunk.ipynb #da043ab8
 def hub_weights(name: str, seconds: float = 5.0) -> str:
-    """The local path of timm's pretrained weights for a trunk, fetched when absent; ConnectionError if that fails."""
+    """The local path of timm's pretrained weights for a trunk, fetched when absent.
+
+    ConnectionError if that fails.
+    """
     import urllib.error
     import urllib.request
 
@@ -63,7 +68,8 @@ def hub_weights(name: str, seconds: float = 5.0) -> str:
     hub, file = (config.hf_hub_id if config else None), "model.safetensors"
     if not hub:
         raise ValueError(
-            f"pretrained=True: timm has no weights for {name!r}: train it from scratch or choose another"
+            f"pretrained=True: timm has no weights for {name!r}: train it from scratch or choose "
+            "another"
         )
     cached = huggingface_hub.try_to_load_from_cache(hub, file)
     if isinstance(cached, str):
@@ -85,7 +91,10 @@ def hub_weights(name: str, seconds: float = 5.0) -> str:
 
 # %% ../../../nbs/layers/50_trunk.ipynb #d68484eb
 def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Module:
-    """timm's network `name`, cut behind its map of the last of `strides`; ValueError when it has no such maps."""
+    """timm's network `name`, cut behind its map of the last of `strides`.
+
+    ValueError when it has no such maps.
+    """
     import timm
 
     if not timm.is_model(name):
@@ -99,7 +108,8 @@ def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Mod
     missing = [stride for stride in strides if stride not in reductions]
     if missing:
         raise ValueError(
-            f"trunk={name!r} has no feature map at stride {missing[0]}: choose a convolutional pyramid "
+            f"trunk={name!r} has no feature map at stride {missing[0]}: choose a convolutional "
+            "pyramid "
             f"such as efficientnet_b0, resnet18 or mobilenetv3_small_100"
         )
     last = tuple(len(reductions) - 1 - reductions[::-1].index(stride) for stride in strides)
@@ -107,7 +117,10 @@ def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Mod
 
 # %% ../../../nbs/layers/50_trunk.ipynb #4bbd9188
 def _stages(network: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The network's stages in order, by timm's names; empty for a kind of network that cannot be taken apart."""
+    """The network's stages in order, by timm's names.
+
+    Empty for a kind of network that cannot be taken apart.
+    """
     if hasattr(network, "conv_stem") and hasattr(network, "blocks"):
         stem = [
             getattr(network, part)
@@ -124,7 +137,8 @@ def _stages(network: nn.Module) -> list[tuple[str, nn.Module]]:
 class Trunk(nn.Module):
     """Images (B, 3, H, W) -> maps [(B, C, H/s, W/s) for s in strides]; `channels` lists the Cs.
 
-    name: timm's. checkpointing: recompute stages in the backward pass. keep_head: the unused end of an EfficientNet.
+    name: timm's. checkpointing: recompute stages in the backward pass. keep_head: the unused end of
+    an EfficientNet.
     settings: for timm's create_model, such as drop_path_rate.
     """
 

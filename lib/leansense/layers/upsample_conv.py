@@ -20,7 +20,9 @@ from .native import library, parallel, pointer, why_not
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #8a8b3382
 @functools.lru_cache(64)
 def axis_weights(coarse: int, fine: int, align_corners: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neighbours (fine, 2) int32 and their weights (fine, 2) float64 of linear interpolation along one axis."""
+    """Neighbours (fine, 2) int32 and their weights (fine, 2) float64 of linear interpolation along
+    one axis.
+    """
     position = torch.arange(fine, dtype=torch.float64)
     if align_corners:
         source = position * ((coarse - 1) / (fine - 1) if fine > 1 else 0.0)
@@ -35,7 +37,9 @@ def axis_weights(coarse: int, fine: int, align_corners: bool) -> tuple[torch.Ten
 def axis_adjoint(
     coarse: int, fine: int, align_corners: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same by coarse position: starts (coarse + 1), fine positions (2 fine) int32 and weights (2 fine) float64."""
+    """The same by coarse position: starts (coarse + 1), fine positions (2 fine) int32 and weights
+    (2 fine) float64.
+    """
     neighbours, weights = axis_weights(coarse, fine, align_corners)
     order = neighbours.flatten().argsort(stable=True)
     starts = torch.zeros(coarse + 1, dtype=torch.int64)
@@ -72,7 +76,7 @@ void NAME(gather)(const T *restrict z, T *restrict y, T *restrict t, const int *
         }
     }
 }
-"""
+"""  # noqa: E501
 
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #8c67430d
 SCATTER = r"""
@@ -105,7 +109,7 @@ void NAME(scatter)(const T *restrict y, T *restrict z, T *restrict t, const int 
                 }
         }
 }
-"""
+"""  # noqa: E501
 _BOTH = "#undef T\n#undef NAME\n#define T {}\n#define NAME(x) x##_{}\n" + (
     GATHER + SCATTER
 ).replace("{", "{{").replace("}", "}}")
@@ -157,7 +161,10 @@ def _scatter(y: torch.Tensor, z: torch.Tensor, corners: bool) -> None:
 
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #3cd7bebe
 class _AddUpsampled(torch.autograd.Function):
-    """y (B, O, H, W), channels last, += conv(upsample(x), weight), in place; keeps the coarse x only."""
+    """y (B, O, H, W), channels last, += conv(upsample(x), weight), in place.
+
+    Keeps the coarse x only.
+    """
 
     @staticmethod
     def why_not(x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None) -> str:
@@ -226,15 +233,18 @@ def upsample_conv(
     align_corners: bool = True,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """conv2d(cat([skip, interpolate(x, size)]), weight), bilinear, zero padding k // 2, stride 1: (B, O, H, W).
+    """conv2d(cat([skip, interpolate(x, size)]), weight), bilinear, zero padding k // 2, stride 1:
+    (B, O, H, W).
 
-    x: (B, C, h, w). weight: (O, S + C, k, k), k odd. skip: (B, S, H, W) or None (S = 0). size: (H, W).
+    x: (B, C, h, w). weight: (O, S + C, k, k), k odd. skip: (B, S, H, W) or None (S = 0). size: (H,
+    W).
     backend: auto | cc | torch | reference. ValueError for shapes that do not belong together.
     """
     S, k = 0 if skip is None else skip.shape[1], weight.shape[-1]
     if weight.shape[1] != S + x.shape[1] or weight.shape[-2] != k or k % 2 == 0:
         raise ValueError(
-            f"weight of shape {tuple(weight.shape)}: needs {S} + {x.shape[1]} input channels (skip's and "
+            f"weight of shape {tuple(weight.shape)}: needs {S} + {x.shape[1]} input channels "
+            "(skip's and "
             f"x's) and a square kernel of odd size"
         )
     if skip is not None and skip.shape != (x.shape[0], S, *size):
@@ -253,7 +263,9 @@ def upsample_conv(
 
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #ca19f109
 class UpsampleConv2d(nn.Conv2d):
-    """x (B, C, h, w), enlarged to `size` or by `scale` and laid behind skip (B, S, H, W), convolved: (B, O, H, W)."""
+    """x (B, C, h, w), enlarged to `size` or by `scale` and laid behind skip (B, S, H, W),
+    convolved: (B, O, H, W).
+    """
 
     def __init__(
         self,
