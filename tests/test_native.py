@@ -1,9 +1,10 @@
 """Back ends and compiled C: what is chosen, what is cached, and what is never loaded."""
 
+import contextlib
 import ctypes
+import importlib
 import os
 import platform
-import re
 import stat
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT
+from conftest import ROOT, run
+from leansense.core.digest import closure
 from leansense.layers import backend, native
 from leansense.layers.backend import allowed, isa, pick, usable_isas, use_isa
 from leansense.layers.native import NativeError, library, parallel, pointer, why_not
@@ -332,16 +335,82 @@ def test_auto_takes_c_only_where_it_was_measured_to_win(monkeypatch, kind):
     )
 
 
-def test_measured_operators_exist():
+OPERATORS = {  # module: the operators that it enters into the table
+    "scan": ["selective_scan", "causal_conv1d"],
+    "linear_attention": ["linear_attention"],
+    "bev_pool": ["bev_pool", "bev_pool plan"],
+    "deformable": ["deformable_attention"],
+    "conv": ["conv2d"],
+    "upsample_conv": ["upsample_conv"],
+    "norm_act": [f"norm_act/{act}" for act in ("identity", "relu", "silu", "hardswish")],
+}
+ENTRY_POINTS = ("why_not", "prepare", "forward", "backward")
+
+
+@pytest.fixture
+def table():
+    """The dispatch table with all operators of layers in it."""
+    for name in OPERATORS:
+        importlib.import_module(f"leansense.layers.{name}")
+    return backend.OPERATORS
+
+
+def test_measured_operators_exist(table):
     """A name that no operator has would switch C off without a word."""
-    asked, lib = set(), ROOT / "lib/leansense/layers"
-    for path in lib.glob("*.py"):
-        asked |= set(re.findall(r'pick\(\s*f?"([^"]+)"', path.read_text()))
-    acts = __import__("leansense.layers.norm_act", fromlist=["x"]).ACTIVATIONS
-    asked |= {f"norm_act/{act}" for act in acts}
-    assert set(backend.MEASURED) - {"op", "logged_once"} == asked - {"norm_act/{act}"}
+    known = {operator for names in OPERATORS.values() for operator in names}
+    assert known <= set(table) and set(backend.MEASURED) - {"op", "logged_once"} == known
     for entry in backend.MEASURED.values():
         assert set(entry) <= set(backend.INSTRUCTIONS)
+
+
+def test_every_operator_has_the_same_skeleton(table):
+    """Triton, C, PyTorch, the formula, in this order; the same four entry points for each kernel."""
+    for operators in OPERATORS.values():
+        for operator in operators:
+            names = list(table[operator])
+            order = ["mamba_ssm", "triton", "cc", "products", "torch", "index_add", "reference"]
+            assert names == [name for name in order if name in names]
+            assert operator == "bev_pool plan" or names[-1] == "reference"
+            for name in names:
+                found = backend.load(operator, name)
+                if isinstance(table[operator][name], str) or isinstance(found, backend.Backend):
+                    assert all(callable(getattr(found, entry)) for entry in ENTRY_POINTS), name
+                else:  # a formula, or forward and backward in one piece
+                    assert hasattr(found, "apply") == (name in ("cc", "products")), name
+
+
+@pytest.mark.parametrize("name", ["scan", "linear_attention", "bev_pool", "deformable"])
+def test_digest_sees_the_kernels_of_an_operator(name):
+    """Modules that are imported by name when they are first needed belong to a row's code too."""
+    whole = closure({f"leansense.layers.{name}"})
+    found = {module.removeprefix("leansense.layers.") for module in whole}
+    assert {f"{name}_native", f"{name}_triton", "triton_jit", "backend"} <= found
+    others = {"scan", "linear_attention", "bev_pool", "deformable"} - {name}
+    assert not {module for module in found if module.split("_native")[0] in others}
+
+
+def test_operators_are_imported_without_their_kernels():
+    """Neither Triton nor a module of kernels is loaded before somebody calls it."""
+    code = (
+        f"import sys, {', '.join(f'leansense.layers.{name}' for name in OPERATORS)}; "
+        "print([m for m in sys.modules if m == 'triton' or m.startswith('leansense') "
+        "and m.endswith(('_native', '_triton'))])"
+    )
+    assert run(ROOT, "python", "-c", code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("tracer", ["nothing", "counter", "compiler", "subclass"])
+def test_is_traced(tracer, monkeypatch):
+    """By a dispatch mode, a compiler, or a tensor that is no plain one."""
+    x = torch.ones(2)
+    with FlopCounterMode(display=False) if tracer == "counter" else contextlib.nullcontext():
+        if tracer == "compiler":
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        if tracer == "subclass":
+            x = x.as_subclass(type("Watched", (torch.Tensor,), {}))
+        assert backend.is_traced(torch.nn.Parameter(torch.ones(1)), None, x) == (
+            tracer != "nothing"
+        )
 
 
 def test_back_ends_are_noted_with_their_build(monkeypatch):

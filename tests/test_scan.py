@@ -201,7 +201,7 @@ def test_any_step_size_is_exact(backend, step, parts, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_growing_states_overflow_as_the_formula_does(backend):
-    """A > 0 is unusual but defined: the same values while they are finite, infinite where exp is."""
+    """A > 0 is unusual but defined: the same values while finite, infinite where exp is."""
     inputs = {**choose(draw(1, 3, 4, 2, torch.float32), ()), "A": torch.full((4, 2), 5.0)}
     check(inputs, {}, backend, 3e-6)
     inputs["delta"] = torch.full((1, 3, 4), 40.0)
