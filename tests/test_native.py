@@ -364,7 +364,7 @@ def test_measured_operators_exist(table):
 
 
 def test_every_operator_has_the_same_skeleton(table):
-    """Triton, C, PyTorch, the formula, in this order; the same four entry points for each kernel."""
+    """Triton, C, PyTorch, the formula, in this order, with the same four entry points."""
     for operators in OPERATORS.values():
         for operator in operators:
             names = list(table[operator])
