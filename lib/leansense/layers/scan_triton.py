@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'BD', 'GROUP', 'rows', 'combine', 'tile', 'step_size', 'sigmoid', 'projection', 'matrix', 'put_matrix', 'summary',
            'carry', 'output', 'why_not', 'prepare', 'saved_shape', 'forward', 'states_before', 'derivative',
-           'store_gradients', 'gradient', 'backward']
+           'store_gradients', 'backward']
 
 # %% ../../../nbs/layers/12_scan_triton.ipynb #a741de56
 from typing import Any
@@ -510,7 +510,7 @@ def store_gradients(
 
 # %% ../../../nbs/layers/12_scan_triton.ipynb #dcf910a3
 @jit
-def gradient(
+def _gradient(
     u,
     delta,
     A,
@@ -732,7 +732,7 @@ def backward(
         "z": u if z is None else torch.empty(u.shape, device=u.device, dtype=z.dtype),
         "bias": total,
     }
-    gradient[grid](
+    _gradient[grid](
         u_,
         delta_,
         A_,
