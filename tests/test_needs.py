@@ -118,14 +118,6 @@ def test_killed_between_parent_and_child(house):
     assert started(house) == ["base.s0.json start"] + ["tuned.s0.json start"] * 2
 
 
-def test_a_failed_parent_is_the_reason_of_its_child(house):
-    matrix(house, TWO.replace("value: 3", "fail: true"))
-    done = tables(house)
-    assert done.returncode == 1 and started(house) == ["base.s0.json start"]
-    assert "failed: toy main/base.s0: ValueError: worn out" in done.stderr
-    assert "failed: toy main/tuned.s0: not run: its parent main/base.s0 failed" in done.stderr
-
-
 # --- what is current ---
 
 

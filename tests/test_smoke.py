@@ -52,7 +52,7 @@ def test_forked_rows_leave_what_others_do(house, monkeypatch):
     assert done.returncode == 1 and "5/5" not in done.stdout
     assert "failed: toy main/worn.s0: ValueError: worn out" in done.stderr
     assert "failed: toy main/child.s0: not run: its parent main/worn.s0 failed" in done.stderr
-    assert "left" not in done.stdout.partition("3/5")[2], "nothing is, when all have ended"
+    assert "left" not in done.stdout.rpartition("3/5")[2], "nothing is, when all have ended"
     runs, records = house / "runs/smoke/toy/main", house / "runs/smoke/papers/toy/records/smoke"
     found = {p.stem: json.loads(p.read_text()) for p in (records / "main").glob("*.json")}
     scores = {name: record["metrics"]["score"] for name, record in found.items()}

@@ -225,6 +225,7 @@ def clear(steps: list[Step], fresh: bool = False) -> None:
         note_of(step.row).unlink(missing_ok=True)
         if step.reason:
             row_stamp(step.row).unlink(missing_ok=True)
+            Path(f"{step.row.folder}.log").unlink(missing_ok=True)
             if fresh:
                 shutil.rmtree(step.row.folder, ignore_errors=True)
 
@@ -565,7 +566,10 @@ def _fork_rows(rows: list[Row], cores: int, log: Path) -> Iterator[str]:
                         lock.write(mark(server.process.pid) + "\n")
                 words = [row.system, row.id, f"--scale={row.scale}", f"--data={row.data}"]
                 command = [sys.executable, "-m", "leansense.core.rows", "run", *words]
-                running[server.submit({"command": command}, env, root(), log, log)] = row
+                own = Path(f"{row.folder}.log")
+                own.parent.mkdir(parents=True, exist_ok=True)
+                own.write_bytes(b"")
+                running[server.submit({"command": command}, env, root(), own, own)] = row
                 yield row.id
             try:
                 ended = server.ended(0.5)
@@ -610,7 +614,9 @@ def _run_rows(system: str, todo: list[Step], go: Callable, log: Path, bar: Progr
             if (
                 not note.exists()
             ):  # an older record is not this row's result, and a table must not show it as one
-                write_atomic(note, _last_words(log, start) + "\n")
+                own = Path(f"{row.folder}.log")  # of a forked row
+                said = _last_words(own) if own.exists() else _last_words(log, start)
+                write_atomic(note, said + "\n")
             failed.append(f"{system} {name}: {note.read_text(errors='replace').strip()}")
     return failed
 
