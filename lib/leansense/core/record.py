@@ -382,8 +382,10 @@ def _ancestors(parents: dict[str, Path]) -> dict[str, str]:
 class Run:
     """One execution of a row notebook: its checked parameters now, its record at the end."""
 
+    known = OWNED  # parameters that are read here, not in the notebook
+
     def __init__(self, namespace: dict, notebook: str):
-        self.params = checked(namespace, notebook)
+        self.params = checked(namespace, notebook, self.known)
         self.code = digest(notebook)
         self.notebook, self.namespace = str(notebook), namespace
         self.name = next(iter(self.code))
