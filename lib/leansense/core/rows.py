@@ -475,7 +475,10 @@ def run_row(row: Row, threads: int = 1, progress: bool = False) -> Path:
         Path(f"{row.folder}.made").unlink(missing_ok=True)
         for word, name in row.needs.items():
             if not is_noted(Path(row.params[word])):
-                raise RuntimeError(f"the checkpoint of {name} is not here; `make tables` makes it")
+                raise RuntimeError(
+                    f"the checkpoint of {name} is not here; `make tables` runs that row first, and "
+                    "its notebook has to leave a best.ckpt"
+                )
         os.environ.update({name: str(threads) for name in _THREADS})
         code, data = digest(row.notebook), fingerprint(row)
         try:
