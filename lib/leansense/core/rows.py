@@ -48,7 +48,7 @@ def _seen_from_here(folder: Path) -> str:
 
 
 def set_name(scale: str, data: str = "") -> str:
-    """The scale, and a data folder's name and place in short: 'demo-rice_leaf-1a2b3c'."""
+    """The scale, and a data folder's name and place in short: 'demo-rice_2024-1a2b3c'."""
     if not data:
         return scale
     folder = place(data)
