@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 
@@ -230,43 +229,6 @@ def test_a_new_parameter_at_its_default(house):
     write_atomic(house / "papers/toy/rows.yaml", MATRIX)
     calc(house, CALC + "\nX = 2\n")
     assert set(reasons()) == {"changed width"} and vouch.main(["toy"]) == 0
-
-
-def test_a_stand_in_that_is_drawn_by_other_code(house):
-    """Its name holds a version of the code that draws it: a new one is vouched for, too."""
-    body = BODY.replace('"fingerprint": ""', '"fingerprint": identify({})')
-    body = "from leansense.toy.data import identify\n" + body
-    drawn = "def identify(params):\n    return 'standin-v{}'\n\n\nPARAMETERS = ('data',)\n"
-    write_atomic(house / "lib/leansense/toy/data.py", drawn.format(1))
-    save(house / "nbs/toy/80_row.ipynb", CELL + '\ndata: str = "standin"  # which', body)
-    code = digest("nbs/toy/80_row.ipynb")
-    for row in read_rows("toy"):
-        kept = json.loads(row.record.read_text()) | {"code": code}
-        kept["data"]["fingerprint"], kept["params"]["data"] = "standin-v1", "standin"
-        write_atomic(row.record, record.text(kept))
-    git(house, "add", "-A")
-    git(house, "commit", "-qm", "data")
-
-    def late():
-        code = digest("nbs/toy/80_row.ipynb")
-        now = (code, "standin-v2")
-        return [record.stale(row.record, row.params, *now) for row in read_rows("toy")]
-
-    assert set(late()) == {"changed data"}, "of the same code"
-    write_atomic(house / "lib/leansense/toy/data.py", drawn.format(2))
-    sys.modules.pop("leansense.toy.data", None)
-    for name in ("leansense.toy", "leansense.toy.data"):
-        sys.modules[name] = types.ModuleType(name)
-    exec(drawn.format(2), sys.modules["leansense.toy.data"].__dict__)
-    try:
-        assert set(late()) == {"changed code: leansense.toy.data"}
-        assert vouch.main(["toy"]) == 0 and late() == [""] * 8
-        assert entries(house)[0]["data"] == {"standin-v1": "standin-v2"}
-        row = read_rows("toy")[0]
-        code = digest(row.notebook)
-        assert record.stale(row.record, row.params, code, "standin-v3") == "changed data"
-    finally:
-        del sys.modules["leansense.toy.data"], sys.modules["leansense.toy"]
 
 
 def test_rows_that_start_from_others_are_run_behind_them(house):

@@ -512,36 +512,19 @@ def vouchers(path: Path) -> list[dict]:
     return _vouchers(path, (path.stat().st_mtime_ns, path.stat().st_size))
 
 # %% ../../../nbs/core/14_record.ipynb #959a6b65
-def _reached(start: str, steps: list[tuple[str, str]]) -> set[str]:
-    """All that `steps`, pairs of old and new, lead to from `start`, itself too."""
-    reached, waiting = set(), {start}
-    while waiting:
-        reached |= waiting
-        waiting = {new for old, new in steps if old in waiting} - reached
-    return reached
-
-
-def _entries(path: Path, table: str, code: dict) -> list[dict]:
-    """The vouched changes of a table and of the notebook in `code`; `path`: a record of it."""
-    found = (entry for folder in path.parents[3:4] for entry in vouchers(folder / "vouched.json"))
-    return [entry for entry in found if entry["table"] == table and entry["notebook"] in code]
-
-
 def _reaches(path: Path, table: str, key: str, code: dict) -> bool:
     """Whether vouched changes lead from the code `key` to `code`; `path`: a record of `table`."""
-    steps = [(entry["old"], entry["new"]) for entry in _entries(path, table, code)]
-    return code_key(code) in _reached(key, steps)
-
-
-def _same_data(path: Path, record: dict, code: dict, fingerprint: str) -> bool:
-    """Whether the data are those of `fingerprint`, or a stand-in vouched to be the same."""
-    was = record["data"].get("fingerprint", "")
-    if was == fingerprint:
-        return True
-    entries = _entries(path, record["table"], code)
-    return fingerprint in _reached(
-        was, [pair for entry in entries for pair in entry.get("data", {}).items()]
-    )
+    entries = [
+        entry
+        for folder in path.parents[3:4]
+        for entry in vouchers(folder / "vouched.json")
+        if entry["table"] == table and entry["notebook"] in code
+    ]
+    reached, waiting = set(), {key}
+    while waiting:
+        reached |= waiting
+        waiting = {entry["new"] for entry in entries if entry["old"] in waiting} - reached
+    return code_key(code) in reached
 
 
 def _chained(path: Path, record: dict, code: dict) -> bool:
@@ -628,6 +611,6 @@ def stale(path: str | Path, params: dict, code: dict[str, str], fingerprint: str
     if not same:
         names = sorted(name for name in old.keys() | code.keys() if old.get(name) != code.get(name))
         return "changed code: " + ", ".join(names[:4]) + ", …" * (len(names) > 4)
-    if not _same_data(path, record, code, fingerprint):
+    if record["data"].get("fingerprint", "") != fingerprint:
         return "changed data"
     return _changed_parent(path.parents[2], record.get("needs", {}))

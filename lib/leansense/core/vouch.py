@@ -47,7 +47,6 @@ class Group:
     new: dict
     records: list[Path] = field(default_factory=list)
     commit: str = ""  # where the old code is
-    data: dict[str, str] = field(default_factory=dict)  # old and new name of stand-ins
 
 
 def _real(system: str, scale: str) -> list[Row]:
@@ -100,13 +99,11 @@ def groups(system: str) -> list[Group]:
         code = digest(row.notebook)
         added = find_added(record["params"], portable(row.params), code)
         then = {name: value for name, value in row.params.items() if name not in added}
-        was = data if row.data else record["data"].get("fingerprint", "")
-        if stale(path, then, record["code"], was) or not stale(path, row.params, code, data):
+        if stale(path, then, record["code"], data) or not stale(path, row.params, code, data):
             continue
         key = (row.table, row.notebook, code_key(record["code"]))
         group = Group(system, row.table, row.notebook, record["code"], code)
         found.setdefault(key, group).records.append(path)
-        found[key].data |= {was: data} if was != data else {}
     return list(found.values())
 
 # %% ../../../nbs/core/18_vouch.ipynb #27271ac2
@@ -249,13 +246,8 @@ def enter(group: Group, metrics: str) -> Path:
     """Add a group's entry to its system's vouched.json, sorted, in one step."""
     path = paper_folder(group.system, "demo") / "vouched.json"
     words = (group.notebook, group.table, code_key(group.old), code_key(group.new), metrics)
-    entry, others = dict(zip(VOUCHER, (*words, group.commit))), []
-    for one in vouchers(path):
-        if [one[w] for w in VOUCHER[:4]] == list(words[:4]):
-            group.data = one.get("data", {}) | group.data
-        else:
-            others.append(one)
-    entry |= {"data": group.data} if group.data else {}
+    entry = dict(zip(VOUCHER, (*words, group.commit)))
+    others = [one for one in vouchers(path) if [one[w] for w in VOUCHER[:4]] != list(words[:4])]
     ordered = sorted([*others, entry], key=lambda one: [one[word] for word in VOUCHER])
     return write_atomic(path, json.dumps(ordered, indent=1, sort_keys=True) + "\n")
 
