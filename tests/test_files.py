@@ -226,7 +226,7 @@ def test_a_killed_write_keeps_the_old_file_and_is_swept(tmp_path):
 
 
 def test_sweep_takes_nothing_else(tmp_path):
-    """Not a living writer's, not a person's, not through a link; a dead writer's folder goes whole."""
+    """Not a living writer's, not a person's, not through a link; folders of dead writers go."""
     kept = [
         tmp_path / ".notes.tmp",
         tmp_path / "a.0123456789ab.tmp",
