@@ -1,4 +1,4 @@
-"""The leaf data set: faults and their words, layouts, pixels, cache, augmentation, splits, stand-in, doctor."""
+"""The leaf data set: faults and their words, layouts, pixels, augmentation, splits, stand-in."""
 
 import csv
 import json
@@ -17,23 +17,24 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from leansense.core import check as doctor
+from leansense.core import images
 from leansense.core.loader import loader, sample_rng
 from leansense.core.paths import data_root
+from leansense.leaf import augment
 from leansense.leaf import data as leaf
 from leansense.leaf.split import (
     assign,
     copied,
-    from_folders,
+    find_leaks,
+    find_near_copies,
     group,
-    hashes,
-    leaks,
-    near_copies,
-    split,
+    hash_all,
+    kaggle_to_metadata,
+    make_split,
+    read_folders,
 )
-from leansense.leaf.split import (
-    main as split_main,
-)
-from leansense.leaf.standin import CLASSES, LOOKS, plan, planted, standin
+from leansense.leaf.split import main as split_main
+from leansense.leaf.standin import CLASSES, LOOKS, find_planted, plan, standin
 
 SMALL = dict(n=6, size=64)  # the smallest stand-in that holds every kind of file
 
@@ -98,7 +99,7 @@ def test_unknown_labels_are_all_listed(copy):
     rewrite(copy, rows)
     text = message(ValueError, leaf.load, copy)
     assert (
-        "'helthy' is not in label2id.json; did you mean 'healthy'?" in text
+        "'helthy' is not in label2id.json; nearest is 'healthy'" in text
         and "1 more problem" in text
     )
     report = str(leaf.check(copy))
@@ -114,7 +115,7 @@ def test_unknown_split_word(copy):
     text = message(ValueError, leaf.load, copy)
     assert (
         "'val' is not one of train, valid, test" in text
-        and "did you mean 'valid'?" in text
+        and "nearest is 'valid'" in text
         and "line" in text
     )
 
@@ -216,8 +217,8 @@ def test_an_empty_cell_names_its_line(copy):
 
 def test_unknown_words(folder):
     data = leaf.load(folder)
-    assert "did you mean 'valid'?" in message(ValueError, data.part, "val")
-    assert "did you mean 'strong'?" in message(
+    assert "nearest is 'valid'" in message(ValueError, data.part, "val")
+    assert "nearest is 'strong'" in message(
         ValueError, leaf.LeafDataset, data, "train", 32, "stron"
     )
     assert "image size 0" in message(ValueError, leaf.LeafDataset, data, "train", 0)
@@ -226,12 +227,10 @@ def test_unknown_words(folder):
 
 
 def test_light_import():
-    heavy = "('torch', 'pandas', 'sklearn', 'torchvision', 'scipy', 'matplotlib', 'leansense.leaf.split')"
+    heavy = "('torch', 'pandas', 'sklearn', 'torchvision', 'scipy', 'matplotlib', 'PIL')"
     code = f"import sys, leansense.leaf.data; print([m for m in {heavy} if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
-        == "[]"
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_limit_keeps_the_proportions(folder):
@@ -352,7 +351,7 @@ def test_broken_files_are_named(folder, name):
 
 def test_both_layouts_give_equal_tensors(tmp_path):
     kaggle = standin(**SMALL, layout="kaggle")
-    table = leaf.kaggle_to_metadata(kaggle, tmp_path / "out", valid=0.2, test=0.2)
+    table = kaggle_to_metadata(kaggle, tmp_path / "out", valid=0.2, test=0.2)
     a, b = leaf.load(kaggle, valid=0.2, test=0.2), leaf.load(metadata=table)
     assert a.classes == b.classes == CLASSES[4] and (tmp_path / "out" / "id2label.json").exists()
     for part in leaf.SPLITS:
@@ -362,7 +361,7 @@ def test_both_layouts_give_equal_tensors(tmp_path):
         for x, y in zip(first.__getitems__(keys), second.__getitems__(keys)):
             assert torch.equal(x["image"], y["image"]) and x["label"] == y["label"]
     assert "published layout" in message(
-        ValueError, leaf.kaggle_to_metadata, table.parent, tmp_path / "again"
+        ValueError, kaggle_to_metadata, table.parent, tmp_path / "again"
     )
 
 
@@ -388,7 +387,7 @@ def test_kaggle_split_depends_on_its_seed_only(tmp_path):
 def test_published_augmentation_is_flip_rotate_jitter(folder):
     ds = leaf.LeafDataset(leaf.load(folder), "train", 64, "published", seed=5)
     for key in ((0, 0), (3, 1), (7, 2), (9, 4)):
-        choice = leaf.draw(leaf.AUGMENTS["published"], sample_rng(5, *key))
+        choice = augment.draw(augment.AUGMENTS["published"], sample_rng(5, *key))
         image = Image.fromarray(np.array(ds.array[ds.rows[key[1]]]))
         image = functional.horizontal_flip(image) if choice["mirror"] else image
         image = functional.rotate(image, float(choice["angle"]))
@@ -397,12 +396,14 @@ def test_published_augmentation_is_flip_rotate_jitter(folder):
         steps = [getattr(functional, f"adjust_{name}") for name in names]
         for k in choice["order"]:
             tensor = steps[k](tensor, float(choice["colour"][k]))
-        wanted = functional.normalize(tensor, leaf.MEAN, leaf.STD)
+        wanted = functional.normalize(tensor, images.MEAN, images.STD)
         assert torch.allclose(ds[key]["image"], wanted, atol=1e-4)
 
 
 def test_draws_stay_in_their_ranges():
-    drawn = [leaf.draw(leaf.AUGMENTS["published"], np.random.default_rng(k)) for k in range(2000)]
+    drawn = [
+        augment.draw(augment.AUGMENTS["published"], np.random.default_rng(k)) for k in range(2000)
+    ]
     angles = np.array([d["angle"] for d in drawn])
     colours = np.array([d["colour"] for d in drawn])
     assert 11 < angles.max() <= 12 and -12 <= angles.min() < -11
@@ -416,7 +417,7 @@ def test_draws_stay_in_their_ranges():
     )
     assert len({tuple(d["order"]) for d in drawn}) == 24
     for k in range(500):
-        x, y, w, h = leaf.draw(leaf.AUGMENTS["strong"], np.random.default_rng(k))["box"]
+        x, y, w, h = augment.draw(augment.AUGMENTS["strong"], np.random.default_rng(k))["box"]
         assert (
             0.59 < w * h <= 1 + 1e-9
             and x >= 0
@@ -432,7 +433,7 @@ def test_hue_equals_torchvision(amount):
     image[:, :5] = image[:1, :5]  # grey pixels have no hue
     image[0, 5:8], image[1, 8:11] = image[1, 5:8], image[2, 8:11]  # ties
     assert torch.allclose(
-        leaf.shift_hue(image, amount), functional.adjust_hue(image, amount), atol=2e-6
+        augment.shift_hue(image, amount), functional.adjust_hue(image, amount), atol=2e-6
     )
 
 
@@ -484,19 +485,19 @@ def test_pickling_takes_the_file_along_not_the_pixels(folder):
 
 def test_a_damaged_cache_is_built_again(folder):
     data = leaf.load(folder)
-    wanted = np.array(leaf.pixels(data, 24)[1])
-    path = Path(leaf.pixels(data, 24)[1].filename)
+    wanted = np.array(leaf.map_pixels(data, 24)[1])
+    path = Path(leaf.map_pixels(data, 24)[1].filename)
     whole = path.read_bytes()
     for damaged in (whole[:-100], whole[:50], b"", whole + b"x", b"nonsense" * 40):
         path.write_bytes(damaged)
-        assert (leaf.pixels(data, 24)[1] == wanted).all() and path.read_bytes() == whole
+        assert (leaf.map_pixels(data, 24)[1] == wanted).all() and path.read_bytes() == whole
     np.save(path, np.zeros((3, 24, 24, 3), np.uint8))
-    assert (leaf.pixels(data, 24)[1] == wanted).all()
+    assert (leaf.map_pixels(data, 24)[1] == wanted).all()
 
 
 def test_the_cache_follows_content(copy, folder):
     data, other = leaf.load(folder), leaf.load(copy)
-    assert leaf.pixels(data, 16)[1].filename == leaf.pixels(other, 16)[1].filename
+    assert leaf.map_pixels(data, 16)[1].filename == leaf.map_pixels(other, 16)[1].filename
     sample = other.part("train")[0]
     Image.new("RGB", (16, 16), (9, 8, 7)).save(sample.path, "PNG")
     assert leaf.LeafDataset(leaf.load(copy), "train", 16)[0]["image"].std((1, 2)).max() < 1e-6
@@ -515,7 +516,10 @@ def run_together(code):
 
 
 def test_processes_may_build_at_the_same_time(folder):
-    code = f"from leansense.leaf.data import load, pixels; rows, a = pixels(load({str(folder)!r}), 28); print(a.sum())"
+    code = (
+        "from leansense.leaf.data import load, map_pixels;"
+        f" rows, a = map_pixels(load({str(folder)!r}), 28); print(a.sum())"
+    )
     found = run_together(code)
     assert len(set(found)) == 1 and int(found[0]) > 0
     assert not [p for p in (data_root() / "cache" / "leaf").iterdir() if ".part" in p.name]
@@ -557,29 +561,29 @@ def photographs(folder, rng, count=12):
 
 def test_copies_are_found_whatever_the_pose(tmp_path):
     photographs(tmp_path, np.random.default_rng(0))
-    data = from_folders(tmp_path)
+    data = read_folders(tmp_path)
 
     def name(s):
         return Path(s.id).stem.split("_")[0]
 
-    pairs = near_copies(hashes(data))
+    pairs = find_near_copies(hash_all(data))
     assert {(i, j) for i, j, _ in pairs} == {
         (i, j)
         for i, a in enumerate(data.samples)
         for j, b in enumerate(data.samples)
         if i < j and name(a) == name(b)
     }
-    assert near_copies(hashes(data), block=5) == pairs
+    assert find_near_copies(hash_all(data), block=5) == pairs
     assert sorted(np.bincount(group(len(data.samples), pairs))) == [4] * 12
 
 
 def test_grouped_never_crosses(tmp_path):
     photographs(tmp_path, np.random.default_rng(1))
-    assert any(leaks(split(tmp_path, 0.2, 0.2, seed=seed)) for seed in range(3))
+    assert any(find_leaks(make_split(tmp_path, 0.2, 0.2, seed=seed)) for seed in range(3))
     for seed in range(6):
-        data = split(tmp_path, 0.2, 0.2, "grouped", seed)
-        assert leaks(data) == [] and all(data.part(p) for p in ("train", "valid"))
-        assert data == split(tmp_path, 0.2, 0.2, "grouped", seed)
+        data = make_split(tmp_path, 0.2, 0.2, "grouped", seed)
+        assert find_leaks(data) == [] and all(data.part(p) for p in ("train", "valid"))
+        assert data == make_split(tmp_path, 0.2, 0.2, "grouped", seed)
 
 
 def test_hamming_distance_is_exact():
@@ -596,11 +600,11 @@ def test_hamming_distance_is_exact():
                 for g in range(8)
             )
             wanted += [(i, j, best)] if best <= 105 else []
-    assert near_copies(hashed, 105, block=7) == wanted and wanted
+    assert find_near_copies(hashed, 105, block=7) == wanted and wanted
 
 
 def test_planted_leak_is_found(folder):
-    found = leaks(leaf.load(folder))
+    found = find_leaks(leaf.load(folder))
     assert (
         len(found) == 1
         and {found[0].split, found[0].other_split} == {"train", "valid"}
@@ -626,7 +630,7 @@ def test_split_commands(folder, tmp_path, capsys):
     ]
     assert split_main(["split", str(folder / "images"), *options]) == 0
     data = leaf.load(metadata=out)
-    assert data.classes == CLASSES[4] and len(data.samples) == 24 and leaks(data) == []
+    assert data.classes == CLASSES[4] and len(data.samples) == 24 and find_leaks(data) == []
     assert (
         split_main(["split", str(folder / "images"), *options]) == 2
         and "exists already" in capsys.readouterr().err
@@ -699,7 +703,8 @@ def test_standin_refuses_what_it_cannot_draw():
 
 def test_standin_written_by_several_at_once(tmp_path):
     found = run_together(
-        f"from leansense.leaf.standin import standin; print(standin({str(tmp_path)!r}, n=4, size=40))"
+        "from leansense.leaf.standin import standin;"
+        f" print(standin({str(tmp_path)!r}, n=4, size=40))"
     )
     assert len(set(found)) == 1 and [str(p) for p in tmp_path.iterdir()] == found[:1]
     assert contents(found[0]) == contents(standin(tmp_path / "alone", n=4, size=40))
@@ -707,7 +712,7 @@ def test_standin_written_by_several_at_once(tmp_path):
 
 @pytest.mark.parametrize("classes", [4, 10])
 def test_standin_has_three_parts_and_a_large_test(classes):
-    """Half, a fifth, three tenths of each class; the rows' default has over two hundred test pictures."""
+    """Half, a fifth, three tenths of each class; by default over two hundred test pictures."""
     pictures = plan(200, classes, 0, 192)
 
     def count(part):
@@ -721,9 +726,9 @@ def test_standin_has_three_parts_and_a_large_test(classes):
 def test_the_planted_copy_is_on_disk_and_not_in_the_rows_data(folder):
     params = {"data": "standin", "standin": 8}
     rows, disk = leaf.dataset(params), leaf.load(standin(n=8))
-    label, file = "brown_spot", planted(plan(8, 4, 0, 192), 4)[1].file
+    label, file = "brown_spot", find_planted(plan(8, 4, 0, 192), 4)[1].file
     assert {s.id for s in disk.samples} - {s.id for s in rows.samples} == {f"images/{label}/{file}"}
-    assert len(leaks(disk)) == 1 and leaks(rows) == [] and sum(copied(disk, "valid")) == 1
+    assert len(find_leaks(disk)) == 1 and find_leaks(rows) == [] and sum(copied(disk, "valid")) == 1
 
 
 def test_a_damaged_standin_is_named_and_drawn_again(tmp_path, capsys):
@@ -769,7 +774,7 @@ def test_a_split_made_anew_has_three_parts(copy, split_name):
 
 
 def test_declared_parameters_are_those_that_decide_the_data(copy):
-    """Every row parameter that changes the data or its fingerprint is in PARAMETERS, and no other."""
+    """Each row parameter that changes the data or its fingerprint is in PARAMETERS, and no other."""
     from leansense.core.parameters import declared
 
     base = {name: p.default for name, p in declared("nbs/leaf/80_row.ipynb").items()} | {
@@ -803,8 +808,9 @@ def test_declared_parameters_are_those_that_decide_the_data(copy):
 
 def test_identity_of_real_data_needs_no_split_and_nothing_heavy(copy):
     code = (
-        f"import sys; from leansense.leaf.data import identify; print(identify({{'data': {str(copy)!r}, 'split': 'grouped'}}));"
-        "print([m for m in ('torch', 'pandas', 'scipy', 'leansense.leaf.split') if m in sys.modules])"
+        "import sys; from leansense.leaf.data import identify;"
+        f" print(identify({{'data': {str(copy)!r}, 'split': 'grouped'}}));"
+        " print([m for m in ('torch', 'pandas', 'scipy', 'PIL') if m in sys.modules])"
     )
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True
@@ -819,10 +825,10 @@ def test_copied_marks_test_pictures_with_a_copy_in_training(tmp_path):
         return Path(s.id).stem.split("_")[0]
 
     for seed in range(3):
-        data = split(tmp_path, 0.2, 0.3, seed=seed)
+        data = make_split(tmp_path, 0.2, 0.3, seed=seed)
         trained = {name(s) for s in data.part("train")}
         assert copied(data) == [name(s) in trained for s in data.part("test")] and any(copied(data))
-        assert not any(copied(split(tmp_path, 0.2, 0.3, "grouped", seed)))
+        assert not any(copied(make_split(tmp_path, 0.2, 0.3, "grouped", seed)))
 
 
 # ---- doctor

@@ -91,7 +91,7 @@ def test_unused_head_changes_no_bit(variant):
     "keep, backbone", [(True, (1_501_832, 16_024)), (False, (912_008, 15_000))]
 )
 def test_optimiser_groups(keep, backbone):
-    """Decayed are weights of two dimensions and more outside of norms; groups are disjoint and complete."""
+    """Decayed are weights of two dimensions and more outside of norms; groups are a partition."""
     from leansense.core.schedule import Group, param_groups
 
     model = build("bot_linear", 4, keep_unused_head=keep)
@@ -135,7 +135,7 @@ def test_every_group_is_covered(variant):
     [(224, 133.5, 133.2), (320, 274.5, 270.8), (384, 398.5, 389.6), (512, 724.3, 691.9)],
 )
 def test_mflops(size, softmax, linear):
-    """2 per multiply-add; squeeze-and-excite convolutions count, pooling, norms and activations do not."""
+    """2 per multiply-add; squeeze-and-excite counts, pooling, norms and activations do not."""
     x = image(1, size)
     assert round(flops(build("bot", 4), x) / 1e6, 1) == softmax
     assert round(flops(build("bot", 4, matrix=True), x) / 1e6, 1) == softmax
@@ -145,7 +145,7 @@ def test_mflops(size, softmax, linear):
 
 
 def test_memory_is_the_same_with_either_attention_at_224():
-    """What autograd keeps and the peak of a step, linear against softmax: equal to a few per cent on any processor."""
+    """What autograd keeps and the peak of a step: linear within a few per cent of softmax."""
     from torch.nn.functional import cross_entropy
 
     x, y = image(4, 224), torch.zeros(4, dtype=torch.long)
@@ -216,7 +216,7 @@ def test_stride_makes_the_choice_matter():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(variant="bot_linaer"), "did you mean 'bot_linear'"),
+        (dict(variant="bot_linaer"), "nearest is 'bot_linear'"),
         (
             dict(backbone="resnet50"),
             "backbone='resnet50' is unknown: choose from mobilenetv3_small",
@@ -391,7 +391,7 @@ def test_weights_of_another_net(tmp_path, donor):
 
 
 def test_tensorflow_backbone_has_the_same_layers():
-    """Names, shapes and first weights are the same; padding, variances and range of pixels are not."""
+    """Names, shapes and first weights are the same; padding, variances and pixel range are not."""
     plain, other = (seeded("bot_linear", 4, backbone=name).eval() for name in BACKBONES)
     ours, theirs = plain.state_dict(), other.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -405,14 +405,14 @@ def test_tensorflow_backbone_has_the_same_layers():
 
 
 def test_tensorflow_backbone_sees_pixels_from_minus_one_to_one():
-    """What the loaders give comes to its first layer as pixel / 127.5 - 1; padding stays zero there."""
-    from leansense.leaf.data import normalised
+    """What loaders give comes to its first layer as pixel / 127.5 - 1; padding stays zero there."""
+    from leansense.core.images import normalise
 
     model = seeded("vanilla", 4, backbone="tf_mobilenetv3_small_100").eval()
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     seen = []
     model.backbone.conv_stem.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    found = model.features(normalised(pixels.clone()))
+    found = model.features(normalise(pixels.clone()))
     torch.testing.assert_close(seen[0], 2 * pixels - 1, rtol=0, atol=1e-6)
     direct = model.backbone.forward_features(2 * pixels - 1).mean((2, 3))
     torch.testing.assert_close(found, direct, rtol=1e-3, atol=1e-5)
@@ -439,6 +439,29 @@ def test_imagenet_weights_of_the_tensorflow_backbone(imagenet):
     assert given.keys() <= own.keys() and all(torch.equal(own[k], given[k]) for k in given)
     other = build("bot_linear", 3, weights=str(imagenet)).eval()
     assert not torch.allclose(model.features(image(2, 96)), other.features(image(2, 96)), atol=1e-2)
+
+
+def test_frozen_norms_keep_their_statistics(tmp_path, donor):
+    """In training too, through copies and evaluation; their scales are still trained."""
+    path = tmp_path / "w.pt"
+    torch.save(donor.state_dict(), path)
+    model = build("ca", 4, weights=str(path), frozen_norms=True).eval().train()
+    norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    copy.deepcopy(model).train()(image()).square().sum().backward()
+    model(image()).square().sum().backward()
+    after = model.state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all(k.startswith("block.") for k in moved), "the block's own norms learn"
+    assert not any(m.training for m in norms) and all(m.weight.grad is not None for m in norms)
+    plain = build("ca", 4, weights=str(path)).train()
+    plain(image())
+    assert not torch.equal(
+        plain.state_dict()["backbone.bn1.running_mean"], before["backbone.bn1.running_mean"]
+    )
+    assert "frozen_norms" not in model.config
+    with pytest.raises(ValueError, match="frozen_norms=True .* give weights or pretrained"):
+        build("bot", 4, frozen_norms=True)
 
 
 class Thing:

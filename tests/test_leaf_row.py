@@ -1,4 +1,4 @@
-"""The leaf row end to end: bad input, determinism, resume after kill -9, the guide's eight commands, use of the result."""
+"""The leaf row end to end: files, resuming, printed commands, scores, claims, use."""
 
 import json
 import os
@@ -15,11 +15,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 
 from conftest import ROOT, run
 from leansense.core.checkpoint import load_file
+from leansense.core.claims import judge, read_claims
 from leansense.core.loader import loader
+from leansense.core.metrics import compare_predictions, count_confusions, score_confusions
 from leansense.core.parameters import OWNED, declared
 from leansense.core.rows import read_matrix, read_rows
 from leansense.core.train import fit, seed_everything
@@ -28,8 +29,8 @@ from leansense.leaf.checkpoint import load_checkpoint, rebuild, save_checkpoint
 from leansense.leaf.data import LeafDataset, collate, dataset
 from leansense.leaf.model import VARIANTS, build
 from leansense.leaf.standin import standin
-from leansense.leaf.task import LeafTask, apart, compare, confusion, logits_of, recipe, scores
-from leansense.leaf.use import export_onnx, pictures, predict
+from leansense.leaf.task import LeafTask, apart, logits_of, recipe
+from leansense.leaf.use import export_onnx, find_pictures, predict
 
 SMALL = {
     "standin": 12,
@@ -227,7 +228,7 @@ def test_every_setting_of_the_network_is_in_its_file(tmp_path, settings):
 
 
 def test_every_file_that_training_writes_does_what_its_score_says(trained, leaves):
-    """Each of the row's files, rebuilt: the best ones give the record's predictions, all of them some logits."""
+    """Each of the row's files, rebuilt: the best ones give the record's predictions, all logits."""
     kept = record(trained)["metrics"]
     batch = pictures_of(dataset({"data": "standin", "standin": 12}))
     files = sorted(
@@ -361,7 +362,7 @@ def test_a_spoilt_checkpoint_is_one_line(tmp_path, capsys, leaves, how, needle):
     content = load_file(save_checkpoint(path, build("vanilla", 4), meta))
     spoilt(how, content)
     torch.save(content, path)
-    assert use.main(["predict", str(path), str(pictures(leaves / "images")[0])]) == 2
+    assert use.main(["predict", str(path), str(find_pictures(leaves / "images")[0])]) == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1 and str(path) in said and needle in said
 
@@ -489,7 +490,7 @@ def commands() -> list[str]:
 
 
 def printed(which: int, out: Path, **more) -> subprocess.CompletedProcess:
-    """A printed command as it is; only its length, its pixels, its output and its bar are others."""
+    """A printed command as it is; only its length, pixels, output and progress bar are others."""
     words = shlex.split(commands()[which])
     words = words[words.index("papermill") :]
     words[0], words[2] = PAPERMILL, str(out / "row.ipynb")
@@ -540,7 +541,7 @@ def test_the_guides_commands_run_as_printed(which, tmp_path):
 
 
 def test_run_all_ends_in_a_model_that_has_learned(tmp_path):
-    """The defaults, nothing given but where to write: test accuracy, a curve, predictions on pictures."""
+    """The defaults, given only where to write: test accuracy, a curve, predictions on pictures."""
     done = run(
         ROOT,
         PAPERMILL,
@@ -574,14 +575,14 @@ def test_kaggle_layout_and_ten_classes(tmp_path):
 
 
 def test_scores_by_hand():
-    first = scores(confusion([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3))
+    first = score_confusions(count_confusions([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3))
     assert first["acc"] == pytest.approx(0.6) and first["f1"] == pytest.approx(0.4333333, abs=1e-6)
-    assert confusion([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3).tolist() == [
+    assert count_confusions([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3).tolist() == [
         [1, 1, 0],
         [0, 2, 0],
         [1, 0, 0],
     ]
-    assert scores(confusion([0, 0, 1], [0, 1, 1], 3))["f1"] == pytest.approx(4 / 9)
+    assert score_confusions(count_confusions([0, 0, 1], [0, 1, 1], 3))["f1"] == pytest.approx(4 / 9)
 
 
 def test_scores_against_sklearn():
@@ -589,7 +590,7 @@ def test_scores_against_sklearn():
 
     rng = np.random.default_rng(0)
     truth, guess = rng.integers(0, 5, 400), rng.integers(0, 5, 400)
-    assert scores(confusion(truth, guess, 5))["f1"] == pytest.approx(
+    assert score_confusions(count_confusions(truth, guess, 5))["f1"] == pytest.approx(
         f1_score(truth, guess, average="macro")
     )
 
@@ -606,7 +607,7 @@ def test_copied_and_uncopied_are_scored_apart():
 
 
 def test_mcnemar_by_hand():
-    found = compare([0] * 10, [0] * 8 + [1] * 2, [1] * 3 + [0] * 7)
+    found = compare_predictions([0] * 10, [0] * 8 + [1] * 2, [1] * 3 + [0] * 7)
     assert (found["differ"], found["only_first"], found["only_second"]) == (5, 3, 2) and found[
         "p"
     ] == pytest.approx(1.0)
@@ -614,7 +615,7 @@ def test_mcnemar_by_hand():
 
 def test_predict_and_onnx(trained, leaves, tmp_path):
     model, meta = load_checkpoint(next((trained / "folder").glob("*_best.pt")))
-    paths = pictures(leaves / "images")[:5]
+    paths = find_pictures(leaves / "images")[:5]
     answers = predict(model, meta, paths)
     for one, other in zip(answers, predict(model, meta, paths, batch_size=2)):
         assert one["best"] == other["best"] and one["confidence"] == pytest.approx(
@@ -652,7 +653,7 @@ def test_the_older_onnx_exporter_gives_a_file_that_runs(tmp_path, variant):
 
 @pytest.mark.gate
 def test_training_through_fit_is_as_fast_as_a_bare_loop(tmp_path):
-    """Samples per second of `fit` against a hand-written loop: same model, data and batches, taking turns in one process."""
+    """Samples per second of `fit` against a hand-written loop: same model, data and batches."""
     data = dataset({"data": "standin", "standin": 24})
     part = LeafDataset(data, "train", 96, "published", 0)
     torch.set_num_threads(1)
@@ -702,7 +703,7 @@ def test_training_through_fit_is_as_fast_as_a_bare_loop(tmp_path):
         ratios.append(ours(turn)[1] / plain)
     print("samples/s through fit, everything counted, against a bare loop:", np.round(ratios, 3))
     assert np.median(ratios) > 0.7, (
-        "the whole call, start-up and checkpoints included; the steps alone are measured in the records"
+        "the whole call, start-up and checkpoints included; records measure the steps alone"
     )
 
 
@@ -710,7 +711,7 @@ def test_training_through_fit_is_as_fast_as_a_bare_loop(tmp_path):
 
 
 def test_rows_quote_the_test_and_have_enough_of_it():
-    """The headline is a test score; 240 test pictures; five seeds where a row takes under a minute, three elsewhere."""
+    """The headline is a test score; 240 test pictures; five seeds of short rows, three of others."""
     assert read_matrix("leaf")["headline"]["metric"] == "test_f1"
     seeds = {}
     for line in read_rows("leaf", "demo"):
@@ -727,7 +728,11 @@ def test_rows_quote_the_test_and_have_enough_of_it():
     for line in real:
         found.setdefault((line.table, line.name), set()).add(line.seed)
     trained = {key: len(kept) for key, kept in found.items() if key[0] in ("photographs", "recipe")}
-    assert len(trained) == 9 and set(trained.values()) == {3}
+    assert len(trained) == 11 and set(trained.values()) == {3}
+    kept = {line.name: line.params for line in real if line.table == "recipe"}
+    for name in ("pretrained", "pretrained_grouped"):
+        assert kept[name]["weights"].startswith("data/weights/") and kept[name]["frozen_norms"]
+        assert kept[name]["split"] == ("grouped" if name.endswith("grouped") else "given")
 
 
 def cell_with(notebook: str, text: str) -> str:
@@ -756,17 +761,13 @@ def cell_with(notebook: str, text: str) -> str:
     ],
 )
 def test_verdicts_have_two_sides(claim, number, block, wanted):
-    """The results notebook's own cell, on numbers made up."""
-    from leansense.core.tables import verdict
-
-    space = {"np": np, "verdict": verdict, "quantities": {"a": number, "b": block}}
-    exec(cell_with("nbs/leaf/90_results.ipynb", "def judge(").split("claims = yaml")[0], space)
+    """What core.claims says of numbers made up."""
     claim = claim | {"measure": "a"} | ({"block": "b"} if block is not None else {})
-    assert space["judge"](claim)[1] == wanted
+    assert judge(claim, {"a": number, "b": block})[1] == wanted
 
 
 def test_every_claim_is_judged_by_a_measurement_or_says_why_not():
-    claims = yaml.safe_load((ROOT / "papers/leaf/claims.yaml").read_text())
+    claims = read_claims("papers/leaf/claims.yaml")
     assert len(claims) >= 29
     for claim in claims:
         assert ("measure" in claim) or claim.get("cannot") or claim.get("read"), claim["statement"]
@@ -793,12 +794,12 @@ def test_orders_of_growth_are_fitted_over_all_sizes():
     done = pd.DataFrame(
         {"metrics.tokens": sizes, "ms": 0.01 * sizes**2.0, "params.attn_stride": 32}
     )
-    source = cell_with("nbs/leaf/90_results.ipynb", "def order(")
+    source = cell_with("nbs/leaf/90_results.ipynb", "def fit_order(")
     space = {"np": np, "pd": pd, "done": done}
-    exec(source[source.index("def order(") : source.index("done = scaling")], space)
-    assert space["order"]("ms") == pytest.approx(2) and np.isnan(space["order"]("ms", 16))
+    exec(source[source.index("def fit_order(") : source.index("done = scaling")], space)
+    assert space["fit_order"]("ms") == pytest.approx(2) and np.isnan(space["fit_order"]("ms", 16))
     done.loc[0, "ms"] *= 4  # every size counts, not the last two
-    assert space["order"]("ms") < 1.5 and np.isnan(space["order"]("none"))
+    assert space["fit_order"]("ms") < 1.5 and np.isnan(space["fit_order"]("none"))
 
 
 def test_the_photographs_have_a_name():

@@ -33,7 +33,10 @@ NAMES = {
 
 
 def save_checkpoint(path: Path, model: nn.Module, meta: dict) -> Path:
-    """Write {model: state_dict, meta} in one step; `meta` needs label2id, image_size, temperature and unsure_below."""
+    """Write {model: state_dict, meta} in one step.
+
+    meta: needs label2id, image_size, temperature and unsure_below.
+    """
     more = {
         "mark": MARK,
         NETWORK: model.config,
@@ -49,18 +52,17 @@ def save_checkpoint(path: Path, model: nn.Module, meta: dict) -> Path:
 
 # %% ../../../nbs/leaf/30_checkpoint.ipynb #42f6300f
 def rebuild(path: str | Path) -> tuple[nn.Module, dict]:
-    """The network in a file that training wrote, in evaluation mode, and the file's content; one-line errors."""
+    """The network in a file that training wrote, in evaluation mode, and the file's content."""
     content = load_file(path, finite=True)
     content = content if isinstance(content, dict) else {}
     meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
-    config, weights = (
-        content.get(NETWORK, meta.get(NETWORK)),
-        content.get("state_dict", content.get("model")),
-    )
+    config = content.get(NETWORK, meta.get(NETWORK))
+    weights = content.get("state_dict", content.get("model"))
     if not isinstance(config, dict) or not isinstance(weights, dict):
         older = "; it is of an older version: train again" if "mark" in meta else ""
         raise ValueError(
-            f"{path}: not a checkpoint of a leaf classifier{older}; give a <model-name>_best.pt of this repository"
+            f"{path}: not a checkpoint of a leaf classifier{older};"
+            " give a <model-name>_best.pt of this repository"
         )
     if "state_dict" in content:  # Lightning's name for the task's attribute stands in front
         weights = {
@@ -79,7 +81,7 @@ def rebuild(path: str | Path) -> tuple[nn.Module, dict]:
     return model.eval(), content
 
 # %% ../../../nbs/leaf/30_checkpoint.ipynb #78d889b4
-def _number(value: object, least: float) -> bool:
+def _is_number(value: object, least: float) -> bool:
     """Whether `value` is a finite number above `least`."""
     return (
         isinstance(value, (int, float))
@@ -89,13 +91,10 @@ def _number(value: object, least: float) -> bool:
     )
 
 
-def _fault(meta: dict) -> str:
+def _find_fault(meta: dict) -> str:
     """What is wrong with the meta of a checkpoint; empty when a prediction can be made with it."""
-    config, ids, variant = (
-        meta[NETWORK],
-        meta.get("label2id"),
-        (meta.get("params") or {}).get("variant"),
-    )
+    config, ids = meta[NETWORK], meta.get("label2id")
+    variant = (meta.get("params") or {}).get("variant")
     if not isinstance(ids, dict) or not ids:
         return "holds no class names (label2id)"
     if any(type(k) is not int for k in ids.values()) or sorted(ids.values()) != list(
@@ -110,7 +109,7 @@ def _fault(meta: dict) -> str:
     if type(size) is not int:
         return f"image_size is {size!r}, not a number of pixels"
     for name, least in (("temperature", 0.0), ("unsure_below", -1e-9)):
-        if not _number(meta.get(name), least):
+        if not _is_number(meta.get(name), least):
             return f"{name} is {meta.get(name)!r}, not a number above {max(least, 0):g}"
     try:
         check_size(size)
@@ -120,7 +119,7 @@ def _fault(meta: dict) -> str:
 
 
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
-    """The model, in evaluation mode, and meta of a checkpoint; one-line error when the file is missing or not ours."""
+    """The model, in evaluation mode, and meta of a checkpoint; one-line error for other files."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint; train one with nbs/leaf/80_row.ipynb")
@@ -130,7 +129,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         raise ValueError(
             f"{path}: weights without class names; give the <model-name>_best.pt beside it"
         )
-    fault = _fault(meta)
+    fault = _find_fault(meta)
     if fault:
         raise ValueError(f"{path}: {fault}; give an unchanged <model-name>_best.pt, or train again")
     return model, meta
@@ -153,7 +152,7 @@ def published_history(history: dict[str, list]) -> dict[str, list]:
 def save_results(
     folder: Path, name: str, metrics: dict, history: dict, save_history: bool, plot: bool
 ) -> list[Path]:
-    """Write <name>_metrics.json, and if wanted <name>_history.json and <name>_training_plot.png; returns the paths."""
+    """Write <name>_metrics.json, if wanted _history.json and _training_plot.png; their paths."""
     made = [write_atomic(folder / f"{name}_metrics.json", json.dumps(metrics, indent=1) + "\n")]
     if save_history:
         made.append(
@@ -173,7 +172,7 @@ def save_results(
 
 # %% ../../../nbs/leaf/30_checkpoint.ipynb #16b042b3
 def curves(histories: dict[str, dict[str, list]]):
-    """A figure with two panels over epochs: losses (training dotted, validation full) and validation accuracy."""
+    """A figure over epochs: losses (training dotted, validation full) and validation accuracy."""
     import matplotlib.pyplot as plt
 
     from leansense.core.figures import COLOURS, PAGE, style

@@ -8,13 +8,14 @@ __all__ = ['VARIANTS', 'WIDTH', 'STRIDES', 'BACKBONES', 'BoTBlock', 'CoordinateG
 
 # %% ../../../nbs/leaf/10_model.ipynb #d7f0d32c
 import copy
-import difflib
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..core.images import MEAN, STD
+from ..core.parameters import nearest
 from leansense.layers.linear_attention import (
     FEATURE_MAPS,
     POSITIONS,
@@ -41,9 +42,9 @@ STRIDES = {
 
 # %% ../../../nbs/leaf/10_model.ipynb #ceb1b7dd
 class BoTBlock(nn.Module):
-    """Bottleneck transformer block: (B, C, h, w) -> same, attention between two 1x1 convolutions, residual.
+    """Bottleneck transformer: (B, C, h, w) -> same; attention between 1x1 convolutions, residual.
 
-    last_relu: False inside the backbone, whose stages end without an activation (linear bottlenecks).
+    last_relu: False inside the backbone, whose stages end without an activation.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class CoordinateGate(nn.Module):
 
 # %% ../../../nbs/leaf/10_model.ipynb #d9f2a134
 class ChannelGate(nn.Module):
-    """ECA's gates of shape (B, C, 1, 1): a convolution of three weights over the channels' means."""
+    """ECA's gates (B, C, 1, 1): a convolution of three weights over the channels' means."""
 
     def __init__(self, kernel: int = 3):
         super().__init__()
@@ -127,21 +128,14 @@ def _backbone(name: str, keep_unused_head: bool) -> nn.Module:
 class InputRange(nn.Module):
     """Images (B, 3, S, S) with ImageNet's mean and spread -> with those of `wanted`.
 
-    wanted: {"mean": 3 numbers, "std": 3 numbers} of pixels from 0 to 1, as timm's `pretrained_cfg` has them.
+    wanted: {"mean", "std"}, 3 numbers each, of pixels from 0 to 1, as in timm's `pretrained_cfg`.
     """
 
     def __init__(self, wanted: dict):
         super().__init__()
-        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
         mean, std, new_mean, new_std = (
             torch.tensor(values).view(1, 3, 1, 1)
-            for values in (
-                IMAGENET_DEFAULT_MEAN,
-                IMAGENET_DEFAULT_STD,
-                wanted["mean"],
-                wanted["std"],
-            )
+            for values in (MEAN, STD, wanted["mean"], wanted["std"])
         )
         self.register_buffer("scale", std / new_std, persistent=False)  # not in checkpoints
         self.register_buffer("shift", (mean - new_mean) / new_std, persistent=False)
@@ -151,7 +145,7 @@ class InputRange(nn.Module):
 
 # %% ../../../nbs/leaf/10_model.ipynb #e1b885d0
 class LeafNet(nn.Module):
-    """Image (B, 3, S, S) -> logits (B, K): backbone with a block behind one of its stages, mean, dropout, linear."""
+    """Image (B, 3, S, S) -> logits (B, K): backbone with a block, mean, dropout, linear."""
 
     def __init__(
         self,
@@ -162,16 +156,24 @@ class LeafNet(nn.Module):
         attn_stride: int,
         config: dict,
         input_range: nn.Module | None = None,
+        frozen_norms: bool = False,
     ):
         super().__init__()
+        self.frozen_norms = frozen_norms  # not in config: it matters to training only
         self.backbone, self.block = backbone, block
         self.input_range = input_range or nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(STRIDES[32][1], num_classes)
         self.after = STRIDES[attn_stride][0]
-        self.config = (
-            config  # the arguments of build(): literals only, so a checkpoint can carry them
-        )
+        self.config = config  # build()'s arguments: literals only, so a checkpoint can carry them
+
+    def train(self, mode: bool = True) -> "LeafNet":
+        """As in PyTorch; frozen norms stay in evaluation mode."""
+        super().train(mode)
+        for module in self.backbone.modules() if self.frozen_norms else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """The (B, 576) vectors that the classifier sees, before dropout."""
@@ -197,7 +199,7 @@ def new_modules(model: LeafNet) -> list[nn.Module]:
 
 # %% ../../../nbs/leaf/10_model.ipynb #30309fcc
 def check_size(image_size: int) -> int:
-    """`image_size` if the backbone can halve it five times, else ValueError with the two nearest sizes that work."""
+    """`image_size` if the backbone can halve it five times, else ValueError with ones that work."""
     if image_size < 32 or image_size % 32:
         below = max(image_size // 32 * 32, 32)
         raise ValueError(
@@ -207,13 +209,10 @@ def check_size(image_size: int) -> int:
 
 
 def _check(config: dict) -> None:
-    """ValueError for a setting of build() that is out of range, or that its variant would ignore."""
+    """ValueError for a setting of build() that is out of range or that its variant ignores."""
     variant = config["variant"]
     if variant not in VARIANTS:
-        near = difflib.get_close_matches(str(variant), VARIANTS, 1, 0)[0]
-        raise ValueError(
-            f"variant={variant!r} is unknown: did you mean {near!r}? There are {', '.join(VARIANTS)}"
-        )
+        raise ValueError(f"variant={variant!r} is unknown; {nearest(str(variant), VARIANTS)}")
     if config["backbone"] not in BACKBONES:
         raise ValueError(
             f"backbone={config['backbone']!r} is unknown: choose from {', '.join(BACKBONES)}"
@@ -242,8 +241,8 @@ def _check(config: dict) -> None:
     ):
         if config[name] != default and variant not in users:
             raise ValueError(
-                f"{name}={config[name]!r} has no effect on {variant!r}, only on {', '.join(users)}: "
-                f"leave it out"
+                f"{name}={config[name]!r} has no effect on {variant!r}, only on {', '.join(users)}:"
+                f" leave it out"
             )
     if config["reduction"] is not None and config["reduction"] < 1:
         raise ValueError(f"reduction={config['reduction']}: give a divisor of 1 or more")
@@ -257,13 +256,14 @@ _FAITHFUL = {
 
 
 def _as_published(config: dict, defaults: dict) -> dict:
-    """`config` with what the published code does instead; ValueError where a setting was chosen that contradicts it."""
+    """`config` as the published code has it; ValueError where a setting contradicts that."""
     published = {"keep_unused_head": True, **_FAITHFUL.get(config["variant"], {})}
     for name, default in defaults.items():
         fixed = published.get(name, default)
         if config[name] not in (default, fixed):
             raise ValueError(
-                f"{name}={config[name]!r} contradicts faithful=True, where it is {fixed!r}: leave one out"
+                f"{name}={config[name]!r} contradicts faithful=True, where it is {fixed!r}:"
+                f" leave one out"
             )
     return config | published
 
@@ -300,52 +300,32 @@ def _block(config: dict) -> nn.Module:
     return BoTBlock(channels, _attention(config, variant == "bot_linear"), last_relu=stride == 32)
 
 # %% ../../../nbs/leaf/10_model.ipynb #b3e31d39
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a .safetensors, .pt, .pth or .ckpt file by name, without the wrappers that trainers put around."""
-    from leansense.core.checkpoint import check_finite, load_file  # loads Lightning
-
-    content = load_file(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not any(
-        torch.is_tensor(value) for value in content.values()
-    ):
-        raise ValueError(f"{path}: holds no weights by name: give a state_dict or a checkpoint")
-    inner = {
-        name.removeprefix("model."): value
-        for name, value in content.items()
-        if name.startswith("model.")
-    }
-    check_finite(inner or content, path)
-    return inner or content
-
-
 def load_weights(model: LeafNet, path: str | Path) -> LeafNet:
-    """Load a checkpoint of this model, or timm's weights into its backbone; ValueError naming the first misfit."""
-    from leansense.core.checkpoint import check_weights  # loads Lightning
+    """Load a checkpoint of this model, or timm's weights into its backbone.
 
-    given = _read_weights(Path(path))
+    ValueError, one line, naming the first tensor that does not fit.
+    """
+    from leansense.core.checkpoint import check_finite, check_weights  # loads Lightning
+    from leansense.core.weights import read_weights
+
+    given = read_weights(path)
+    check_finite(given, path)
     whole = any(name.startswith("backbone.") for name in given)
     target, prefix = (model, "backbone.") if whole else (model.backbone, "")
     own = target.state_dict()
-    unused = (
-        f"{prefix}conv_head.",
-        *(() if prefix else ("classifier.",)),
-    )  # of layers that are not in use here
+    unused = (f"{prefix}conv_head.", *(() if prefix else ("classifier.",)))  # layers not in use
     given = {
         name: value for name, value in given.items() if name in own or not name.startswith(unused)
     }
-    counters = {
-        name: own[name] for name in own if name.endswith("num_batches_tracked")
-    }  # absent in older files
+    absent = "num_batches_tracked"  # in older files
+    counters = {name: own[name] for name in own if name.endswith(absent)}
     check_weights(target, counters | given, path)
     target.load_state_dict(counters | given)
     return model
 
 # %% ../../../nbs/leaf/10_model.ipynb #051a52fd
 def _answers(endpoint: str, seconds: float) -> bool:
-    """Whether a server answers at all within `seconds`; a name that is never resolved counts as no."""
+    """Whether a server answers at all within `seconds`; an unresolved name counts as no."""
     import threading
     import urllib.error
     import urllib.request
@@ -363,9 +343,7 @@ def _answers(endpoint: str, seconds: float) -> bool:
         except (OSError, ValueError):
             said.append(False)
 
-    thread = threading.Thread(
-        target=ask, daemon=True
-    )  # the system's resolver knows no timeout of ours
+    thread = threading.Thread(target=ask, daemon=True)  # a resolver knows no timeout of ours
     thread.start()
     thread.join(seconds)
     return bool(said and said[0])
@@ -413,16 +391,27 @@ def build(
     faithful: bool = False,
     image_size: int = 224,
     backbone: str = "mobilenetv3_small_100",
+    frozen_norms: bool = False,
 ) -> LeafNet:
-    """A leaf classifier, see VARIANTS; ValueError, one line, for settings that are wrong or would have no effect.
+    """A leaf classifier; one-line ValueError for settings that are wrong or have no effect.
 
-    heads: of the BoT block, a divisor of 144. reduction: of coordinate attention only; None: 16.
-    dropout: before the classifier; None: 0.1, hybrid 0.2. feature_map: of bot_linear, relu | elu1.
-    pos: none | sincos_q | sincos_qk | relative (softmax only, tied to image_size).
-    attn_stride: 32 (the guide's) | 16 | 8, of bot and bot_linear. matrix: store softmax's N x N matrix.
-    keep_unused_head: 590,848 published parameters that nothing uses. faithful: the published code, see above.
-    weights: local file, of the backbone or of this model. pretrained: fetch the backbone's from the hub.
-    backbone: see BACKBONES; tf_: TensorFlow's padding, variances and range of pixels.
+    Args:
+        variant: a key of VARIANTS
+        num_classes: K, at least 2
+        heads: of the BoT block, a divisor of 144
+        reduction: of coordinate attention only; None: 16
+        dropout: before the classifier; None: 0.1, hybrid 0.2
+        feature_map: of bot_linear: relu | elu1
+        pos: none | sincos_q | sincos_qk | relative (softmax only, tied to image_size)
+        attn_stride: 32 (the guide's) | 16 | 8, of bot and bot_linear
+        matrix: store softmax's N x N matrix
+        keep_unused_head: 590,848 published parameters that nothing uses
+        weights: local file, of the backbone or of this model
+        pretrained: fetch the backbone's weights from the hub
+        faithful: the published code, see above
+        image_size: S, a multiple of 32
+        backbone: see BACKBONES; tf_: TensorFlow's padding, variances and range of pixels
+        frozen_norms: the backbone's batch norms keep the statistics that come with `weights`
     """
     config = dict(
         variant=variant,
@@ -445,6 +434,11 @@ def build(
         config = _as_published(
             config, {"feature_map": "relu", "pos": "sincos_qk", "attn_stride": 32}
         )
+    if frozen_norms and not (weights or pretrained):
+        raise ValueError(
+            "frozen_norms=True keeps the statistics of trained weights, and there are none: "
+            "give weights or pretrained, or leave it out"
+        )
     file = weights or (hub_weights(backbone=backbone) if pretrained else "")  # before any work
     trunk = _backbone(backbone, config["keep_unused_head"])
     model = LeafNet(
@@ -455,6 +449,7 @@ def build(
         attn_stride,
         config,
         InputRange(trunk.pretrained_cfg) if backbone.startswith("tf_") else None,
+        frozen_norms,
     )
     return load_weights(model, file) if file else model
 
@@ -466,7 +461,7 @@ def swap_attention(model: LeafNet, feature_map: str = "relu") -> LeafNet:
         raise ValueError(f"swap_attention works on bot and bot_linear, not on {variant!r}")
     if pos == "relative":
         raise ValueError(
-            "pos='relative' cannot be kept in linear form: train the model with a sincos position to swap"
+            "pos='relative' cannot be kept in linear form: train with a sincos position to swap"
         )
     linear = variant == "bot"
     other = copy.deepcopy(model)
