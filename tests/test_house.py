@@ -151,6 +151,25 @@ def test_outputs(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_links(path):
+    """A link leads to a file that is there."""
+    for cell in cells(path):
+        if cell["cell_type"] == "markdown":
+            for link in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", source(cell)):
+                assert (path.parent / link).exists(), f"{link} is not there"
+
+
+def test_the_tour_shows_all_systems():
+    """The tour finds the systems by itself and leads to a notebook of each; `make lab` opens it."""
+    tour = (ROOT / "nbs/00_tour.ipynb").read_text()
+    assert "for system in systems()" in tour and "copy first" in tour
+    for folder in ("core", "layers", "world", "leaf"):
+        assert re.search(rf"\]\({folder}/\w+\.ipynb\)", tour), folder
+    recipes = (ROOT / "Makefile").read_text()
+    assert re.search(r"lab: .*\n.*--ip=127.0.0.1 .*--notebook-dir=\. (.|\n)*00_tour", recipes)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 def test_prose(path):
     """A notebook has a word of prose for each statement, at the least."""
     words = sum(len(source(c).split()) for c in cells(path) if c["cell_type"] == "markdown")
