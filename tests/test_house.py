@@ -159,6 +159,16 @@ def test_links(path):
                 assert (path.parent / link).exists(), f"{link} is not there"
 
 
+def test_every_table_is_displayed():
+    """A table that a cell makes before its last line is given to display, or nobody sees it."""
+    for path, name in zip(NOTEBOOKS, NAMES, strict=True):
+        for cell in cells(path):
+            if cell["cell_type"] == "code" and not is_export(cell) and ".table(" in source(cell):
+                bare = [n for n in ast.parse(source(cell)).body[:-1] if isinstance(n, ast.Expr)]
+                calls = [ast.unparse(n) for n in bare]
+                assert not [call for call in calls if call.startswith("paper.table(")], name
+
+
 def test_the_tour_shows_all_systems():
     """The tour finds the systems by itself and leads to a notebook of each; `make lab` opens it."""
     tour = (ROOT / "nbs/00_tour.ipynb").read_text()
