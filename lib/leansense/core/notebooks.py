@@ -60,7 +60,8 @@ def find_foreign(text: str) -> str:
 
 # %% ../../../nbs/core/70_notebooks.ipynb #0adc772b
 LIMIT = 150_000  # bytes of a notebook
-STEPS = ((900, 64), (760, 64), (640, 48), (520, 32), (420, 24), (340, 16))  # (width, colours)
+# (width, colours), from best to smallest
+STEPS = tuple((w, 64 if w > 600 else 48 if w > 460 else 32) for w in range(900, 300, -40))
 
 
 def shrink_png(data: bytes, width: int, colours: int) -> bytes:
