@@ -17,6 +17,7 @@ import re
 import site
 import subprocess
 import sys
+import tempfile
 from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -50,6 +51,7 @@ def clean_text(text: str) -> str:
     places = {str(root()), str(Path(os.path.abspath(root()))), *site.getsitepackages()}
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place + os.sep, "").replace(place, ".")
+    text = re.sub(re.escape(tempfile.gettempdir()) + r"/tmp\w+", "…", text)
     return _ADDRESS.sub(r"\1\2", _OVERWRITTEN.sub("", text))
 
 
