@@ -78,8 +78,14 @@ def is_one_class(cell: dict) -> bool:
 
 
 def is_private(cell: dict) -> bool:
-    """It defines helpers, and nothing that a reader would call."""
-    names = [node.name for node in defines(cell)]
+    """It defines helpers, or constants for them, and nothing that a reader would call."""
+    names = [node.name for node in defines(cell)] or [
+        target.id
+        for node in ast.parse(source(cell)).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
     return bool(names) and all(name.startswith("_") for name in names)
 
 
@@ -101,7 +107,7 @@ def test_which_cells_are_private_or_one_class():
     def cell(text):
         return {"cell_type": "code", "source": [f"#| export\n{text}"]}
 
-    assert is_private(cell("def _a(): ...\nclass _B: ..."))
+    assert is_private(cell("def _a(): ...\nclass _B: ...")) and is_private(cell("_A = 1"))
     assert not is_private(cell("def _a(): ...\ndef b(): ...")) and not is_private(cell("A = 1"))
     assert is_one_class(cell("A = 1\nclass B: ..."))
     assert not is_one_class(cell("class A: ...\nclass B: ..."))
