@@ -774,7 +774,7 @@ def test_a_split_made_anew_has_three_parts(copy, split_name):
 
 
 def test_declared_parameters_are_those_that_decide_the_data(copy):
-    """Each row parameter that changes the data or its fingerprint is in PARAMETERS, and no other."""
+    """Each row parameter that changes the data or its fingerprint is in PARAMETERS, no other."""
     from leansense.core.parameters import declared
 
     base = {name: p.default for name, p in declared("nbs/leaf/80_row.ipynb").items()} | {

@@ -711,7 +711,7 @@ def test_training_through_fit_is_as_fast_as_a_bare_loop(tmp_path):
 
 
 def test_rows_quote_the_test_and_have_enough_of_it():
-    """The headline is a test score; 240 test pictures; five seeds of short rows, three of others."""
+    """The headline is a test score; 240 test pictures; five seeds of short rows, else three."""
     assert read_matrix("leaf")["headline"]["metric"] == "test_f1"
     seeds = {}
     for line in read_rows("leaf", "demo"):
