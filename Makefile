@@ -1,7 +1,7 @@
 # leansense: `make` alone lists what there is. Everything works from a fresh clone, with nothing activated.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup tables test gates lab papers prepare hooks clean unlock
+.PHONY: help setup tables test gates lab papers notebooks prepare hooks clean unlock
 .DELETE_ON_ERROR:
 
 SYSTEM  ?=
@@ -55,12 +55,17 @@ test: $(ready)  ## the test suite, on up to four cores; it measures no time
 gates: $(ready)  ## the tests that measure time; one that fails is measured again when the machine is quiet
 	@$(bin)/python -m pytest -q -m gate -rA
 
-lab: $(ready)  ## JupyterLab on localhost, with its token
-	@$(bin)/python -m jupyterlab --ip=127.0.0.1 --port="$$PORT" --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
+lab: $(ready)  ## JupyterLab on localhost, with its token; it opens the tour
+	@$(bin)/python -m jupyterlab --ip=127.0.0.1 --port="$$PORT" --notebook-dir=. \
+		--LabApp.default_url=/lab/tree/nbs/00_tour.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 papers: tables  ## the same as tables: it ends with the PDFs
 
-prepare: $(ready)  ## for developers: notebooks -> lib, cleaned, then the tests
+notebooks: $(ready)  ## run the notebooks that teach and keep their outputs in place
+	@$(bin)/python -m leansense.core.notebooks --system="$$SYSTEM" --jobs="$$CORES"
+
+prepare: $(ready)  ## for developers: notebooks formatted, checked, exported and cleaned (outputs stay), then the tests
+	@$(bin)/ruff format nbs tests setup.py && $(bin)/ruff check nbs tests setup.py
 	@$(bin)/nbdev_export && $(bin)/nbdev_clean && $(MAKE) --no-print-directory test
 
 hooks: $(ready)  ## for developers: nbdev's git and Jupyter hooks (also writes to ~/.jupyter)

@@ -441,6 +441,29 @@ def test_imagenet_weights_of_the_tensorflow_backbone(imagenet):
     assert not torch.allclose(model.features(image(2, 96)), other.features(image(2, 96)), atol=1e-2)
 
 
+def test_frozen_norms_keep_their_statistics(tmp_path, donor):
+    """In training too, through copies and evaluation; their scales are still trained."""
+    path = tmp_path / "w.pt"
+    torch.save(donor.state_dict(), path)
+    model = build("ca", 4, weights=str(path), frozen_norms=True).eval().train()
+    norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    copy.deepcopy(model).train()(image()).square().sum().backward()
+    model(image()).square().sum().backward()
+    after = model.state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all(k.startswith("block.") for k in moved), "the block's own norms learn"
+    assert not any(m.training for m in norms) and all(m.weight.grad is not None for m in norms)
+    plain = build("ca", 4, weights=str(path)).train()
+    plain(image())
+    assert not torch.equal(
+        plain.state_dict()["backbone.bn1.running_mean"], before["backbone.bn1.running_mean"]
+    )
+    assert "frozen_norms" not in model.config
+    with pytest.raises(ValueError, match="frozen_norms=True .* give weights or pretrained"):
+        build("bot", 4, frozen_norms=True)
+
+
 class Thing:
     pass
 

@@ -728,7 +728,11 @@ def test_rows_quote_the_test_and_have_enough_of_it():
     for line in real:
         found.setdefault((line.table, line.name), set()).add(line.seed)
     trained = {key: len(kept) for key, kept in found.items() if key[0] in ("photographs", "recipe")}
-    assert len(trained) == 9 and set(trained.values()) == {3}
+    assert len(trained) == 11 and set(trained.values()) == {3}
+    kept = {line.name: line.params for line in real if line.table == "recipe"}
+    for name in ("pretrained", "pretrained_grouped"):
+        assert kept[name]["weights"].startswith("data/weights/") and kept[name]["frozen_norms"]
+        assert kept[name]["split"] == ("grouped" if name.endswith("grouped") else "given")
 
 
 def cell_with(notebook: str, text: str) -> str:

@@ -1,9 +1,10 @@
-"""The batch engine on a toy system in a scratch checkout: current or not, failure, kill, cluster, typo."""
+"""The batch engine on a toy system in a scratch checkout: current or not, failure, kill, typo."""
 
 import json
 import os
 import shutil
 import stat
+import subprocess
 
 import pytest
 
@@ -374,6 +375,40 @@ def test_odd_record_runs_again(inside, name):
 
 
 # --- what is current ---
+
+
+def test_edited_defaults_are_refused(inside, capsys):
+    """An uncommitted edit of a parameters cell does not make the records of all rows anew."""
+    for row in rows.read_rows("toy"):
+        record(row, {name: value for name, value in row.params.items() if name != "data"})
+    notebook = inside / "nbs/toy/80_row.ipynb"
+    whole = notebook.read_text()
+
+    def refused() -> str:
+        return batch.edited_defaults(batch.plan("toy"))
+
+    write_atomic(notebook, whole.replace("sleep: float = 0.0", "sleep: float = 0.1"))
+    assert {step.reason for step in batch.plan("toy")} == {"changed sleep"}
+    assert refused() == "", "there is no git here"
+    git = ["git", "-C", str(inside), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    write_atomic(notebook, whole)
+    for words in (["init", "-q"], ["add", "nbs"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    assert refused() == ""
+    write_atomic(notebook, whole.replace("sleep: float = 0.0", "sleep: float = 0.1"))
+    assert refused() == (
+        "nbs/toy/80_row.ipynb: its parameters cell was edited (sleep) and not committed, and its "
+        "defaults are those of 4 rows whose records would be made anew; to try something, copy the "
+        "notebook; else commit the change"
+    )
+    assert batch.main(["--system", "toy"]) == 2 and refused() in capsys.readouterr().err
+    write_atomic(notebook, notebook.read_text().replace("value: int = 1", "value: int = 2"))
+    assert "(sleep, value)" in refused()
+    write_atomic(notebook, notebook.read_text().replace("step < 3", "step < 4"))
+    assert refused() == "", "the code is another, too: that is development"
+    write_atomic(notebook, whole.replace("sleep: float = 0.0", "sleep: float = 0.1"))
+    subprocess.run([*git, "commit", "-qam", "meant"], check=True)
+    assert refused() == ""
 
 
 def test_results_are_current_by_content(inside):

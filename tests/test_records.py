@@ -333,7 +333,7 @@ def test_staleness_names_the_module(library):
         library / "nbs/toy/80_row.ipynb",
         CELL,
         "from leansense.core.a import f",
-        'import_module("leansense.layers.k_native")',
+        'from importlib import import_module\nimport_module("leansense.layers.k_native")',
     )
     out, this = made(library)
     assert record.read(out)["code"] == this.code and set(this.code) == {

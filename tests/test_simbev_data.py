@@ -1,4 +1,4 @@
-"""SimBEV recordings: faults and their words, layouts, conventions against the world's truth, augmentation, cache."""
+"""SimBEV recordings: faults and their words, layouts, conventions, augmentation, cache."""
 
 import json
 import math
@@ -20,44 +20,46 @@ from leansense.core.loader import loader
 from leansense.core.parameters import declared
 from leansense.core.paths import data_root
 from leansense.core.rows import read_rows
-from leansense.simbev import data as simbev
-from leansense.simbev.augment import (
-    AUGMENTS,
-    Augment,
-    Choice,
-    apply,
-    draw,
-    evaluation,
-    matrix,
-    placed,
-)
-from leansense.simbev.cache import pixels
-from leansense.simbev.convention import (
+from leansense.layers.conventions import (
     EXTRINSICS,
     FLIPS,
+    INPUTS,
     INTRINSICS,
     camera_to_ego,
+    check_intrinsics,
+    check_rigid,
     ego_to_camera,
-    not_for_size,
-    not_rigid,
-    resample,
-    rotation_of,
-    scaled_k,
-    to_lss,
+    orient_label,
+    quaternion_to_matrix,
+    resample_label,
+    scale_intrinsics,
 )
+from leansense.layers.image_augment import (
+    Augment,
+    Choice,
+    augment_image,
+    choose_middle,
+    draw_choices,
+    make_matrix,
+    place_crop,
+)
+from leansense.layers.lift_splat import project
+from leansense.simbev import data as simbev
+from leansense.simbev.data import AUGMENTS
+from leansense.simbev.frames import cache_pixels
 from leansense.simbev.layouts import (
     CAMERAS,
     CLASSES,
-    camera_of,
-    channels,
+    find_camera,
     locate,
-    order_of,
-    pick,
+    order_cameras,
+    parse_classes,
+    pick_classes,
     read_label,
-    rerooted,
+    reroot,
 )
 from leansense.simbev.overlap import read_depth, splat_overlap
-from leansense.simbev.standin import depth_png, image_size, shots, standin, version
+from leansense.simbev.standin import encode_depth, make_shots, parse_size, standin, version
 
 SMALL = dict(n=8, size="240x112")  # four scenes of two frames: two train, one validates, one tests
 FAST = dict(size=(112, 240), final=(64, 176))
@@ -398,7 +400,7 @@ def test_every_camera_has_its_own_lens(copies, place):
 
 
 def regrid(folder, res, dim):
-    """The native labels of a copy at another resolution, as SimBEV would have drawn them; the config says so."""
+    """The native labels of a copy at another resolution, as SimBEV would have drawn them."""
     at = (np.arange(dim) + 0.5 - dim / 2) * res
     index = np.floor((at + 72) / 0.4).astype(int).clip(0, 359)
     for path in folder.rglob("*GT_SEG.npz"):
@@ -469,7 +471,7 @@ def test_a_damaged_standin_is_drawn_again(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_read_any_layout(folders, layout):
-    """Tables that want depth pictures of the stand-in take a real folder as it is, and go without them."""
+    """Tables that want depth images of the stand-in take a real folder as it is, without them."""
     for scale in ("smoke", "demo", "paper"):
         rows = [
             row
@@ -559,10 +561,10 @@ def test_cameras_that_look_elsewhere(copies):
     ("named", "said"),
     [
         ({"flip": "leftright"}, "flip='leftright' is unknown"),
-        ({"extrinsics": "inv"}, "did you mean 'inverse'?"),
-        ({"intrinsics": "scale"}, "did you mean 'scaled'?"),
+        ({"extrinsics": "inv"}, "'inverse'"),
+        ({"intrinsics": "scale"}, "'scaled'"),
         ({"ego": "mask"}, "ego='mask' is unknown"),
-        ({"augment": "publishd"}, "did you mean 'published'?"),
+        ({"augment": "publishd"}, "'published'"),
         ({"cams": "front,top"}, "cams='top' is unknown"),
         ({"classes": "lorry"}, "classes: 'lorry' is unknown"),
         ({"classes": ["car", "car"]}, "each once"),
@@ -576,7 +578,7 @@ def test_unknown_words(folder, named, said):
     assert said in message(
         ValueError, simbev.SimBEVDataset, simbev.load(folder), "train", **(FAST | named)
     )
-    assert "did you mean 'valid'?" in message(ValueError, simbev.load(folder).part, "valud")
+    assert "'valid'" in message(ValueError, simbev.load(folder).part, "valud")
 
 
 def test_bounds_beyond_the_label(folder):
@@ -704,9 +706,10 @@ def test_images_in_another_order_are_put_right(copies, folder):
     first, second = (
         simbev.SimBEVDataset(simbev.load(place), "train", **FAST)[0] for place in (folder, shuffled)
     )
-    assert all(torch.equal(first[name], second[name]) for name in simbev.INPUTS)
+    assert all(torch.equal(first[name], second[name]) for name in INPUTS)
     assert (
-        order_of(["a"] * 6) == list(range(6)) and camera_of("front_rightish/3.jpg") != "front_right"
+        order_cameras(["a"] * 6) == list(range(6))
+        and find_camera("front_rightish/3.jpg") != "front_right"
     )
 
 
@@ -735,15 +738,15 @@ def test_classes_by_name_in_every_version(count):
     label = np.zeros((count, 4, 4), np.uint8)
     for k, name in enumerate(("car", "truck", "bus", "pedestrian")):
         label[CLASSES[count].index(name), k, k] = 1
-    found = pick(label, channels("vehicle,pedestrian,road"))
+    found = pick_classes(label, parse_classes("vehicle,pedestrian,road"))
     assert found[0].diagonal().tolist() == [1, 1, 1, 0] and found[1, 3, 3] == 1 == found[1].sum()
     assert found[2].sum() == 0
 
 
 def test_rerooted():
     windows = r"D:\x\sweeps\old\simbev\sweeps\LIDAR\a.npz"
-    assert rerooted(windows, Path("r")) == os.path.join("r", "sweeps", "LIDAR", "a.npz")
-    assert rerooted("elsewhere/a.npz", Path("r")) == "elsewhere/a.npz"
+    assert reroot(windows, Path("r")) == os.path.join("r", "sweeps", "LIDAR", "a.npz")
+    assert reroot("elsewhere/a.npz", Path("r")) == "elsewhere/a.npz"
 
 
 # ---- conventions, against numbers and against the world's truth
@@ -755,10 +758,12 @@ def test_rerooted():
     st.lists(st.floats(-20, 20), min_size=3, max_size=3),
 )
 def test_extrinsics_invert(quaternion, centre):
-    rotation = rotation_of(quaternion)
+    rotation = quaternion_to_matrix(quaternion)
     matrix_ = ego_to_camera(rotation, centre)
     found, place = camera_to_ego(matrix_)
-    assert not_rigid(matrix_) == "" and np.allclose(found, rotation) and np.allclose(place, centre)
+    assert (
+        check_rigid(matrix_) == "" and np.allclose(found, rotation) and np.allclose(place, centre)
+    )
     assert np.allclose(np.linalg.inv(matrix_)[:3, :3], found) and np.allclose(
         np.linalg.inv(matrix_)[:3, 3], place
     )
@@ -774,20 +779,20 @@ def test_flips():
         "lr": array[:, :, ::-1],
         "ud": array[:, ::-1],
     }
-    assert all((to_lss(array, flip) == oracle[flip]).all() for flip in FLIPS)
+    assert all((orient_label(array, flip) == oracle[flip]).all() for flip in FLIPS)
 
 
 def test_native_labels_on_the_networks_grid(street):
-    """Ours against the world's own resampling, and against its raster straight onto the network's grid."""
+    """Ours against the world's own resampling, and its raster straight onto the network's grid."""
     from leansense.world import bev
     from leansense.world.camera import simbev_rig
 
     bound = (-50.0, 50.0, 0.5)
-    for frame, shot in zip(street.frames, shots(16, 0, 2)):
+    for frame, shot in zip(street.frames, make_shots(16, 0, 2)):
         label = read_label(frame)
-        found = resample(to_lss(label), 0.4, bound, bound)
-        assert (found == bev.resample(label, bev.SIMBEV_GRID, bev.LSS_GRID)).all()
-        direct = bev.raster(shot.snapshot, bev.LSS_GRID)
+        found = resample_label(orient_label(label), 0.4, bound, bound)
+        assert (found == bev.resample_label(label, bev.SIMBEV_GRID, bev.LSS_GRID)).all()
+        direct = bev.rasterise(shot.snapshot, bev.LSS_GRID)
         union = (found[1:4].max(0) | direct[1:4].max(0)).sum()
         assert not union or (found[1:4].max(0) & direct[1:4].max(0)).sum() / union > 0.75
     rig = simbev_rig(112, 240)
@@ -799,11 +804,13 @@ def test_native_labels_on_the_networks_grid(street):
 def test_k_and_image_size():
     k = np.array([[953.4029, 0, 800], [0, 953.4029, 450], [0, 0, 1.0]])
     wanted = [[286.02087, 0, 240], [0, 237.29, 112], [0, 0, 1]]
-    assert np.allclose(scaled_k(k, (1600, 900), (480, 224)), wanted, atol=1e-3)
-    assert (scaled_k(k, (1600, 900), (480, 224), "native") == k).all()
-    assert np.isclose(scaled_k(k, (1600, 900), (480, 224), "isotropic")[1, 1], 286.02087)
-    assert not_for_size(k, (1600, 900)) == "" and "1920 x 1200" not in not_for_size(k, (1600, 900))
-    assert "no camera matrix" in not_for_size(np.eye(3) * [-1, 1, 1], (2, 2))
+    assert np.allclose(scale_intrinsics(k, (1600, 900), (480, 224)), wanted, atol=1e-3)
+    assert (scale_intrinsics(k, (1600, 900), (480, 224), "native") == k).all()
+    assert np.isclose(scale_intrinsics(k, (1600, 900), (480, 224), "isotropic")[1, 1], 286.02087)
+    assert check_intrinsics(k, (1600, 900)) == "" and "1920 x 1200" not in check_intrinsics(
+        k, (1600, 900)
+    )
+    assert "no camera matrix" in check_intrinsics(np.eye(3) * [-1, 1, 1], (2, 2))
 
 
 def test_splat_lands_on_labels_only_when_all_three_are_right(street):
@@ -823,7 +830,7 @@ def test_splat_needs_depth(folder):
 
 
 def test_true_depth_through_loader_and_pooling(street):
-    """One-hot true depth, lifted and pooled by the layers that a model uses, under random augmentation."""
+    """One-hot true depth, lifted and pooled by a model's layers, under random augmentation."""
     from leansense.layers.bev_pool import Grid, PoolPlan, bev_pool
     from leansense.layers.lift_splat import get_geometry, make_frustum
 
@@ -835,7 +842,7 @@ def test_true_depth_through_loader_and_pooling(street):
     hit = missed = 0
     for index in range(0, 12, 3):
         item = dataset[1, index]
-        matrices = [item[name][None] for name in simbev.INPUTS[1:]]
+        matrices = [item[name][None] for name in INPUTS[1:]]
         v, u = torch.meshgrid(frustum.v, frustum.u, indexing="ij")
         uv = torch.stack([u, v], -1).reshape(1, -1, 2) - item["post_trans"][:, None, :2]
         uv = (uv @ item["post_rots"][:, :2, :2].inverse().transpose(1, 2)).numpy()
@@ -871,7 +878,7 @@ def test_doctor_notices_turned_labels(copies, flip):
     folder = copies("native")
     for path in folder.rglob("*GT_SEG.npz"):
         label = np.load(path)["data"]
-        np.savez(path, data=to_lss(to_lss(label), flip))
+        np.savez(path, data=orient_label(orient_label(label), flip))
     problems = simbev.check(folder).errors
     assert (
         len(problems) == 1
@@ -951,7 +958,7 @@ def test_large_images_are_squeezed_with_two_factors(own_data_root):
 
 
 def test_projected_boxes_lie_on_drawn_vehicles(street):
-    """Label cells projected by the item's matrices fall on vehicle pixels of the world's own class image."""
+    """Label cells projected by the item's matrices fall on vehicle pixels of the world's image."""
     from leansense.world.camera import render, simbev_rig
     from leansense.world.scene import class_id
 
@@ -959,16 +966,18 @@ def test_projected_boxes_lie_on_drawn_vehicles(street):
         street, "train", augment="none", size=(112, 240), final=(112, 240)
     )
     kinds = [class_id(name) for name in ("car", "truck", "bus")]
-    inside = total = 0
-    for index, shot in zip(range(6), shots(16, 0, 2)):
+    inside, total, limit = 0, 0, (240, 112)
+    for index, shot in zip(range(6), make_shots(16, 0, 2)):
         item, drawn = dataset[index], render(shot.snapshot, simbev_rig(112, 240), shot.seed)
         i, j = np.nonzero(item["target"][0].numpy())
         points = np.stack([-49.75 + 0.5 * i, -49.75 + 0.5 * j, np.full(len(i), 0.7)], 1)
-        near = np.hypot(points[:, 0], points[:, 1]) < 15
+        near = torch.from_numpy(points[np.hypot(points[:, 0], points[:, 1]) < 15]).float()[None]
+        uv, depth = (
+            part[0].numpy() for part in project(near, *(item[n][None] for n in INPUTS[1:]))
+        )
         for camera in range(6):
-            uv, depth = simbev.project(points[near], item, camera)
-            seen = simbev.inside(uv, depth, (112, 240))
-            column, row = uv[seen].astype(int).T
+            seen = (depth[camera] > 1) & (uv[camera] > 0).all(1) & (uv[camera] < limit).all(1)
+            column, row = uv[camera][seen].astype(int).T
             inside += np.isin(drawn.kind[camera][row, column], kinds).sum()
             total += seen.sum()
     assert total > 100 and inside / total > 0.9
@@ -990,15 +999,15 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("choice", "rotation", "shift"), GOLDEN)
 def test_published_matrices(choice, rotation, shift):
-    a, b = matrix(choice)
+    a, b = make_matrix(choice)
     assert np.allclose(a[:2, :2], rotation, atol=1e-6) and np.allclose(b[:2], shift, atol=1e-4)
     assert a[2].tolist() == [0, 0, 1]
 
 
 def test_evaluation_choices():
-    assert evaluation(AUGMENTS["nuscenes"], (900, 1600), (128, 352)).crop == (0, 48, 352, 176)
-    assert evaluation(AUGMENTS["published"], (224, 480), (128, 352)).crop == (0, 36, 352, 164)
-    both = [evaluation(AUGMENTS[name], (224, 480), (128, 352)) for name in ("none", "matched")]
+    assert choose_middle(AUGMENTS["nuscenes"], (900, 1600), (128, 352)).crop == (0, 48, 352, 176)
+    assert choose_middle(AUGMENTS["published"], (224, 480), (128, 352)).crop == (0, 36, 352, 164)
+    both = [choose_middle(AUGMENTS[name], (224, 480), (128, 352)) for name in ("none", "matched")]
     assert both[0] == both[1]
 
 
@@ -1007,7 +1016,7 @@ def test_evaluation_choices():
 def test_drawn_choices_stay_in_range(seed, name):
     augment = AUGMENTS[name]
     unit = 352 / 480 if augment.relative else 1.0
-    for choice in draw(augment, (224, 480), (128, 352), np.random.default_rng(seed)):
+    for choice in draw_choices(augment, (224, 480), (128, 352), np.random.default_rng(seed)):
         assert (
             unit * augment.resize_lim[0] - 1e-9
             <= choice.resize
@@ -1030,8 +1039,8 @@ def test_drawn_choices_stay_in_range(seed, name):
 @pytest.mark.parametrize("resize", [0.45, 0.7333, 1.2])
 def test_image_follows_matrix(resize, rotate, flip):
     """A bright spot is where the matrix says, in x and in y."""
-    choice = placed(resize, 0.1, 0.7, (150, 300), (64, 128), flip, rotate)
-    a, b = (part.numpy() for part in matrix(choice))
+    choice = place_crop(resize, 0.1, 0.7, (150, 300), (64, 128), flip, rotate)
+    a, b = (part.numpy() for part in make_matrix(choice))
     wanted = np.array([50.3, 28.9])
     spot = np.linalg.solve(a[:2, :2], wanted - b[:2])
     assert (spot > 12).all() and spot[0] < 288 and spot[1] < 138
@@ -1041,18 +1050,18 @@ def test_image_follows_matrix(resize, rotate, flip):
         .repeat(3, 2)
         .astype(np.uint8)
     )
-    out = apply(image, choice)[..., 0].astype(float)
+    out = augment_image(image, choice)[..., 0].astype(float)
     v, u = np.mgrid[:64, :128] + 0.5
     found = np.array([(out * u).sum(), (out * v).sum()]) / out.sum()
     assert out.shape == (64, 128) and np.abs(found - wanted).max() < 0.2
 
 
 def test_small_images_are_padded_black():
-    out = apply(
-        np.full((900, 1600, 3), 200, np.uint8), placed(0.193, 0.0, 0.5, (900, 1600), (128, 352))
+    out = augment_image(
+        np.full((900, 1600, 3), 200, np.uint8), place_crop(0.193, 0.0, 0.5, (900, 1600), (128, 352))
     )
     assert (out[:, :308] == 200).all() and (out[:, 309:] == 0).all()
-    gone = apply(np.full((20, 20, 3), 200, np.uint8), Choice(1.0, (40, 40, 48, 48)))
+    gone = augment_image(np.full((20, 20, 3), 200, np.uint8), Choice(1.0, (40, 40, 48, 48)))
     assert gone.shape == (8, 8, 3) and not gone.any()
 
 
@@ -1073,8 +1082,7 @@ def test_a_sample_is_the_same_with_any_number_of_workers(folder, augment):
     backwards = {k: dataset[2, k] for k in reversed(range(len(dataset)))}
     for k in range(len(dataset)):
         assert all(
-            torch.equal(dataset[2, k][name], backwards[k][name])
-            for name in (*simbev.INPUTS, "target")
+            torch.equal(dataset[2, k][name], backwards[k][name]) for name in (*INPUTS, "target")
         )
         same = all(
             torch.equal(dataset[2, k][name], dataset[3, k][name]) for name in ("imgs", "rots")
@@ -1104,7 +1112,7 @@ def test_a_subset_of_cameras_and_dropping_cameras_are_two_things(folder):
         return simbev.SimBEVDataset(data, split, augment="published", **FAST, **named)
 
     front = make("train", cams="front_right,front_left,front")
-    for name in simbev.INPUTS:  # the rig's order, and the very augmentation that the whole rig has
+    for name in INPUTS:  # the rig's order, and the very augmentation that the whole rig has
         assert torch.equal(front[5, 1][name], make("train")[5, 1][name][:3])
         assert torch.equal(make("valid", cams="back")[0][name], make("valid")[0][name][4:5])
     dropped = [make("train", ncams=5)[0, k] for k in range(4)] + [
@@ -1142,7 +1150,7 @@ def test_keys_at_the_ends(folder):
         dataset[len(dataset)]
     batch = dataset.example()
     assert batch["imgs"].shape == (1, 6, 3, 64, 176) and batch["target"].shape == (1, 1, 200, 200)
-    assert all(batch[name].dtype == torch.float32 for name in (*simbev.INPUTS, "target", "mask"))
+    assert all(batch[name].dtype == torch.float32 for name in (*INPUTS, "target", "mask"))
 
 
 # ---- targets
@@ -1192,7 +1200,7 @@ def test_a_damaged_cache_is_built_again(folder):
     paths = [path for f in data.frames for path in f.images]
 
     def build():
-        return pixels(data.folder, paths, (28, 60))[1]
+        return cache_pixels(data.folder, paths, (28, 60))[1]
 
     wanted, path = np.array(build()), Path(build().filename)
     whole = path.read_bytes()
@@ -1231,7 +1239,8 @@ def test_identify_is_light():
         "('torch', 'pandas', 'lightning', 'matplotlib', 'torchvision', 'sklearn', 'scipy', 'PIL')"
     )
     code = (
-        "import sys, leansense.simbev.data as d; print(d.identify({'data': 'standin', 'standin': 40}));"
+        "import sys, leansense.simbev.data as d; "
+        "print(d.identify({'data': 'standin', 'standin': 40}));"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     name, loaded = subprocess.run(
@@ -1287,18 +1296,18 @@ def test_loaders_take_the_published_flags(folder):
         classes="vehicle,road",
         lr=1e-3,
     )
-    named = simbev.options(params)
+    named = simbev.read_options(params)
     assert named["size"] == (112, 240) and named["ncams"] == 0
     for count, asked, kept in ((4, 6, 0), (4, 4, 0), (4, 3, 3), (6, 5, 5), (6, 0, 0)):
-        assert simbev.options({"cams": list(CAMERAS[:count]), "ncams": asked})["ncams"] == kept
+        assert simbev.read_options({"cams": list(CAMERAS[:count]), "ncams": asked})["ncams"] == kept
     assert named["augment"] == Augment((0.5, 0.6), rand_flip=False)
     made = simbev.loaders(data, params)
     assert {split: len(part) for split, part in made.items()} == {"train": 1, "valid": 1, "test": 1}
     batch = next(iter(made["valid"]))
     assert batch["imgs"].shape == (2, 6, 3, 64, 176) and batch["target"].shape == (2, 2, 200, 200)
     assert batch["id"] == [f.id for f in data.part("valid")]
-    assert simbev.options({})["final"] == (128, 352)
-    assert "resize_lim=(2, 1)" in message(ValueError, simbev.options, {"resize_lim": [2, 1]})
+    assert simbev.read_options({})["final"] == (128, 352)
+    assert "resize_lim=(2, 1)" in message(ValueError, simbev.read_options, {"resize_lim": [2, 1]})
     assert "make no batch of 9" in message(ValueError, simbev.loaders, data, params | {"bsz": 9})
 
 
@@ -1327,7 +1336,7 @@ def test_standin_holds_what_real_data_hold(street):
     beyond = [label.sum() - label[55:305, 55:305].sum() for label in labels]
     assert sum(beyond) > 100
     near = [
-        resample(to_lss(label), 0.4, (-50, 50, 0.5), (-50, 50, 0.5))
+        resample_label(orient_label(label), 0.4, (-50, 50, 0.5), (-50, 50, 0.5))
         for label in labels
         if label.any()
     ]
@@ -1342,7 +1351,7 @@ def test_standin_holds_what_real_data_hold(street):
 
 def test_depth_code_round_trip(tmp_path):
     depth = np.array([[0.0, 1.0, 44.987], [500.0, 1000.0, np.inf]], np.float32)
-    (tmp_path / "d.png").write_bytes(depth_png(depth))
+    (tmp_path / "d.png").write_bytes(encode_depth(depth))
     assert np.allclose(read_depth(str(tmp_path / "d.png")), np.minimum(depth, 1000), atol=0.01)
     Image.fromarray(np.array([[[1, 2, 3]]], np.uint8)).save(tmp_path / "e.png")
     assert np.isclose(
@@ -1354,7 +1363,7 @@ def test_standin_refuses_what_it_cannot_write():
     assert "layout='cvt'" in message(ValueError, standin, layout="cvt")
     assert "size='big'" in message(ValueError, standin, size="big")
     assert "n=2, per_scene=2" in message(ValueError, standin, n=2)
-    assert image_size("1600X900") == (1600, 900)
+    assert parse_size("1600X900") == (1600, 900)
 
 
 def test_standin_written_by_several_at_once(tmp_path):

@@ -1,4 +1,4 @@
-"""Lift-Splat-Shoot for SimBEV: published counts, a naive oracle, weights of the published code, cameras, checkpointing."""
+"""Lift-Splat-Shoot for SimBEV: counts, a naive oracle, published weights, checkpointing."""
 
 import copy
 import json
@@ -79,7 +79,7 @@ def default():
 
 
 def test_counts_of_the_published_network(published):
-    """14,313,575: trunk, Up, last convolution, BEV encoder, frozen geometry; and what each part of them has."""
+    """14,313,575: trunk, Up, last convolution, BEV encoder, frozen geometry; and their parts."""
     camera, bev = published.camencode, published.bevencode
     assert count(published) == 14_313_575
     assert count(camera.trunk) == 5_288_548 and count(camera.trunk.head) == 1_693_160
@@ -255,7 +255,7 @@ def test_many_cells_upwards():
 
 @pytest.mark.parametrize("trunk", ["mobilenetv3_small_050", "resnet10t", "efficientnet_b0"])
 def test_checkpointing_gives_equal_gradients(trunk):
-    """Gradients, and running statistics, which a second forward pass must not move again; with dropout."""
+    """Gradients and running statistics, which a second forward pass must not move; with dropout."""
     results = []
     for checkpointing in (False, True):
         model = wake(tiny(trunk=trunk, checkpointing=checkpointing, drop_path=0.2)).train()
@@ -332,7 +332,7 @@ def test_compile_and_export():
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx(tmp_path):
-    """With the splat as a scatter-add, another runtime gets the same numbers from the same six tensors."""
+    """With the splat as a scatter-add, another runtime gets the same numbers."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = wake(tiny(pool="index_add")).eval()
@@ -387,7 +387,7 @@ def test_weights_load_into_another_grid():
         },
         lambda s: {f"module.{k}": v for k, v in s.items()},
     ],
-    ids=["plain", "seed", "lightning", "parallel"],
+    ids=["plain", "published", "lightning", "parallel"],
 )
 def test_own_checkpoints(tmp_path, wrap):
     model, path = wake(tiny()).eval(), tmp_path / "model.pt"
@@ -434,7 +434,7 @@ def original_names(model):
 
 
 def test_weights_of_the_published_code(tmp_path, published):
-    """All of its names map onto a faithful model's, one to one; and onto the default's without the unused ones."""
+    """Its names map onto a faithful model's, one to one; onto the default's without the unused."""
     state, path = original_names(published), tmp_path / "model525000.pt"
     assert (
         len(state) == len(published.state_dict())
@@ -544,7 +544,7 @@ def test_inputs_that_cannot_be(name, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_seed_factory():
+def test_published_factory():
     aug = {"resize_lim": (0.9, 1.1), "final_dim": (64, 96), "H": 224, "W": 480, "Ncams": 6}
     model = compile_model(GRID_CONF, aug, outC=2, **{k: v for k, v in DEMO.items()})
     assert model.config["final_dim"] == (64, 96) and model.config["outC"] == 2

@@ -1,4 +1,4 @@
-"""The SimBEV row end to end: determinism, layouts, kill and resume, the seed's files, bad input, use of the result."""
+"""The SimBEV row end to end: determinism, layouts, resuming, published files, bad input, use."""
 
 import json
 import math
@@ -18,20 +18,11 @@ from leansense.core.checkpoint import MARK, read_checkpoint
 from leansense.core.loader import loader
 from leansense.core.parameters import OWNED, declared
 from leansense.core.train import fit
-from leansense.simbev.data import INPUTS, dataset
-from leansense.simbev.task import (
-    SimBEVKeeper,
-    SimBEVTask,
-    average_precision,
-    bev_loss,
-    evaluate,
-    iou,
-    overlap,
-    ranked,
-    recipe,
-    rings,
-    stage_resume,
-)
+from leansense.layers import bev_metrics
+from leansense.layers.bev_loss import bev_loss
+from leansense.layers.conventions import INPUTS
+from leansense.simbev.data import dataset
+from leansense.simbev.task import SimBEVKeeper, SimBEVTask, evaluate, recipe, stage_resume
 from leansense.simbev.use import load_checkpoint, main
 
 SMALL = {
@@ -126,7 +117,7 @@ def test_files_and_record(trained):
 
 @pytest.mark.parametrize("step", [6, 8])
 def test_resume_from_a_numbered_file_is_an_undisturbed_run(trained, tmp_path, step):
-    """Into an empty folder: the same metrics, byte for byte, whether the file is from within an epoch or its end."""
+    """Into an empty folder: the same metrics, byte for byte, from within an epoch or its end."""
     done = row(tmp_path, **LONGER, resume=str(trained / f"folder/model_{step:06d}.pt"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(same(tmp_path))["metrics"] == json.loads(same(trained))["metrics"]
@@ -172,7 +163,7 @@ def test_validation_in_between_changes_nothing(trained, tmp_path):
 
 
 def test_three_layouts_in_the_same_notebook(tmp_path):
-    """DATA= on a folder of each layout, written from the same scenes: the same tensors, so the same metrics.
+    """DATA= on a folder of each layout, written from the same scenes: the same metrics.
 
     On cells of half a metre: only there a label of 0.4 m and one of 0.5 m say the same.
     """
@@ -251,7 +242,10 @@ def test_loss_and_iou_vectors():
         float(bev_loss(*late)),
     ]
     assert abs(sum(losses) / 3 - 0.834421) < 1e-5
-    assert float(iou(sum(overlap(*pair) for pair in (*pairs, late)))) == 0.625
+    assert (
+        float(bev_metrics.iou(sum(bev_metrics.count_overlap(*pair) for pair in (*pairs, late))))
+        == 0.625
+    )
 
 
 def test_mask_equals_leaving_cells_out():
@@ -265,12 +259,15 @@ def test_mask_equals_leaving_cells_out():
     torch.testing.assert_close(
         bev_loss(logits, target, mask), bev_loss(logits[..., :4], target[..., :4])
     )
-    assert torch.equal(overlap(logits, target, mask), overlap(logits[..., :4], target[..., :4]))
+    assert torch.equal(
+        bev_metrics.count_overlap(logits, target, mask),
+        bev_metrics.count_overlap(logits[..., :4], target[..., :4]),
+    )
 
 
 @pytest.mark.parametrize("edges", [(0, 15, 30, 50), (0, 10, 20, 30, 40, 50)])
 def test_rings_partition_the_map(edges):
-    masks = rings((-50, 50, 0.5), (-20, 20, 1.0), edges)
+    masks = bev_metrics.make_rings((-50, 50, 0.5), (-20, 20, 1.0), edges)
     assert masks.shape == (len(edges) - 1, 200, 40) and bool((masks.sum(0) == 1).all())
 
 
@@ -339,7 +336,7 @@ def test_resume_from_every_file(tmp_path, more):
 
 @pytest.mark.parametrize("more", [{}, {"ema": 0.8}, {"accumulate": 2, "ema": 0.8}])
 def test_what_a_file_says_of_its_score_its_weights_do(tmp_path, more):
-    """Every file that training writes, at an epoch's end and within one, with and without a weight average."""
+    """Every file that training writes, at an epoch's end and within, averaged or not."""
     toy(tmp_path, 2, 1, **more)
     valid, scored = loader(Frames(), 2, seed=0, shuffle=False), 0
     for file in sorted([*tmp_path.glob("*.pt"), *tmp_path.glob("*.ckpt")]):
@@ -363,7 +360,7 @@ def test_files_of_another_run_do_not_stay(tmp_path):
 
 
 def test_a_finished_run_gives_everything_back(tmp_path):
-    """last.ckpt is final, and what came after it was lost: all of it comes back, without training."""
+    """last.ckpt is final, and what came after it was lost: all comes back, without training."""
     _, kept = toy(tmp_path, 2, 2)
     files = {
         path.name: path.read_bytes()
@@ -395,14 +392,43 @@ def test_average_precision_is_that_of_torchmetrics():
         wanted = binary_average_precision(
             logits[keep].flatten().sigmoid().double(), target[keep].flatten().int()
         )
-        assert float(average_precision(ranked(logits, target, part))) == pytest.approx(
-            float(wanted), abs=1e-6
-        )
-    parts = ranked(logits[:1], target[:1]) + ranked(logits[1:], target[1:])
-    assert torch.equal(parts, ranked(logits, target)), "the same from any number of processes"
-    assert float(average_precision(ranked(logits, 0 * target))) == 0
+        assert float(
+            bev_metrics.average_precision(bev_metrics.count_by_logit(logits, target, part))
+        ) == pytest.approx(float(wanted), abs=1e-6)
+    parts = bev_metrics.count_by_logit(logits[:1], target[:1]) + bev_metrics.count_by_logit(
+        logits[1:], target[1:]
+    )
+    assert torch.equal(parts, bev_metrics.count_by_logit(logits, target)), (
+        "the same from any number of processes"
+    )
+    assert float(bev_metrics.average_precision(bev_metrics.count_by_logit(logits, 0 * target))) == 0
     with pytest.raises(ValueError, match="logits hold NaN"):
-        ranked(logits * math.nan, target)
+        bev_metrics.count_by_logit(logits * math.nan, target)
+
+
+def test_scores_of_several_processes_are_those_of_one():
+    """States that are summed give the same numbers to the last bit, however frames are shared."""
+    draw = torch.Generator().manual_seed(2)
+    target = (torch.rand(6, 2, 12, 16, generator=draw) < 0.1).float()
+    target[2] = 0
+    logits = torch.randn(target.shape, generator=draw) + 2 * target - 1
+    mask = (torch.rand(6, 1, 12, 16, generator=draw) > 0.2).float()
+    bands = bev_metrics.make_rings((-6, 6, 1), (-8, 8, 1), (0, 3, 6, 9))
+    for make in (lambda: bev_metrics.BevScores(2), lambda: bev_metrics.BevReport(bands, 2)):
+        whole, first, second = make(), make(), make()
+        whole.update(logits, target, mask)
+        first.update(logits[:1], target[:1], mask[:1])
+        for part in (slice(1, 3), slice(3, 6)):
+            second.update(logits[part], target[part], mask[part])
+        first.merge_state(second)
+        assert first.compute() == whole.compute() and 0 < whole.compute()["iou"] < 1
+        idle = make()
+        first.merge_state(idle)  # a process that had no frame
+        assert first.compute() == whole.compute()
+    counted = bev_metrics.count_overlap(logits, target, mask)
+    assert whole.compute()["iou_per_class"] == bev_metrics.iou(counted).tolist()
+    with pytest.raises(ValueError, match="maps of 2 classes: these scores are of 1"):
+        bev_metrics.BevScores(1).update(logits, target, mask)
 
 
 def test_evaluate_keeps_the_mode_and_counts_false_alarms():

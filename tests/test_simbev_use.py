@@ -1,4 +1,4 @@
-"""A SimBEV checkpoint is rebuilt from itself alone, or refused in one line; the invocations that are printed run."""
+"""A SimBEV checkpoint is rebuilt from itself, or refused in one line; printed invocations run."""
 
 import json
 import math
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_contradicts_itself_is_one_line(tmp_path, weights, fol
 
 
 def test_good_checkpoints_answer(tmp_path, weights, folder):
-    """Also one that a wrapper for several GPUs wrote, and one that leaves the grid to its network."""
+    """Also one that a wrapper for GPUs wrote, and one that leaves the grid to its network."""
     wrapped = {f"module.{name}": value for name, value in weights.items()}
     less = {name: value for name, value in PARAMS.items() if not name.endswith("bound")}
     answers = set()
@@ -181,7 +181,7 @@ def given(line: str) -> dict:
 
 @pytest.mark.parametrize("line", PRINTED)
 def test_printed_invocations_fit_the_default_stand_in(line):
-    """Batches of the printed size, from the data that the line names: every part has at least one."""
+    """Batches of the printed size, from the data that the line names: at least one a part."""
     params = given(line)
     made = loaders(dataset(params), params | {"nworkers": 0})
     assert set(made) == {"train", "valid", "test"} and all(len(part) >= 1 for part in made.values())

@@ -216,6 +216,33 @@ def test_code_that_was_never_committed(house, capsys):
     assert vouch.main(["toy", "--from", late]) == 0 and reasons() == [""] * 8
 
 
+def test_a_new_parameter_at_its_default(house):
+    """Records made before a notebook gained a parameter stay current, once its code is vouched for."""
+    save(house / "nbs/toy/80_row.ipynb", CELL + "\nwidth: int = 3  # a new one", BODY)
+    assert set(reasons()) == {"changed width"}, "the same code may compute something else with it"
+    calc(house, CALC + "\nX = 1\n")
+    assert set(reasons()) == {"changed width"}
+    assert vouch.main(["toy"]) == 0 and reasons() == [""] * 8
+    write_atomic(house / "papers/toy/rows.yaml", MATRIX.replace("value: 2", "value: 2, width: 4"))
+    assert reasons() == [""] * 2 + ["changed width"] * 2 + [""] * 4
+    write_atomic(house / "papers/toy/rows.yaml", MATRIX)
+    calc(house, CALC + "\nX = 2\n")
+    assert set(reasons()) == {"changed width"} and vouch.main(["toy"]) == 0
+
+
+def test_rows_that_start_from_others_are_run_behind_them(house):
+    body = BODY.replace("value, seed)", "value, seed) + start").replace(
+        "folder = run.claim",
+        "start = int(open(weights).read()) if weights else 0\nfolder = run.claim",
+    )
+    body += "\n(folder / 'best.ckpt').write_text(str(value))"
+    save(house / "nbs/toy/80_row.ipynb", CELL + '\nweights: str = ""  # start', body)
+    matrix = MATRIX.replace("{label: Three,", "{label: Three, needs: {weights: main/two},")
+    write_atomic(house / "papers/toy/rows.yaml", matrix)
+    found = vouch.measure(vouch.smoke_rows("toy")["more"], house, house / "runs/side")
+    assert found["toy more/three.s0"]["score"] == 30 + 2 and found["toy main/two.s0"]["score"] == 20
+
+
 def test_entries_chain(house):
     row = read_rows("toy")[0]
     here, old = digest(row.notebook), code_key(record.read(row.record)["code"])

@@ -1,4 +1,4 @@
-"""The synthetic world: what is painted, hit by the lidar and filled in the label is one and the same."""
+"""The synthetic world: what is painted, hit by the lidar and filled in the label is the same."""
 
 import math
 from dataclasses import fields
@@ -8,31 +8,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leansense.layers.conventions import quaternion_to_matrix
+from leansense.layers.lift_splat import surround_rig
 from leansense.world import scene as module
 from leansense.world.bev import (
     CVT_GRID,
     LSS_GRID,
     SIMBEV_GRID,
     Grid,
-    footprint_cells,
-    raster,
+    find_cells,
+    rasterise,
     render_sample,
-    resample,
+    resample_label,
 )
 from leansense.world.camera import (
     CAMERAS,
     OPTICAL,
     Rig,
-    box_segments,
     front_rig,
-    looking,
+    look_along,
     nuscenes_rig,
     project,
     project_boxes,
-    quaternion,
+    project_edges,
     render,
-    resized,
+    resize_rig,
     simbev_rig,
+    to_quaternion,
     unproject,
 )
 from leansense.world.lidar import Lidar, scan
@@ -46,9 +48,9 @@ from leansense.world.scene import (
     Street,
     boxes,
     class_id,
+    find_overlaps,
     join,
     make_scene,
-    overlap,
     paint,
     still,
 )
@@ -87,7 +89,7 @@ def local(points: np.ndarray, objects: Objects, row: np.ndarray) -> np.ndarray:
 
 
 def slab(start: np.ndarray, way: np.ndarray, objects: Objects) -> tuple[np.ndarray, np.ndarray]:
-    """The slow oracle: distance (in units of `way`) and row of the nearest box for rays (n, 3); inf and -1 for none."""
+    """The slow oracle: distance (in `way`) and row of the nearest box of rays, or inf, -1."""
     best, row = np.full(len(way), np.inf), np.full(len(way), -1)
     for n in range(len(objects)):
         c, s = math.cos(objects.yaw[n]), math.sin(objects.yaw[n])
@@ -101,7 +103,7 @@ def slab(start: np.ndarray, way: np.ndarray, objects: Objects) -> tuple[np.ndarr
     return best, row
 
 
-# ------------------------------------------------------------------------------------------------ the scene
+# --- the scene ---
 
 
 @pytest.mark.parametrize("ego", module.EGOS)
@@ -112,8 +114,8 @@ def test_nobody_collides(ego, seed):
         o = scene.snapshot(t).objects
         o = o[o.kind != class_id("rider")]
         pose = np.column_stack([o.centre[:, :2], o.yaw])
-        assert (overlap(pose[:, None], o.size[:, None], pose, o.size, 0.0).sum(1) == 1).all()
-        assert not overlap(np.zeros(3), np.array(EGO_SIZE), pose, o.size, 0.0).any()
+        assert (find_overlaps(pose[:, None], o.size[:, None], pose, o.size, 0.0).sum(1) == 1).all()
+        assert not find_overlaps(np.zeros(3), np.array(EGO_SIZE), pose, o.size, 0.0).any()
 
 
 def test_same_seed_same_bytes_another_seed_another_scene():
@@ -144,8 +146,8 @@ def test_global_random_state_is_neither_used_nor_moved():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_scenes_are_asymmetric(seed):
-    """No flip of the label looks like the label: the vehicles' overlap with their mirror images is small."""
-    label = raster(make_scene(seed).snapshot(4.0), LSS_GRID, VEHICLES).max(0).astype(bool)
+    """No flip of the label looks like the label: vehicles hardly overlap their mirror images."""
+    label = rasterise(make_scene(seed).snapshot(4.0), LSS_GRID, VEHICLES).max(0).astype(bool)
     for flipped in (label[::-1], label[:, ::-1], label[::-1, ::-1], label.T):
         assert (label & flipped).sum() < 0.5 * (label | flipped).sum()
 
@@ -155,7 +157,7 @@ def test_no_vehicles_on_request_and_objects_beyond_the_grid():
     for seed in range(4):
         empty = make_scene(seed, vehicles=False)
         assert len(empty.objects.select(*rolling)) == 0 and len(empty.objects) > 0
-        assert raster(empty.snapshot(3.0), SIMBEV_GRID, rolling).sum() == 0
+        assert rasterise(empty.snapshot(3.0), SIMBEV_GRID, rolling).sum() == 0
         assert abs(make_scene(seed).snapshot(0.0).objects.select(*VEHICLES).centre[:, 0]).max() > 72
     assert set(np.unique(make_scene(0, density=0.0).objects.kind)) <= {class_id("building")}
 
@@ -168,7 +170,7 @@ def test_every_class_occurs():
         seen |= {
             name
             for name, channel in zip(
-                SIMBEV_CLASSES[14], raster(scene.snapshot(0.0), SIMBEV_GRID, SIMBEV_CLASSES[14])
+                SIMBEV_CLASSES[14], rasterise(scene.snapshot(0.0), SIMBEV_GRID, SIMBEV_CLASSES[14])
             )
             if channel.any()
         }
@@ -198,7 +200,7 @@ def test_motion_is_the_integral_of_velocity():
         (lambda: boxes("car", (1, 2, 3, 4), (1, 1, 1)), "centre"),
         (lambda: simbev_rig().select("CAM_TOP"), "CAM_TOP"),
         (lambda: front_rig(fov=0), "fov=0"),
-        (lambda: resized(simbev_rig(), 0), "scale=0"),
+        (lambda: resize_rig(simbev_rig(), 0), "scale=0"),
         (
             lambda: Rig(("a",), np.zeros((1, 3)), np.ones((1, 3, 3)), np.eye(3)[None], 4, 4),
             "rotation",
@@ -209,12 +211,14 @@ def test_motion_is_the_integral_of_velocity():
         ),
         (lambda: Grid(0, 4, 0.5, 1, 1), "rows=0"),
         (lambda: Grid(4, 4, 0.5, 2, 1), "row_sense=2"),
-        (lambda: raster(still(boxes("car", (9, 0), (4, 2, 1))), LSS_GRID, ("van",)), "'van'"),
+        (lambda: rasterise(still(boxes("car", (9, 0), (4, 2, 1))), LSS_GRID, ("van",)), "'van'"),
         (
-            lambda: raster(still(boxes("car", (9, 0), (4, 2, 1))), LSS_GRID, ("car",), fill="half"),
+            lambda: rasterise(
+                still(boxes("car", (9, 0), (4, 2, 1))), LSS_GRID, ("car",), fill="half"
+            ),
             "fill='half'",
         ),
-        (lambda: resample(np.zeros((2, 9, 9)), LSS_GRID, CVT_GRID), "9"),
+        (lambda: resample_label(np.zeros((2, 9, 9)), LSS_GRID, CVT_GRID), "9"),
         (lambda: Lidar(rings=0), "rings=0"),
     ],
 )
@@ -224,7 +228,7 @@ def test_bad_input_is_one_line_that_names_it(call, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ conventions
+# --- conventions ---
 
 
 def test_published_vectors_of_the_rig():
@@ -232,17 +236,12 @@ def test_published_vectors_of_the_rig():
     uv, depth = project(np.array([10, 4, 0.8]), rig)
     assert np.allclose(uv[1], [394.30, 531.14], atol=0.006) and np.isclose(depth[1], 9.4)
     assert np.allclose(unproject(uv, depth, rig), [10, 4, 0.8])
-    wxyz = [
-        (0.6743797, -0.6743797, 0.2126311, -0.2126311),
-        (0.5, -0.5, 0.5, -0.5),
-        (0.2126311, -0.2126311, 0.6743797, -0.6743797),
-        (0.6963642, -0.6963642, -0.1227878, 0.1227878),
-        (0.5, -0.5, -0.5, 0.5),
-        (0.1227878, -0.1227878, -0.6963642, 0.6963642),
-    ]
-    assert np.allclose(abs((quaternion(rig.rotation) * wxyz).sum(-1)), 1, atol=1e-6)
+    assert np.allclose(
+        rig.rotation, surround_rig().rots[0], atol=1e-6
+    )  # published: test_lift_splat
+    assert np.allclose([quaternion_to_matrix(q) for q in to_quaternion(rig.rotation)], rig.rotation)
     assert np.allclose(rig.K[0], [[953.4029, 0, 800], [0, 953.4029, 450], [0, 0, 1]], atol=1e-4)
-    assert rig.names == CAMERAS and np.allclose(looking(0), OPTICAL)
+    assert rig.names == CAMERAS and np.allclose(look_along(0), OPTICAL)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +272,8 @@ def test_extrinsics_are_the_inverse():
 @given(yaw=st.floats(-180, 180), pitch=st.floats(-80, 80))
 @settings(max_examples=50, deadline=None)
 def test_quaternion_is_the_rotation(yaw, pitch):
-    rotation = looking(math.radians(yaw), math.radians(pitch))
-    w, x, y, z = quaternion(rotation)
+    rotation = look_along(math.radians(yaw), math.radians(pitch))
+    w, x, y, z = to_quaternion(rotation)
     again = np.array(
         [
             [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
@@ -288,7 +287,7 @@ def test_quaternion_is_the_rotation(yaw, pitch):
 
 def test_scaling_the_image_is_scaling_K():
     """The same ray through the same relative place of the picture, cropped and scaled."""
-    small = resized(simbev_rig(), 0.3, (0, 46), (224, 480))
+    small = resize_rig(simbev_rig(), 0.3, (0, 46), (224, 480))
     assert np.array_equal(small.K, simbev_rig(224, 480).K)
     assert np.allclose(
         small.K[0], [[953.4029 * 0.3, 0, 240], [0, 953.4029 * 0.3, 135 - 46], [0, 0, 1]], atol=1e-4
@@ -301,17 +300,19 @@ def test_scaling_the_image_is_scaling_K():
 
 def test_published_cells():
     box = still(boxes("car", (10, 4), (4, 2, 1.6)))
-    native = raster(box, SIMBEV_GRID, ("car",))[0]
+    native = rasterise(box, SIMBEV_GRID, ("car",))[0]
     row, column = np.nonzero(native)
     assert (row.min(), row.max(), column.min(), column.max(), len(row)) == (150, 160, 167, 172, 66)
-    row, column = np.nonzero(resample(native, SIMBEV_GRID, LSS_GRID))
+    row, column = np.nonzero(resample_label(native, SIMBEV_GRID, LSS_GRID))
     assert (row.min(), row.max(), column.min(), column.max(), len(row)) == (115, 123, 106, 109, 36)
     assert [int(v) for v in LSS_GRID.cell(10.0, 4.0)] == [120, 108]
 
 
 def test_cvt_grid_is_the_lss_grid_turned_by_180_degrees():
     view = make_scene(4, street=Street(arms="left")).snapshot(3.0)
-    a, b = (raster(view, grid, SIMBEV_CLASSES[14], fill="centre") for grid in (LSS_GRID, CVT_GRID))
+    a, b = (
+        rasterise(view, grid, SIMBEV_CLASSES[14], fill="centre") for grid in (LSS_GRID, CVT_GRID)
+    )
     assert (a != b[:, ::-1, ::-1]).sum() <= 2e-4 * a.size  # points exactly on a border
     for wrong in (b, b[:, ::-1], b[:, :, ::-1]):
         assert (a != wrong).sum() > 2000
@@ -319,10 +320,10 @@ def test_cvt_grid_is_the_lss_grid_turned_by_180_degrees():
 
 def test_channels_are_chosen_by_name():
     view = make_scene(4).snapshot(3.0)
-    full = dict(zip(SIMBEV_CLASSES[14], raster(view, SIMBEV_GRID, SIMBEV_CLASSES[14])))
+    full = dict(zip(SIMBEV_CLASSES[14], rasterise(view, SIMBEV_GRID, SIMBEV_CLASSES[14])))
     for version in (8, 11):
         for name, channel in zip(
-            SIMBEV_CLASSES[version], raster(view, SIMBEV_GRID, SIMBEV_CLASSES[version])
+            SIMBEV_CLASSES[version], rasterise(view, SIMBEV_GRID, SIMBEV_CLASSES[version])
         ):
             assert np.array_equal(channel, full[name]), name
     assert (full["road"] >= full["road_line"]).all() and (
@@ -330,7 +331,7 @@ def test_channels_are_chosen_by_name():
     ).sum() == 0
 
 
-# ------------------------------------------------------------------------------------------------ one world
+# --- one world ---
 
 
 VIEWS = [
@@ -349,7 +350,7 @@ def test_camera_and_label_agree(name, seed, ego):
     checked = 0
     for grid in (SIMBEV_GRID, CVT_GRID, LSS_GRID):
         for kind in ("car", "truck", "bus", "pedestrian", "motorcycle", "bicycle", "barrier"):
-            label = raster(view, grid, (kind,))[0]
+            label = rasterise(view, grid, (kind,))[0]
             mine = points[view.objects.kind[instance - 1] == class_id(kind)]
             row, column = grid.cell(mine[:, 0], mine[:, 1])
             inside = (row >= 0) & (row < grid.rows) & (column >= 0) & (column < grid.columns)
@@ -383,15 +384,15 @@ CROOKED = join(
     ids=["simbev", "nuscenes", "front"],
 )
 def test_every_wrong_convention_is_found(rig):
-    """With nothing in its mirrored place, only the right flip and only camera -> ego make pixels and label meet."""
+    """Only the right flip and only camera -> ego make pixels and label meet."""
     view = still(CROOKED)
     points, _ = surface(view, rig)
     row, column = LSS_GRID.cell(points[:, 0], points[:, 1])
-    label = raster(view, LSS_GRID, VEHICLES).max(0)
+    label = rasterise(view, LSS_GRID, VEHICLES).max(0)
     assert label[row, column].mean() > 0.99
     for wrong in (label[::-1], label[:, ::-1], label[::-1, ::-1], label.T):
         assert wrong[row, column].mean() < 0.15
-    for n, name in enumerate(rig.names):  # ego -> camera, taken for camera -> ego
+    for name in rig.names:  # ego -> camera, taken for camera -> ego
         one = rig.select(name)
         swapped = Rig(
             one.names,
@@ -425,7 +426,7 @@ def test_visible_footprints_are_covered(rig):
         ]
         if whole.any():
             points, _ = surface(view, rig.select(*(n for n, w in zip(rig.names, whole) if w)))
-            _, row, column = footprint_cells(view.objects, LSS_GRID, "centre")
+            _, row, column = find_cells(view.objects, LSS_GRID, "centre")
             reached = set(zip(*(v.tolist() for v in LSS_GRID.cell(points[:, 0], points[:, 1]))))
             assert set(zip(row.tolist(), column.tolist())) <= reached, (x, y)
             checked += 1
@@ -470,7 +471,7 @@ def test_pixels_are_what_a_slow_ray_caster_sees(name):
 )
 @settings(max_examples=60, deadline=None)
 def test_any_box_close_to_the_camera(x, y, yaw, length, width, height):
-    """Boxes that surround, touch or pass the image plane: the renderer needs no clipping and is right nevertheless."""
+    """Boxes that surround, touch or pass the image plane: right without any clipping."""
     rig, objects = front_rig(24, 32, 90.0), boxes("truck", (x, y), (length, width, height), yaw)
     images = render(still(objects), rig)
     rays = np.concatenate([pixel_centres(rig)[0], np.ones((24, 32, 1))], -1).reshape(-1, 3)
@@ -488,7 +489,7 @@ def test_any_box_close_to_the_camera(x, y, yaw, length, width, height):
 
 
 def test_lidar_camera_and_label_agree():
-    """An echo that a camera sees too has the depth and the instance of its pixel, and lies in its class's label."""
+    """An echo that a camera sees too has its pixel's depth and instance, and lies in its label."""
     view, rig = make_scene(0).snapshot(2.0), simbev_rig(450, 800)
     points, images = scan(view, Lidar(centre=(0.6, 0.0, 1.6), azimuths=2048)), render(view, rig)
     uv, depth = project(points.xyz, rig.select("CAM_FRONT"))
@@ -507,7 +508,7 @@ def test_lidar_camera_and_label_agree():
     vehicles = np.isin(points.kind, [class_id(v) for v in VEHICLES])
     row, column = LSS_GRID.cell(points.xyz[vehicles, 0], points.xyz[vehicles, 1])
     inside = (row >= 0) & (row < 200) & (column >= 0) & (column < 200)
-    assert raster(view, LSS_GRID, VEHICLES).max(0)[row[inside], column[inside]].mean() > 0.98
+    assert rasterise(view, LSS_GRID, VEHICLES).max(0)[row[inside], column[inside]].mean() > 0.98
 
 
 def test_lidar_is_a_slow_ray_caster_too():
@@ -554,7 +555,7 @@ def test_no_line_slips_between_the_cells(grid):
             pose=(0.0, float(y), 0.0),
         )
         column = grid.cell(0.0, -y)[1]
-        line = raster(view, grid, ("road", "road_line"))[1][:, column - 1 : column + 2]
+        line = rasterise(view, grid, ("road", "road_line"))[1][:, column - 1 : column + 2]
         assert line.any(1).all() and line.sum(1).max() <= 2
 
 
@@ -567,9 +568,9 @@ def test_no_line_slips_between_the_cells(grid):
 )
 @settings(max_examples=60, deadline=None)
 def test_touched_cells_are_exact(x, y, yaw, length, width):
-    """Against a dense cloud: every cell with a point of the box is filled, and none whose square is clear of it."""
+    """Against a dense cloud: cells with a point of the box are filled, and none clear of it."""
     box = boxes("car", (x, y), (length, width, 1.5), yaw)
-    _, row, column = footprint_cells(box, LSS_GRID)
+    _, row, column = find_cells(box, LSS_GRID)
     filled = set(zip(row.tolist(), column.tolist()))
     a, b = np.meshgrid(
         np.linspace(-length / 2, length / 2, 90), np.linspace(-width / 2, width / 2, 90)
@@ -588,10 +589,10 @@ def test_touched_cells_are_exact(x, y, yaw, length, width):
         filled - touched
     ):  # its square must meet the box, if only at a corner the cloud misses
         cell = np.array([gx[r, 0], gy[0, c], 0.0])
-        assert overlap(
+        assert find_overlaps(
             np.array([x, y, yaw]), np.array([length, width]), cell, np.array([0.5, 0.5]), 1e-6
         )
-    _, row, column = footprint_cells(box, LSS_GRID, "centre")
+    _, row, column = find_cells(box, LSS_GRID, "centre")
     assert set(zip(row.tolist(), column.tolist())) <= filled
 
 
@@ -599,8 +600,8 @@ def test_empty_world():
     nothing = still(boxes("car", (10, 0), (4, 2, 1.5))[:0])
     images = render(nothing, RIGS["simbev"])
     assert not images.instance.any() and np.isinf(images.depth).any()
-    assert raster(nothing, LSS_GRID, VEHICLES).sum() == 0 and len(scan(nothing).xyz) > 0
-    assert all(len(owner) == 0 for owner, _ in box_segments(nothing.objects, RIGS["simbev"]))
+    assert rasterise(nothing, LSS_GRID, VEHICLES).sum() == 0 and len(scan(nothing).xyz) > 0
+    assert all(len(owner) == 0 for owner, _ in project_edges(nothing.objects, RIGS["simbev"]))
 
 
 def test_light_changes_colours_only():
@@ -632,9 +633,9 @@ def test_nearer_hides_farther_whatever_the_order():
 def test_segments_are_inside_and_behind_is_cut():
     objects = boxes("bus", (0, 3), (20, 2.5, 3))  # begins behind the front camera and ends ahead
     rig = simbev_rig()
-    for owner, ends in box_segments(objects, rig):
+    for owner, ends in project_edges(objects, rig):
         assert np.isfinite(ends).all() and len(owner) == len(ends)
-    ahead = box_segments(boxes("car", (15, 0), (4, 2, 1.5)), rig)
+    ahead = project_edges(boxes("car", (15, 0), (4, 2, 1.5)), rig)
     assert [len(owner) for owner, _ in ahead] == [0, 12, 0, 0, 0, 0]
     uv, _ = project_boxes(boxes("car", (15, 0), (4, 2, 1.5)), rig)
     assert np.isclose(ahead[1][1].min(), uv[1].min()) and np.isclose(ahead[1][1].max(), uv[1].max())

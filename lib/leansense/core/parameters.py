@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'OWNED', 'MEMORY', 'Parameter', 'notebook_cells', 'code_cells', 'parse', 'declared', 'nearest', 'complaints',
-           'overwritten', 'rebound', 'checked']
+           'free_names', 'misnamed', 'overwritten', 'rebound', 'checked']
 
 # %% ../../../nbs/core/05_parameters.ipynb #9609d6be
 import ast
+import builtins
 import difflib
 import json
 import math
@@ -227,6 +228,62 @@ def _misspelt(namespace: dict, parameters: dict[str, Parameter]) -> set[str]:
             }
     return found & set(namespace)
 
+# %% ../../../nbs/core/05_parameters.ipynb #0008c16a
+def _declared_here(namespace: dict, parameters: dict[str, Parameter]) -> set[str]:
+    """The names in the parameters cell as it last ran in this session; none: as in the file."""
+    for source in reversed(namespace.get("In", [])):
+        nodes = [node for node in _assigned(source) if isinstance(node, ast.AnnAssign)]
+        names = set().union(*(_names(node) for node in nodes))
+        if 2 * len(names & set(parameters)) > len(parameters):
+            return names
+    return set(parameters)
+
+
+def free_names(notebook: str | Path) -> tuple[set[str], set[str]]:
+    """The names that a notebook's cells use, and those of them that its parameters must bind."""
+    used, bound = set(), {*dir(builtins), "In", "Out", "display", "get_ipython"}
+    for cell in code_cells(resolve(notebook)):
+        if "parameters" in cell["metadata"].get("tags", []):
+            continue
+        try:
+            nodes = list(ast.walk(ast.parse(cell["source"])))
+        except SyntaxError:  # a command of IPython may bind anything
+            return used, set()
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        used |= {node.id for node in names}
+        bound |= {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+        bound |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        bound |= {(n.asname or n.name).split(".")[0] for n in nodes if isinstance(n, ast.alias)}
+        bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        bound |= {n.name for n in nodes if isinstance(n, ast.ExceptHandler) and n.name}
+    return used, used - bound
+
+# %% ../../../nbs/core/05_parameters.ipynb #71fc662a
+def misnamed(
+    namespace: dict, notebook: str | Path, parameters: dict[str, Parameter], known: Iterable[str]
+) -> list[str]:
+    """What is wrong with the names in the parameters cell, as it ran and as it is in the file.
+
+    known: further names that the library reads from the parameters.
+    """
+    here, (used, free) = _declared_here(namespace, parameters), free_names(notebook)
+    lines = [f"unknown parameter '{n}'; {nearest(n, parameters)}" for n in here - set(parameters)]
+    lines += [
+        f"parameter '{name}' is missing in the parameters cell: restore its line"
+        for name in set(parameters) - here
+        if not any(f"'{name}'" in line for line in lines)
+    ]
+    idle = set(parameters) - used - set(known)  # nobody reads these
+    for name in (free | set(known)) - set(parameters):
+        near = difflib.get_close_matches(name, idle, 1, 0.8)
+        if near:
+            lines.append(f"unknown parameter '{near[0]}'; nearest is '{name}'")
+        elif name in free:
+            lines.append(
+                f"'{name}' is used, but no cell defines it: restore its line in the parameters cell"
+            )
+    return sorted(set(lines))
+
 # %% ../../../nbs/core/05_parameters.ipynb #c5170934
 MEMORY = "_parameters_as_given"  # where a session keeps the values that its first cell found
 
@@ -273,10 +330,11 @@ def _given(name: str, own: set[str], namespace: dict) -> object:
     return value
 
 # %% ../../../nbs/core/05_parameters.ipynb #78a41813
-def checked(namespace: dict, notebook: str | Path) -> dict:
+def checked(namespace: dict, notebook: str | Path, known: Iterable[str] = OWNED) -> dict:
     """The values of the notebook's parameters in `namespace` (globals()); ValueError if wrong.
 
     The error's one line names each such parameter and the nearest known name.
+    known: names that the library reads from the parameters, where the notebook declares them.
     """
     parameters = declared(notebook)
     values = {name: namespace[name] for name in parameters if name in namespace}
@@ -287,6 +345,9 @@ def checked(namespace: dict, notebook: str | Path) -> dict:
         values | {name: namespace[name] for name in sorted(_misspelt(namespace, parameters))},
         parameters,
     )
+    wrong += [
+        line for line in misnamed(namespace, notebook, parameters, known) if line not in wrong
+    ]
     if wrong:
         raise ValueError(f"{Path(notebook).name}: " + "; ".join(wrong))
     namespace[MEMORY] = values

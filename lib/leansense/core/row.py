@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED', 'ALIASES', 'differing', 'settings_of', 'Row']
 
-# %% ../../../nbs/core/29_row.ipynb #91742646
+# %% ../../../nbs/core/29_row.ipynb #2f87ed44
 import inspect
 import json
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from types import ModuleType
 
 from torch.utils.data import DataLoader
 
-from .checkpoint import MARK, read_checkpoint
+from .checkpoint import MARK, copy_checkpoint, read_checkpoint
 from .cost import gpu_hours, hardware
 from .parameters import Parameter, declared, parse
 from .record import Run
 from .task import Task
 from .train import FitResult, Settings, fit, seed_everything
 
-# %% ../../../nbs/core/29_row.ipynb #ae356d45
+# %% ../../../nbs/core/29_row.ipynb #0c57ae8f
 SHARED: dict[str, Parameter] = parse(
     """
 patience: int = 0  # epochs without a better one before stopping; 0: never
@@ -30,8 +30,8 @@ clip: float = 0.0  # largest gradient norm; 0: no clipping
 max_grad_norm: float = 0.0  # gradients are clipped to it; 0: not at all
 accumulate: int = 1  # batches to an optimiser step
 ema: float = 0.0  # decay of the weight average; 0: none
-resume: str = "auto"  # auto: this row's own last checkpoint; a path; empty: start afresh
-save_every_steps: int = 0  # write the last checkpoint every so many steps too; 0: each epoch
+resume: str = "auto"  # auto: this row's own last checkpoint; a path; empty: afresh
+save_every_steps: int = 0  # write the last checkpoint every so many steps too; 0: epochs
 device: str = "auto"  # auto | cpu | cuda
 gpuid: int = 0  # which GPU; -1: the CPU, also where there is none
 devices: int = 1  # GPUs, or CPU processes
@@ -41,7 +41,7 @@ num_workers: int = 0  # loader processes
 nworkers: int = 0  # loader processes
 pin_memory: bool = False  # page-locked batches, for CUDA
 seed: int = 0  # every random draw
-folder: str = ""  # where checkpoints, logs and results go; empty: below runs/by-hand
+folder: str = ""  # where checkpoints, logs, results go; empty: below runs/by-hand
 out: str = ""  # path of the record; empty: show it only
 progress: bool = True  # a progress bar
 """.strip(),
@@ -80,7 +80,7 @@ def settings_of(params: dict) -> dict:
         found["devices"] = list(range(first, first + count)) if gpu else count
     return found
 
-# %% ../../../nbs/core/29_row.ipynb #e175730e
+# %% ../../../nbs/core/29_row.ipynb #26a01071
 class Row(Run):
     """One execution of a row notebook: checked parameters, data, stages of training, record."""
 
@@ -108,6 +108,11 @@ class Row(Run):
 
         The module has dataset(params), identify(params) and loaders(dataset, params).
         """
+        if "data" not in self.params:  # what decides currency from outside could not know of it
+            raise ValueError(
+                f"{self.name}: reads data, so it needs a parameter `data: str`"
+                " (a folder, or what stands in for one)"
+            )
         self.folder  # noqa: B018  (another run that wants it is told so before data are prepared)
         dataset = module.dataset(self.params)
         self.about = {"name": dataset.name, "fingerprint": module.identify(self.params)}
@@ -160,7 +165,8 @@ class Row(Run):
         """The record, written to `out` unless that is empty: what is given here, and the rest.
 
         metrics gain the history of each stage and its best epoch; cost the seconds of training;
-        data the sizes of the parts; env the machine.
+        data the sizes of the parts; env the machine. The last stage's best checkpoint is the row's:
+        best.ckpt in its folder, where a row that `needs` this one finds it.
         """
         measured, spent = {}, 0.0
         for stage, result in self.stages.items():
@@ -175,6 +181,9 @@ class Row(Run):
                 f"{prefix}epochs_run": result.epochs_run,
                 f"{prefix}history": history,
             }
+        last = list(self.stages)[-1:]
+        if any(last):  # whoever starts from this row looks here
+            copy_checkpoint(self.best(last[0]), self.folder / "best.ckpt")
         machine, costs = hardware(), {}
         here = {"device": machine["gpu"] or machine["cpu"]}
         if self.stages:

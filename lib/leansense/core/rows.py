@@ -9,8 +9,10 @@ __all__ = ['SCALES', 'place', 'set_name', 'paper_folder', 'systems', 'Row', 'Row
 
 # %% ../../../nbs/core/10_rows.ipynb #0530ed82
 import errno
+import graphlib
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -26,7 +28,7 @@ from .digest import digest
 from .parameters import complaints, declared, nearest
 from .paths import resolve, root, write_atomic
 from .process import PARENT, end_with
-from .record import RUNNER, stale, without_paths
+from .record import RUNNER, is_noted, note_checkpoint, stale, without_paths
 
 # %% ../../../nbs/core/10_rows.ipynb #8917eb28
 SCALES = ("smoke", "demo", "paper")
@@ -86,6 +88,7 @@ class Row:
     cores: int  # 0: all that the machine has, and nothing beside it
     params: dict = field(hash=False)
     claim: dict = field(default_factory=dict, hash=False)  # the guide's values, for the table
+    needs: dict = field(default_factory=dict, hash=False)  # parameter: row whose checkpoint it is
 
     @property
     def set(self) -> str:
@@ -107,12 +110,18 @@ class Row:
         """Where it keeps checkpoints and logs, below runs/; the executed notebook is beside it."""
         return root() / "runs" / self.set / self.system / self.table / f"{self.name}.s{self.seed}"
 
+    @property
+    def checkpoint(self) -> Path:
+        """Where it leaves its best weights, for rows that start from them."""
+        return self.folder / "best.ckpt"
+
 # %% ../../../nbs/core/10_rows.ipynb #eb20d762
+_COMMON = {"seeds", "params", "cores", "needs"}
 _WORDS = {
-    "file": {"title", "headline", "notebook", "seeds", "params", "scales", "tables", "cores"},
-    "scale": {"seeds", "params", "real", "cores"},
-    "table": {"notebook", "seeds", "params", "scales", "rows", "cores", "only"},
-    "row": {"label", "seeds", "params", "scales", "cores", "claim"},
+    "file": {"title", "headline", "notebook", "tables", "scales"} | _COMMON,
+    "scale": {"real"} | _COMMON,
+    "table": {"notebook", "scales", "rows", "grid", "only"} | _COMMON,
+    "row": {"label", "scales", "claim"} | _COMMON,
 }
 
 
@@ -129,6 +138,9 @@ def _foreign(block: object, kind: str, where: str) -> list[str]:
         for word in block
         if word not in _WORDS[kind]
     ]
+    needs = block.get("needs") or {}
+    if not (isinstance(needs, dict) and all(type(v) in (str, type(None)) for v in needs.values())):
+        lines.append(f"{where}: needs: expected `parameter: table/row`, got {needs!r}")
     for name, scale in (block.get("scales") or {}).items():
         if name not in SCALES:
             lines.append(f"{where}: unknown scale '{name}'; {nearest(str(name), SCALES)}")
@@ -142,6 +154,8 @@ def _merge(layers: list[dict], scale: str, real: bool) -> tuple[dict, dict]:
     settings, params = {}, {}
     for layer in layers:
         for block in (layer, (layer.get("scales") or {}).get(scale) or {}):
+            if isinstance(block.get("needs"), dict):
+                settings["needs"] = settings.get("needs", {}) | block["needs"]
             params |= block.get("params") or {}
             params |= (block.get("real") or {}) if real else {}
             settings |= {
@@ -161,10 +175,18 @@ def _expand(
         parameters = declared(notebook)
     except (ValueError, OSError) as error:
         return [], [f"{where}: {error}"]
+    needs = {word: row for word, row in settings.get("needs", {}).items() if row}
     wrong = [f"{where}: {line}" for line in complaints(params, parameters)]
     wrong += [
+        f"{where}: needs: {line}" for line in complaints(dict.fromkeys(needs, ""), parameters)
+    ]
+    wrong += [
+        f"{where}: parameter '{word}' is set by `needs`; leave it out of params"
+        for word in sorted(set(needs) & set(params))
+    ]
+    wrong += [
         f"{where}: parameter '{word}' is set by the runner; leave it out"
-        for word in sorted(set(RUNNER) & set(params))
+        for word in sorted(set(RUNNER) & {*params, *needs})
     ]
     seeds, cores = settings.get("seeds", [0]), settings.get("cores", 1)
     if not (
@@ -184,7 +206,7 @@ def _expand(
     line, cores = layers[-1], 0 if cores == "all" else cores
     label, claim = str(line.get("label", name)), line.get("claim") or {}
     one = (scale, here, notebook, cores, values, claim)
-    return [Row(system, table, name, label, seed, *one) for seed in seeds], wrong
+    return [Row(system, table, name, label, seed, *one, dict(needs)) for seed in seeds], wrong
 
 # %% ../../../nbs/core/10_rows.ipynb #5007cf11
 def read_matrix(system: str) -> dict:
@@ -223,6 +245,62 @@ def _check_request(scale: str, data: str) -> None:
     if data and not place(data).is_dir():
         raise RowsError(f"DATA={data}: no such folder; give the folder that holds the data set")
 
+# %% ../../../nbs/core/10_rows.ipynb #880df5f6
+def _word(name: str, value: object) -> str:
+    """One parameter and its value as part of a row's name."""
+    if type(value) in (int, float):
+        return f"{name}{value}".replace("-", "m").replace("+", "")
+    return f"{name}_{re.sub('[^A-Za-z0-9.]+', '_', str(value)).strip('_')}"
+
+
+def _gridded(grid: object, where: str) -> tuple[dict, list[str]]:
+    """The rows that a table's grid stands for, by name, and the complaints about it."""
+    if grid is None:
+        return {}, []
+    sound = isinstance(grid, dict) and all(isinstance(v, list) and v for v in grid.values())
+    if not (sound and grid):
+        return {}, [f"{where}: grid: expected `parameter: [value, ...]` lines, got {grid!r}"]
+    rows, wrong = {}, []
+    for values in itertools.product(*grid.values()):
+        pairs = list(zip(map(str, grid), values))
+        name = "-".join(_word(*pair) for pair in pairs)
+        label = ", ".join(f"{key} {value}" for key, value in pairs)
+        if name in rows:
+            wrong.append(f"{where}: grid: two of its rows would be named '{name}'; write one out")
+        rows[name] = {"label": label, "params": dict(zip(map(str, grid), values))}
+    return rows, wrong
+
+# %% ../../../nbs/core/10_rows.ipynb #a57ff35b
+def _parent_of(row: Row, word: str, known: dict[str, Row]) -> tuple[str, str]:
+    """The id of the row that `row.needs[word]` names, or else what is wrong with that name."""
+    wanted = row.needs[word]
+    if f"{wanted}.s{row.seed}" in known:
+        return f"{wanted}.s{row.seed}", ""
+    lines = {f"{other.table}/{other.name}" for other in known.values()}
+    seeds = [other.seed for other in known.values() if f"{other.table}/{other.name}" == wanted]
+    here = f"{row.table}/{row.name}: needs: "
+    if seeds:
+        return "", f"{here}{wanted} has no seed {row.seed}, only {', '.join(map(str, seeds))}"
+    return "", f"{here}no row '{wanted}' at this scale; {nearest(wanted, sorted(lines))}"
+
+
+def _linked(rows: list[Row], where: str) -> tuple[list[Row], list[str]]:
+    """The rows with the checkpoints that they need as parameters; the complaints, a line each."""
+    known, found, wrong = {row.id: row for row in rows}, [], []
+    for row in rows:
+        asked = {word: _parent_of(row, word, known) for word in row.needs}
+        wrong += [f"{where}: {line}" for _, line in asked.values() if line]
+        needs = {word: name for word, (name, _) in asked.items() if name}
+        paths = {word: str(known[name].checkpoint) for word, name in needs.items()}
+        found.append(replace(row, needs=needs, params=row.params | paths))
+    try:
+        graphlib.TopologicalSorter(
+            {row.id: row.needs.values() for row in found if row.needs}
+        ).prepare()
+    except graphlib.CycleError as error:
+        wrong.append(f"{where}: needs: a circle, {' ← '.join(error.args[1])}; cut it")
+    return found, list(dict.fromkeys(wrong))
+
 # %% ../../../nbs/core/10_rows.ipynb #71faa544
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -254,15 +332,18 @@ def read_rows(system: str, scale: str = "demo", data: str = "") -> list[Row]:
         if not isinstance(block, dict) or block.get("only") == ("standin" if data else "real"):
             continue
         rows, more = _blocks(block.get("rows"), "row", f"{here}: {table}")
-        wrong += more
+        grid, worse = _gridded(block.get("grid"), f"{here}: {table}")
+        worse += [f"{here}: {table}: grid: row '{n}' is there already" for n in grid if n in rows]
+        rows, wrong = rows | grid, wrong + more + worse
         for name, line in rows.items():
             foreign = _foreign(line, "row", f"{here}: {table}/{name}")
             wrong += foreign
             if isinstance(line, dict) and not _foreign(block, "table", ""):
                 more, lines = _expand(system, table, name, [matrix, block, line], scale, data)
                 found, wrong = found + more, wrong + lines
-    if wrong:
-        raise RowsError("\n".join(wrong))
+    found, more = _linked(found, here) if not wrong else ([], [])
+    if wrong + more:
+        raise RowsError("\n".join(wrong + more))
     return found
 
 # %% ../../../nbs/core/10_rows.ipynb #3edcef92
@@ -330,6 +411,7 @@ def execute(notebook: str, executed: Path, values: dict, progress: bool = False)
             kernel_name="python3",
             progress_bar=False,
             log_output=progress,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
@@ -390,6 +472,10 @@ def run_row(row: Row, threads: int = 1, progress: bool = False) -> Path:
     try:
         row.folder.mkdir(parents=True, exist_ok=True)
         note_of(row).unlink(missing_ok=True)
+        Path(f"{row.folder}.made").unlink(missing_ok=True)
+        for word, name in row.needs.items():
+            if not is_noted(Path(row.params[word])):
+                raise RuntimeError(f"the checkpoint of {name} is not here; `make tables` makes it")
         os.environ.update({name: str(threads) for name in _THREADS})
         code, data = digest(row.notebook), fingerprint(row)
         try:
@@ -405,6 +491,7 @@ def run_row(row: Row, threads: int = 1, progress: bool = False) -> Path:
                 raise
         if why := _amiss(row, before, code, data):
             raise RuntimeError(why)
+        note_checkpoint(row.folder)
     except Exception as error:
         line = without_places(cause(error), *([row.data] if row.data else []))
         write_atomic(note_of(row), line + "\n")

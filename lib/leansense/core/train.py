@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Settings', 'Clock', 'Keeper', 'history_csv', 'write_history', 'Average', 'averaged_weights', 'scored_weights',
            'weights_digest', 'start_from', 'find_parts', 'frozen', 'run_identity', 'changed', 'read_run', 'best_file',
-           'checkpoint_to_resume', 'clear_run', 'settle_best', 'settle_files', 'NoProfiler', 'Board', 'Processes',
-           'NotebookDDP', 'processes_of', 'strategy_of', 'error_of', 'seed_everything', 'FitResult', 'outcome_of',
-           'load_best', 'fit']
+           'checkpoint_to_resume', 'clear_run', 'settle_best', 'settle_files', 'NoProfiler', 'EpochLine', 'Board',
+           'Processes', 'NotebookDDP', 'processes_of', 'strategy_of', 'error_of', 'seed_everything', 'FitResult',
+           'outcome_of', 'load_best', 'fit']
 
 # %% ../../../nbs/core/20_train.ipynb #34db073c
 import builtins
@@ -42,6 +42,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from leansense.core.checkpoint import (
     MARK,
@@ -601,6 +602,43 @@ class NoProfiler(PassThroughProfiler):
     def profile(self, action_name: str):
         return self.nothing
 
+# %% ../../../nbs/core/20_train.ipynb #63d1ca3a
+class EpochLine(TQDMProgressBar):
+    """Lightning's bar as one line of text for each epoch, with the metrics it ended with."""
+
+    def __init__(self):
+        super().__init__(leave=True)
+
+    def init_train_tqdm(self) -> tqdm:
+        return tqdm(disable=self.is_disabled, file=sys.stdout, smoothing=0, dynamic_ncols=True,
+                    leave=True, position=0, bar_format=self.BAR_FORMAT)  # fmt: skip
+
+    def init_validation_tqdm(self) -> tqdm:
+        return tqdm(disable=True)
+
+    def on_train_start(self, *_) -> None:
+        self.train_progress_bar = tqdm(disable=True)  # each epoch opens its own
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.on_train_end(trainer, module)
+        super().on_train_epoch_start(trainer)
+        epoch, last = trainer.current_epoch + 1, trainer.max_epochs
+        self.train_progress_bar.set_description(f"Epoch {epoch}/{last}")
+
+    def on_train_epoch_end(self, *_) -> None:
+        """Nothing yet: the task logs the metrics of this epoch after it."""
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.train_progress_bar.disable:
+            metrics = super().get_metrics(trainer, module)
+            metrics.pop("v_num", None)
+            self.train_progress_bar.set_postfix(metrics)
+            self.train_progress_bar.close()
+
+    def get_metrics(self, *_) -> dict:
+        """While an epoch runs, none: Lightning would show those of the epoch before."""
+        return {}
+
 # %% ../../../nbs/core/20_train.ipynb #2f43e7fe
 class Board(TensorBoardLogger):
     """Lightning's TensorBoard logger; an error in writing names the folder."""
@@ -736,7 +774,7 @@ def _trainer(run: Settings, keeper: Keeper) -> L.Trainer:
             )
         )
     if run.progress:
-        callbacks.append(TQDMProgressBar())
+        callbacks.append(EpochLine())
     log = Board(run.folder, name="", version="tensorboard", default_hp_metric=False)
     strategy = strategy_of(run)
     if isinstance(strategy, NotebookDDP):

@@ -21,7 +21,17 @@ from pathlib import Path
 from .digest import code_key, digest
 from .parameters import OWNED, declared
 from .paths import root, write_atomic
-from .record import PLACES, VOUCHER, plain, read, stale, text, vouchers
+from leansense.core.record import (
+    PLACES,
+    VOUCHER,
+    find_added,
+    plain,
+    portable,
+    read,
+    stale,
+    text,
+    vouchers,
+)
 from .rows import Row, RowsError, fingerprint, paper_folder, read_rows, systems
 from .warm import Job, run_rows
 
@@ -87,7 +97,9 @@ def groups(system: str) -> list[Group]:
             continue
         row, data = known
         code = digest(row.notebook)
-        if stale(path, row.params, record["code"], data) or not stale(path, row.params, code, data):
+        added = find_added(record["params"], portable(row.params), code)
+        then = {name: value for name, value in row.params.items() if name not in added}
+        if stale(path, then, record["code"], data) or not stale(path, row.params, code, data):
             continue
         key = (row.table, row.notebook, code_key(record["code"]))
         group = Group(system, row.table, row.notebook, record["code"], code)
@@ -148,31 +160,59 @@ def _job(row: Row, notebook: Path, folder: Path) -> tuple[Job, Path]:
     out = folder / f"papers/{row.system}/records/smoke/{row.table}/{row.name}.s{row.seed}.json"
     values = row.params | {"seed": row.seed, "progress": False, "out": str(out)}
     values |= {"folder": str(folder / "runs" / row.system / row.table / f"{row.name}.s{row.seed}")}
-    known = declared(notebook)
-    unknown = sorted(set(row.params) - set(known) - OWNED)
+    known, today = declared(notebook), declared(row.notebook)
+    unknown = sorted(
+        name
+        for name in set(row.params) - set(known) - OWNED
+        if row.params[name] != today[name].default
+    )
     if unknown:
         raise ValueError(f"{row.system} {row.id}: the old notebook has no parameter '{unknown[0]}'")
     return Job(row.notebook, {name: value for name, value in values.items() if name in known}), out
 
 
+def _turns(rows: list[Row]) -> list[list[Row]]:
+    """The rows and those that they start from, in groups; each starts from earlier groups only."""
+    whole, waiting = {}, list(rows)
+    known = {row.system: {} for row in rows if row.needs}
+    for system, found in known.items():
+        found |= {row.id: row for table in smoke_rows(system).values() for row in table}
+    while waiting:
+        row = waiting.pop(0)
+        whole[row.system, row.id] = row
+        waiting += [known[row.system][name] for name in row.needs.values()]
+    turns = []
+    while whole:
+        held = [k for k, r in whole.items() if any((k[0], n) in whole for n in r.needs.values())]
+        turns.append([whole[key] for key in whole if key not in held])
+        whole = {key: whole[key] for key in held}
+    return turns
+
+
 def measure(rows: list[Row], tree: Path, folder: Path, workers: int = 2) -> dict[str, dict | str]:
     """The metrics of each row under the code in `tree`; the error's line where it failed."""
-    jobs, places, found = [], {}, {}
-    for row in rows:
-        key = json.dumps([row.notebook, row.seed, row.params], sort_keys=True)
-        if key not in places:
-            job, out = _job(row, tree / row.notebook, folder)
-            places[key] = (len(jobs), out)
-            jobs.append(job)
-        found[f"{row.system} {row.id}"] = key
-    outcomes = run_rows(jobs, workers, tree, {"LEANSENSE_DATA": str(folder / "data")})
-    for name, key in found.items():
-        number, out = places[key]
-        done = outcomes[number]
-        found[name] = (
-            json.loads(out.read_text())["metrics"] if done.ok and out.exists() else done.error
-        )
-    return found
+    found, outs, ran = {}, {}, {}
+    for turn in _turns(rows):
+        jobs = {}
+        for row in turn:
+            starts = {word: outs[row.system, name] for word, name in row.needs.items()}
+            starts = {word: f"{out}/best.ckpt" for word, out in starts.items()}
+            row = replace(row, params=row.params | starts)
+            key = json.dumps([row.notebook, row.seed, row.params], sort_keys=True)
+            if key not in ran:
+                jobs[key], record = _job(row, tree / row.notebook, folder)
+                ran[key] = (jobs[key].params["folder"], record)
+            outs[row.system, row.id] = ran[key][0]
+            found[f"{row.system} {row.id}"] = key
+        done = run_rows([*jobs.values()], workers, tree, {"LEANSENSE_DATA": str(folder / "data")})
+        for key, outcome in zip(jobs, done):
+            place, record = ran[key]
+            whole = outcome.ok and record.exists()
+            ran[key] = (
+                place,
+                json.loads(record.read_text())["metrics"] if whole else outcome.error,
+            )
+    return {name: ran[key][1] for name, key in found.items()}
 
 # %% ../../../nbs/core/18_vouch.ipynb #284ffdc9
 def difference(old: object, new: object, name: str = "metrics") -> str:

@@ -156,14 +156,24 @@ class LeafNet(nn.Module):
         attn_stride: int,
         config: dict,
         input_range: nn.Module | None = None,
+        frozen_norms: bool = False,
     ):
         super().__init__()
+        self.frozen_norms = frozen_norms  # not in config: it matters to training only
         self.backbone, self.block = backbone, block
         self.input_range = input_range or nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(STRIDES[32][1], num_classes)
         self.after = STRIDES[attn_stride][0]
         self.config = config  # build()'s arguments: literals only, so a checkpoint can carry them
+
+    def train(self, mode: bool = True) -> "LeafNet":
+        """As in PyTorch; frozen norms stay in evaluation mode."""
+        super().train(mode)
+        for module in self.backbone.modules() if self.frozen_norms else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """The (B, 576) vectors that the classifier sees, before dropout."""
@@ -381,6 +391,7 @@ def build(
     faithful: bool = False,
     image_size: int = 224,
     backbone: str = "mobilenetv3_small_100",
+    frozen_norms: bool = False,
 ) -> LeafNet:
     """A leaf classifier; one-line ValueError for settings that are wrong or have no effect.
 
@@ -400,6 +411,7 @@ def build(
         faithful: the published code, see above
         image_size: S, a multiple of 32
         backbone: see BACKBONES; tf_: TensorFlow's padding, variances and range of pixels
+        frozen_norms: the backbone's batch norms keep the statistics that come with `weights`
     """
     config = dict(
         variant=variant,
@@ -422,6 +434,11 @@ def build(
         config = _as_published(
             config, {"feature_map": "relu", "pos": "sincos_qk", "attn_stride": 32}
         )
+    if frozen_norms and not (weights or pretrained):
+        raise ValueError(
+            "frozen_norms=True keeps the statistics of trained weights, and there are none: "
+            "give weights or pretrained, or leave it out"
+        )
     file = weights or (hub_weights(backbone=backbone) if pretrained else "")  # before any work
     trunk = _backbone(backbone, config["keep_unused_head"])
     model = LeafNet(
@@ -432,6 +449,7 @@ def build(
         attn_stride,
         config,
         InputRange(trunk.pretrained_cfg) if backbone.startswith("tf_") else None,
+        frozen_norms,
     )
     return load_weights(model, file) if file else model
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTICAL', 'CAMERAS', 'YAWS', 'SIMBEV_CENTRES', 'NUSCENES_CENTRES', 'FACES', 'AXIS', 'SIDE', 'NEAR', 'BODY', 'GLASS',
            'TYRE', 'TAIL', 'HEAD', 'DARK', 'STRIPE', 'SKIN', 'PAINTS', 'TEXELS', 'BANDS', 'LEVELS', 'NOISE', 'EDGES',
-           'Rig', 'looking', 'quaternion', 'resized', 'simbev_rig', 'nuscenes_rig', 'front_rig', 'project', 'unproject',
-           'Images', 'render', 'project_boxes', 'box_segments']
+           'Rig', 'look_along', 'to_quaternion', 'resize_rig', 'simbev_rig', 'nuscenes_rig', 'front_rig', 'project',
+           'unproject', 'Images', 'render', 'project_boxes', 'project_edges']
 
 # %% ../../../nbs/world/10_camera.ipynb #fa7e65b8
 import math
@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from ..core.parameters import nearest
 from leansense.world.scene import (
     CLASSES,
     EXTENT,
@@ -28,9 +29,7 @@ from leansense.world.scene import (
 )
 
 # %% ../../../nbs/world/10_camera.ipynb #db459735
-OPTICAL = np.array(
-    [[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]]
-)  # columns: right, down, forward of a camera looking along +x
+OPTICAL = np.array([[0.0, 0, 1], [-1, 0, 0], [0, -1, 0]])  # right, down, forward, along +x
 
 
 def _locked(array) -> np.ndarray:
@@ -42,12 +41,12 @@ def _locked(array) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Rig:
-    """N cameras: names, centres (N, 3) and rotations optical -> ego (N, 3, 3), intrinsics (N, 3, 3), one image size."""
+    """N pinhole cameras with images of one size; matrices are float64 and cannot be written to."""
 
     names: tuple[str, ...]
-    translation: np.ndarray  # metres, ego frame
-    rotation: np.ndarray
-    K: np.ndarray  # of images with height x width pixels
+    translation: np.ndarray  # (N, 3) centres, metres, ego frame
+    rotation: np.ndarray  # (N, 3, 3) optical -> ego
+    K: np.ndarray  # (N, 3, 3) of images with height x width pixels
     height: int
     width: int
 
@@ -72,11 +71,8 @@ class Rig:
 
     def select(self, *names: str) -> "Rig":
         """The rig of the named cameras, in that order."""
-        missing = set(names) - set(self.names)
-        if missing:
-            raise ValueError(
-                f"camera {sorted(missing)[0]!r} is not in the rig: choose from {', '.join(self.names)}"
-            )
+        for name in sorted(set(names) - set(self.names)):
+            raise ValueError(f"camera {name!r} is not in the rig; {nearest(name, self.names)}")
         at = [self.names.index(name) for name in names]
         return Rig(
             tuple(names),
@@ -88,16 +84,16 @@ class Rig:
         )
 
 # %% ../../../nbs/world/10_camera.ipynb #858605dd
-def looking(yaw: float, pitch: float = 0.0) -> np.ndarray:
-    """The rotation optical -> ego of a camera with a yaw to the left and a pitch downwards, in radians."""
+def look_along(yaw: float, pitch: float = 0.0) -> np.ndarray:
+    """Rotation optical -> ego of a camera with a yaw to the left and a pitch downwards, radians."""
     cy, sy, cp, sp = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
     turn = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1.0]])
     tilt = np.array([[cp, 0, sp], [0, 1.0, 0], [-sp, 0, cp]])
     return turn @ tilt @ OPTICAL
 
 
-def quaternion(rotation: np.ndarray) -> np.ndarray:
-    """Unit quaternions (..., 4) w, x, y, z of rotation matrices, w >= 0; eigenvector method (Bar-Itzhack 2000)."""
+def to_quaternion(rotation: np.ndarray) -> np.ndarray:
+    """Unit quaternions (..., 4) w, x, y, z of rotations, w >= 0; Bar-Itzhack's method (2000)."""
     m = np.asarray(rotation, float)
     t = np.trace(m, axis1=-2, axis2=-1)
     k = np.zeros((*m.shape[:-2], 4, 4))
@@ -138,10 +134,10 @@ NUSCENES_CENTRES = (
 )
 
 
-def resized(
+def resize_rig(
     rig: Rig, scale: float, crop: tuple[float, float] = (0, 0), size: tuple[int, int] | None = None
 ) -> Rig:
-    """The rig after scaling its images and cutting off `crop` (left, top) pixels; size: the (height, width) left."""
+    """The rig after scaling its images and cutting off `crop` (left, top) pixels."""
     if scale <= 0:
         raise ValueError(f"scale={scale:g} must be positive")
     height, width = size or (
@@ -154,20 +150,20 @@ def resized(
 
 
 def _fit(rig: Rig, height: int, width: int) -> Rig:
-    """The rig at another image size: scaled to the width, then cropped at the top (sky) to the height."""
+    """The rig at another image size: scaled to the width, then cropped at the top to the height."""
     if (height, width) == (rig.height, rig.width):
         return rig
     scale = width / rig.width
-    return resized(rig, scale, (0, round(rig.height * scale) - height), (height, width))
+    return resize_rig(rig, scale, (0, round(rig.height * scale) - height), (height, width))
 
 
 @lru_cache(maxsize=16)
 def simbev_rig(height: int = 900, width: int = 1600) -> Rig:
-    """SimBEV's six cameras, 80 degrees wide; other sizes are scaled to the width and cropped at the top."""
+    """SimBEV's six cameras, 80 degrees wide; other sizes are scaled and cropped at the top."""
     f = 800 / math.tan(math.radians(40))
     K = np.tile(np.array([[f, 0, 800], [0, f, 450], [0, 0, 1]]), (6, 1, 1))
     return _fit(
-        Rig(CAMERAS, SIMBEV_CENTRES, [looking(math.radians(y)) for y in YAWS], K, 900, 1600),
+        Rig(CAMERAS, SIMBEV_CENTRES, [look_along(math.radians(y)) for y in YAWS], K, 900, 1600),
         height,
         width,
     )
@@ -179,7 +175,7 @@ def nuscenes_rig(height: int = 900, width: int = 1600) -> Rig:
     f = np.array([1260.0, 1260, 1260, 1260, 800, 1260])
     K = np.array([[[g, 0, 800], [0, g, 450], [0, 0, 1]] for g in f])
     return _fit(
-        Rig(CAMERAS, NUSCENES_CENTRES, [looking(math.radians(y)) for y in YAWS], K, 900, 1600),
+        Rig(CAMERAS, NUSCENES_CENTRES, [look_along(math.radians(y)) for y in YAWS], K, 900, 1600),
         height,
         width,
     )
@@ -194,7 +190,7 @@ def front_rig(
     yaw: float = 0.0,
     pitch: float = 0.0,
 ) -> Rig:
-    """One camera: horizontal field of view, yaw to the left and pitch downwards in degrees, centre in the ego frame."""
+    """One camera; field of view, yaw to the left, pitch downwards in degrees, centre in metres."""
     if not 0 < fov < 180:
         raise ValueError(
             f"fov={fov:g}: a pinhole camera sees more than 0 and less than 180 degrees"
@@ -204,7 +200,7 @@ def front_rig(
     return Rig(
         ("CAM_FRONT",),
         [centre],
-        [looking(math.radians(yaw), math.radians(pitch))],
+        [look_along(math.radians(yaw), math.radians(pitch))],
         K,
         height,
         width,
@@ -224,7 +220,7 @@ def project(points: np.ndarray, rig: Rig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unproject(pixels: np.ndarray, depth: np.ndarray, rig: Rig) -> np.ndarray:
-    """Ego points (N, ..., 3) of pixels (N, ..., 2) u, v with a depth (N, ...) in each of N cameras."""
+    """Ego points (N, ..., 3) of pixels (N, ..., 2) u, v with depths (N, ...), of N cameras."""
     pixels = np.asarray(pixels, float)
     shape = (len(rig.names),) + (1,) * (pixels.ndim - 2)
     homogeneous = np.concatenate([pixels, np.ones_like(pixels[..., :1])], -1)
@@ -245,7 +241,7 @@ NEAR = 0.01  # metres: what is nearer than this is not drawn
 
 @dataclass(frozen=True, eq=False)
 class _Faces:
-    """M planar quadrilaterals in pictures: whose they are, and seven linear functions of (u, v, 1) for each."""
+    """M planar quadrilaterals in pictures, each with seven linear functions of (u, v, 1)."""
 
     camera: np.ndarray  # (M,)
     owner: np.ndarray  # (M,) row in Objects
@@ -256,7 +252,7 @@ class _Faces:
 
 
 def _quads(quad: np.ndarray, inverse_K: np.ndarray) -> np.ndarray:
-    """The (M, 7, 3) linear functions of quadrilaterals (M, 4, 3) in the optical frames of cameras, K^-1 (M, 3, 3)."""
+    """Linear functions (M, 7, 3) of quadrilaterals (M, 4, 3) in optical frames; K^-1 (M, 3, 3)."""
     right, up = quad[:, 1] - quad[:, 0], quad[:, 3] - quad[:, 0]
     normal = np.cross(right, up)
     offset = (normal * quad[:, 0]).sum(
@@ -276,7 +272,7 @@ def _quads(quad: np.ndarray, inverse_K: np.ndarray) -> np.ndarray:
 def _limits(
     quad: np.ndarray, K: np.ndarray, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Whether a quadrilateral (M, 4, 3) may be in the picture, and the first and last pixel row that may show it."""
+    """Whether quadrilaterals (M, 4, 3) may be in view, and the first and last row to show them."""
     z = quad[..., 2]
     behind = z < NEAR
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -295,7 +291,7 @@ def _limits(
 
 
 def _faces(objects: Objects, rig: Rig) -> _Faces:
-    """All faces of all objects that the cameras of a rig look at from outside and that may be in their pictures."""
+    """All faces of objects that cameras look at from outside and that may be in their pictures."""
     corners = objects.corners()
     c, s = np.cos(objects.yaw), np.sin(objects.yaw)
     d = rig.translation[:, None] - objects.centre  # (N, n, 3): from the object to the camera
@@ -313,13 +309,13 @@ def _faces(objects: Objects, rig: Rig) -> _Faces:
 
 # %% ../../../nbs/world/10_camera.ipynb #e624090c
 def _unfold(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For counts (3, 0, 2): the owner of each item, 0 0 0 2 2, and its place within the owner, 0 1 2 0 1."""
+    """For counts 3, 0, 2: each item's owner, 0 0 0 2 2, and its place there, 0 1 2 0 1."""
     owner = np.repeat(np.arange(len(count)), count)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
 
 
 def _spans(faces: _Faces, width: int) -> tuple[np.ndarray, ...]:
-    """Spans of pixels inside faces: which face, which pixel row, first column, number of columns."""
+    """Spans of pixels inside faces: face, pixel row, first column, number of columns."""
     face, row = _unfold(faces.bottom - faces.top + 1)
     row += faces.top[face]
     low, high = np.zeros(len(face)), np.full(len(face), float(width))
@@ -339,7 +335,7 @@ def _spans(faces: _Faces, width: int) -> tuple[np.ndarray, ...]:
 # %% ../../../nbs/world/10_camera.ipynb #0b6d9235
 @dataclass(frozen=True, eq=False)
 class _Hits:
-    """The visible pixels of faces: flat pixel in (N, H, W), face, inverse depth, u and v of the pixel's centre."""
+    """Visible pixels of faces: flat pixel in (N, H, W), face, inverse depth, u, v of its centre."""
 
     pixel: np.ndarray
     face: np.ndarray
@@ -426,7 +422,7 @@ TEXELS = 16
 
 @lru_cache(maxsize=1)
 def _textures() -> np.ndarray:
-    """(classes, 6 faces, 16 up, 16 along) uint8: the paint of each texel; along runs with the corners of FACES."""
+    """The paint of each texel, (classes, 6 faces, 16 up, 16 along) uint8; along as in FACES."""
     t = np.full((len(CLASSES), 6, TEXELS, TEXELS), BODY, np.uint8)
     front, back, sides = slice(0, 1), slice(1, 2), slice(2, 4)
     for name, glass in (("car", (9, 15)), ("truck", (9, 13)), ("bus", (7, 13))):
@@ -478,7 +474,7 @@ def _noise() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _palette(light: Light) -> np.ndarray:
-    """(materials + 1, BANDS, LEVELS, 3) uint8: ground materials by haze, then the sky by elevation."""
+    """(materials + 1, BANDS, LEVELS, 3) uint8: the ground by haze, then the sky by elevation."""
     keep = (np.arange(BANDS) / (BANDS - 1))[:, None]  # the share of a colour that the haze leaves
     haze, tint = np.array(light.haze), np.array(light.tint)
     lit = light.ambient + light.direct * math.sin(light.sun[1])
@@ -497,7 +493,7 @@ def _palette(light: Light) -> np.ndarray:
 
 # %% ../../../nbs/world/10_camera.ipynb #a6bdd599
 def _backdrop(snapshot: Snapshot, rig: Rig, sensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The picture without objects, (N H W, 3) uint8, and its classes (N H W,); sensor: noise of each pixel, 0..7."""
+    """The picture without objects, (N H W, 3) uint8, and classes (N H W,); sensor: noise, 0..7."""
     plane, light, ground = _plane(rig), snapshot.light, snapshot.ground
     x0, y0, yaw = snapshot.pose
     c, s = np.float32(math.cos(yaw) / STEP), np.float32(math.sin(yaw) / STEP)
@@ -568,7 +564,7 @@ def _shade(
 
 # %% ../../../nbs/world/10_camera.ipynb #126dd542
 def _shadows(objects: Objects, snapshot: Snapshot, rig: Rig) -> np.ndarray:
-    """Flat pixels of the ground that lie in shadow (some may repeat, some may be hidden by objects)."""
+    """Flat pixels of the ground in shadow; some may repeat or be hidden by objects."""
     azimuth = snapshot.light.sun[0] - snapshot.pose[2]
     reach = 0.3 * np.minimum(objects.size[:, 2], 3.0)[:, None]
     foot = objects.footprints()
@@ -600,7 +596,7 @@ class Images:
 
 
 def render(snapshot: Snapshot, rig: Rig, seed: int = 0) -> Images:
-    """The pictures of a snapshot through all cameras of a rig; seed: of the sensor's noise, which also depends on t."""
+    """The pictures of a snapshot by all cameras of a rig; seed: of the sensor's noise, with t."""
     plane, objects = _plane(rig), snapshot.objects
     start = int(
         np.random.default_rng([seed, round(snapshot.t * 1000) & 0xFFFFFFFF]).integers(NOISE)
@@ -635,10 +631,10 @@ def project_boxes(objects: Objects, rig: Rig) -> tuple[np.ndarray, np.ndarray]:
     return project(objects.corners(), rig)
 
 
-def box_segments(
+def project_edges(
     objects: Objects, rig: Rig, near: float = 0.1
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each camera: owners (m,) and end points (m, 2, 2) u, v of the edges of boxes in view, cut at `near`."""
+    """For each camera: owners (m,) and ends (m, 2, 2) u, v of box edges in view, cut at `near`."""
     corners, found = objects.corners(), []
     for n in range(len(rig.names)):
         q = (corners - rig.translation[n]) @ rig.rotation[n]

@@ -37,14 +37,14 @@ class Lidar:
             or not 0 <= self.dropout < 1
         ):
             raise ValueError(
-                f"rings={self.rings}, azimuths={self.azimuths}, reach={self.reach:g} must be positive, "
-                f"noise={self.noise:g} not negative and dropout={self.dropout:g} in [0, 1)"
+                f"rings={self.rings}, azimuths={self.azimuths}, reach={self.reach:g} must be "
+                f"positive, noise={self.noise:g} not negative, dropout={self.dropout:g} in [0, 1)"
             )
 
 
 @lru_cache(maxsize=8)
 def _directions(lidar: Lidar) -> tuple[np.ndarray, np.ndarray]:
-    """Unit directions as azimuth (azimuths,) in 0 .. 2 pi, and elevation (rings,), lowest first, in radians."""
+    """Azimuth (azimuths,) from 0 to 2 pi, elevation (rings,) lowest first; radians."""
     return (
         np.arange(lidar.azimuths) * (2 * math.pi / lidar.azimuths),
         np.radians(np.linspace(lidar.lowest, lidar.highest, lidar.rings)),
@@ -101,7 +101,7 @@ class Points:
 
 
 def _nearest(snapshot: Snapshot, lidar: Lidar) -> tuple[np.ndarray, np.ndarray]:
-    """Distances (azimuths, rings) to what a beam meets first, inf for nothing, and the object's row, -1: ground."""
+    """Distances (azimuths, rings) to what beams meet, inf: nothing, and its row, -1: the ground."""
     _, elevation = _directions(lidar)
     with np.errstate(divide="ignore"):
         ground = np.where(elevation < 0, -lidar.centre[2] / np.sin(elevation), np.inf)
@@ -128,7 +128,7 @@ _REFLECTIVITY = np.array(
 
 
 def scan(snapshot: Snapshot, lidar: Lidar = Lidar(), seed: int = 0) -> Points:
-    """The echoes of a snapshot within reach; seed: of noise and dropout, which also depend on the snapshot's time."""
+    """The echoes of a snapshot within reach; seed: of noise and dropout, together with its time."""
     distance, thing = _nearest(snapshot, lidar)
     azimuth, elevation = _directions(lidar)
     rng = np.random.default_rng([seed, round(snapshot.t * 1000) & 0xFFFFFFFF])

@@ -7,14 +7,15 @@ __all__ = ['SIMBEV_CLASSES', 'CLASSES', 'VEHICLES', 'CORNERS', 'STEP', 'EXTENT',
            'WALK_R', 'BAY', 'LANE', 'DIVIDER', 'CENTRE', 'WALK_L', 'GRASS_L', 'OPEN', 'DASHED', 'ZEBRA', 'SIDE',
            'SIDE_LINE', 'SIDE_WALK', 'LINE', 'SIDE_HALF', 'SIDE_PAVEMENT', 'ZEBRA_LENGTH', 'STRIPE_BIT', 'DASH_BIT',
            'CONDITIONS', 'SIZES', 'COLOURS', 'EGO_SIZE', 'EGOS', 'SHARES', 'class_id', 'Objects', 'boxes', 'join',
-           'Tracks', 'Ground', 'Street', 'paint', 'Light', 'Snapshot', 'still', 'Scene', 'overlap', 'make_scene']
+           'Tracks', 'Ground', 'Street', 'paint', 'Light', 'Snapshot', 'still', 'Scene', 'find_overlaps', 'make_scene']
 
 # %% ../../../nbs/world/00_scene.ipynb #5a368746
-import difflib
 import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+
+from ..core.parameters import nearest
 
 # %% ../../../nbs/world/00_scene.ipynb #1b662090
 SIMBEV_CLASSES: dict[int, tuple[str, ...]] = {
@@ -56,10 +57,7 @@ VEHICLES = ("car", "truck", "bus")  # what "vehicle" means in binary segmentatio
 def class_id(name: str) -> int:
     """The id of a class, its place in CLASSES; ValueError naming the nearest when there is none."""
     if name not in CLASSES:
-        near = difflib.get_close_matches(name, CLASSES, 1, 0.0)
-        raise ValueError(
-            f"class {name!r} is unknown: did you mean {near[0]!r}? There are {', '.join(CLASSES)}"
-        )
+        raise ValueError(f"class {name!r} is unknown; {nearest(name, CLASSES)}")
     return CLASSES.index(name)
 
 # %% ../../../nbs/world/00_scene.ipynb #06a971d8
@@ -74,7 +72,7 @@ CORNERS = np.array(
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """n cuboids: class ids, instance ids from 1, centres and sizes (n, 3), yaw, velocity (n, 2) and colour (n, 3)."""
+    """n cuboids as arrays: what they are, where, how large, how fast and of which colour."""
 
     kind: np.ndarray  # (n,) uint8, places in CLASSES
     instance: np.ndarray  # (n,) int16, unique; 0 is nobody
@@ -109,14 +107,13 @@ class Objects:
 def boxes(
     kind: str, centre, size, yaw=0.0, velocity=(0.0, 0.0), colour=(0.7, 0.1, 0.1), instance: int = 1
 ) -> Objects:
-    """Objects of one class from centres (n, 3) or (n, 2) on the ground, and sizes (3,) or (n, 3); the rest repeats."""
+    """Objects of one class: centres (n, 3), or (n, 2) on the ground; sizes (3,) or (n, 3)."""
     centre, size = np.atleast_2d(np.asarray(centre, float)), np.atleast_2d(np.asarray(size, float))
     n = max(len(centre), len(size))
     size = np.broadcast_to(size, (n, 3))
     if centre.shape[1] not in (2, 3) or (size <= 0).any():
-        raise ValueError(
-            f"centre must be (n, 2) or (n, 3) and size positive, not {centre.shape} and {size.min():g}"
-        )
+        given = f"{centre.shape} and {size.min():g}"
+        raise ValueError(f"centre must be (n, 2) or (n, 3) and size positive, not {given}")
     if centre.shape[1] == 2:
         centre = np.column_stack([np.broadcast_to(centre, (n, 2)), size[:, 2] / 2])
     return Objects(
@@ -145,11 +142,11 @@ def _advance(pose: np.ndarray, distance: np.ndarray, curvature: np.ndarray) -> n
 
 @dataclass(frozen=True, eq=False)
 class Tracks:
-    """n tracks in the world: start (n, 3) x, y, yaw; speed (n,) m/s; arc (n, 3) begin m, length m, curvature 1/m."""
+    """n tracks in the world: straight on, along an arc, and straight on again."""
 
-    start: np.ndarray
-    speed: np.ndarray
-    arc: np.ndarray
+    start: np.ndarray  # (n, 3) x, y, yaw
+    speed: np.ndarray  # (n,) metres per second
+    arc: np.ndarray  # (n, 3) begin and length in metres, curvature in 1/metre
 
     def poses(self, t: float) -> np.ndarray:
         """(n, 3) x, y, yaw at time t in seconds."""
@@ -159,10 +156,7 @@ class Tracks:
         return _advance(pose, np.maximum(way - begin - length, 0), 0 * curvature)
 
 # %% ../../../nbs/world/00_scene.ipynb #c332f43f
-STEP, EXTENT = (
-    0.05,
-    400.0,
-)  # metres: resolution of the ground, and half the length that is described one by one
+STEP, EXTENT = 0.05, 400.0  # metres: resolution of the ground, half the length of its codes
 MATERIALS: dict[str, tuple[str, tuple[float, float, float]]] = {  # name -> (class, RGB)
     "asphalt": ("road", (0.33, 0.33, 0.35)),
     "bay": ("road", (0.42, 0.40, 0.40)),
@@ -178,14 +172,14 @@ MATERIAL_CLASS = np.array([class_id(kind) for kind, _ in MATERIALS.values()], np
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """The painted plane: codes along x and across y, from -EXTENT in steps of STEP, and their table of materials."""
+    """The painted plane: codes along x and across y, from -EXTENT in steps of STEP, and a table."""
 
     along: np.ndarray  # (n,) uint8
     across: np.ndarray  # (n,) uint8
     table: np.ndarray  # (codes along, codes across) uint8, places in MATERIALS
 
     def material(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The material at world x, y in metres (any equal shapes); beyond EXTENT the border goes on."""
+        """The material at world x, y in metres (equal shapes); beyond EXTENT the border goes on."""
         i, j = (((v + EXTENT) * (1 / STEP)).astype(np.int64) for v in (x, y))
         return self.lookup(i, j)
 
@@ -215,7 +209,7 @@ class Street:
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """y of the outer edges from right to left: pavement, bays, lanes, (centre is 0), lanes, pavement."""
+        """y of the outer edges from right to left: pavement, bays, lanes, lanes, pavement."""
         right, left = -self.forward * self.lane, self.backward * self.lane
         return (right - self.bay - self.walk[0], right - self.bay, right, left, left + self.walk[1])
 
@@ -293,42 +287,18 @@ class Light:
 
 CONDITIONS: dict[str, Light] = {
     "day": Light(),
-    "dusk": Light(
-        (2.6, 0.2),
-        0.42,
-        0.35,
-        (0.80, 0.52, 0.38),
-        (0.22, 0.24, 0.42),
-        0.005,
-        (1.0, 0.84, 0.70),
-        0.05,
-    ),
-    "fog": Light(
-        (0.7, 0.9),
-        0.72,
-        0.10,
-        (0.70, 0.72, 0.74),
-        (0.66, 0.69, 0.72),
-        0.025,
-        (0.96, 0.98, 1.0),
-        0.03,
-    ),
-    "night": Light(
-        (0.7, 0.9),
-        0.20,
-        0.08,
-        (0.06, 0.07, 0.10),
-        (0.01, 0.01, 0.04),
-        0.006,
-        (0.90, 0.95, 1.1),
-        0.10,
-    ),
-}
+    "dusk": Light((2.6, 0.2), 0.42, 0.35, (0.80, 0.52, 0.38), (0.22, 0.24, 0.42), 0.005,
+                  (1.0, 0.84, 0.70), 0.05),
+    "fog": Light((0.7, 0.9), 0.72, 0.10, (0.70, 0.72, 0.74), (0.66, 0.69, 0.72), 0.025,
+                 (0.96, 0.98, 1.0), 0.03),
+    "night": Light((0.7, 0.9), 0.20, 0.08, (0.06, 0.07, 0.10), (0.01, 0.01, 0.04), 0.006,
+                   (0.90, 0.95, 1.1), 0.10),
+}  # fmt: skip
 
 # %% ../../../nbs/world/00_scene.ipynb #028841f3
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One instant: the objects in the ego frame, the ego pose (x, y, yaw) in the world, ground and light."""
+    """One instant: objects in the ego frame, ego pose (x, y, yaw) in the world, ground, light."""
 
     objects: Objects
     pose: tuple[float, float, float]
@@ -354,7 +324,7 @@ def still(
     condition: str = "day",
     pose: tuple[float, float, float] = (0.0, -1.75, 0.0),
 ) -> Snapshot:
-    """A snapshot made by hand: objects in the ego frame, on a street (default: the default one) seen from a pose."""
+    """A snapshot made by hand: objects in the ego frame, on a street seen from a pose."""
     return Snapshot(objects, pose, paint(street or Street()), _light(condition))
 
 
@@ -367,7 +337,7 @@ def _light(condition: str) -> Light:
 # %% ../../../nbs/world/00_scene.ipynb #0425fae2
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A street, the objects' tracks and looks, the observer's track, light; `seed` only identifies it."""
+    """A street, the objects' tracks and looks, the observer's track, light; `seed` is its name."""
 
     objects: Objects  # at time 0 in the world frame
     tracks: Tracks
@@ -430,10 +400,10 @@ COLOURS: dict[str, tuple[tuple[float, float, float], ...]] = {  # class -> paint
 }
 
 # %% ../../../nbs/world/00_scene.ipynb #fd85183a
-def overlap(
+def find_overlaps(
     pose: np.ndarray, size: np.ndarray, others: np.ndarray, sizes: np.ndarray, margin: float = 0.3
 ) -> np.ndarray:
-    """Whether rectangles at poses (..., 3) x, y, yaw of sizes (..., 2+) come closer to others than `margin` metres."""
+    """Whether rectangles at poses (..., 3) of sizes (..., 2+) come closer than `margin` metres."""
     dx, dy = others[..., 0] - pose[..., 0], others[..., 1] - pose[..., 1]
     turn = others[..., 2] - pose[..., 2]
     c, s = abs(np.cos(turn)), abs(np.sin(turn))
@@ -467,7 +437,7 @@ class _Builder:
         arc=(0.0, 0.0, 0.0),
         on: bool = False,
     ) -> bool:
-        """Add an object at a pose of time 0, `on`: on top of the last one; returns whether there was room."""
+        """Add an object at a pose of time 0, or `on` the last one; whether there was room."""
         low, high = np.array(SIZES[kind])
         size = low + (high - low) * self.rng.random(3)
         paint_ = COLOURS[kind][self.rng.integers(len(COLOURS[kind]))]
@@ -479,7 +449,9 @@ class _Builder:
         poses = way.poses(1.0)  # all times at once
         if (
             not on
-            and overlap(poses, size, np.stack(self.taken), np.stack(self.sizes)[:, None]).any()
+            and find_overlaps(
+                poses, size, np.stack(self.taken), np.stack(self.sizes)[:, None]
+            ).any()
         ):
             return False
         floor = self.rows[-1][2][2] * 0.8 if on else 0.0
@@ -502,11 +474,7 @@ class _Builder:
         return objects, Tracks(np.column_stack([centre[:, :2], yaw]), speed, arc)
 
 
-EGO_SIZE = (
-    4.6,
-    1.9,
-    1.5,
-)  # length, width, height of the observer's car, centred on the origin of the ego frame
+EGO_SIZE = (4.6, 1.9, 1.5)  # length, width, height of the observer's car, in metres
 
 # %% ../../../nbs/world/00_scene.ipynb #5cdc2fdc
 def _street(rng: np.random.Generator) -> Street:
@@ -537,7 +505,7 @@ EGOS = ("drive", "turn", "parked", "roadside")
 
 
 def _ego(rng: np.random.Generator, street: Street, mode: str) -> Tracks:
-    """The observer's track: along a lane, turning into the side street, standing in a lane, or beside the road."""
+    """The observer's track: along a lane, into the side street, standing, or beside the road."""
     lanes, speed, arc = street.lane_centres(1), float(rng.uniform(4, 8)), (0.0, 0.0, 0.0)
     y = lanes[int(rng.integers(len(lanes)))]
     start = (float(rng.uniform(-4, 4)), y, 0.0)
@@ -665,11 +633,16 @@ def make_scene(
     duration: float = 16.0,
     street: Street | None = None,
 ) -> Scene:
-    """The scene of a seed: street, traffic, street life; the same arguments give the same scene, bit for bit.
+    """The scene of a seed: the same arguments give the same scene, bit for bit.
 
-    condition: day | dusk | fog | night, light only. vehicles: False leaves out all that roll. density: of traffic and
-    people, 1 is a busy street, 0 has houses only. ego: drive | turn | parked | roadside. duration: seconds for which
-    nobody collides. street: its measures; None draws them.
+    Args:
+        seed: of every random draw
+        condition: day, dusk, fog or night; light only
+        vehicles: False leaves out all that roll
+        density: of traffic and people; 1 is a busy street, 0 has houses only
+        ego: drive, turn, parked or roadside
+        duration: seconds for which nobody collides
+        street: its measures; None draws them
     """
     light = _light(condition)
     if ego not in EGOS:
