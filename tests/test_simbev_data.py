@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import message
 from leansense.core.loader import loader
 from leansense.core.parameters import declared
 from leansense.core.paths import data_root
@@ -64,14 +65,7 @@ from leansense.simbev.standin import encode_depth, make_shots, parse_size, stand
 SMALL = dict(n=8, size="240x112")  # four scenes of two frames: two train, one validates, one tests
 FAST = dict(size=(112, 240), final=(64, 176))
 LAYOUTS = ("published", "converted", "native")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_data_root(tmp_path_factory):
-    """Stand-ins and caches of these tests lie in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_data_root")  # stand-ins and caches
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +90,6 @@ def copies(folders, tmp_path):
 def street(own_data_root):
     """A larger native stand-in with depth, for the tests of conventions."""
     return simbev.load(standin(n=16, size="240x112", layout="native"))
-
-
-def message(kind, call, *arguments, **named):
-    with pytest.raises(kind) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
 
 
 def change(path, edit):

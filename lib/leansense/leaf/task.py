@@ -152,7 +152,7 @@ def calibrate(model: nn.Module, loader: DataLoader, wanted: float = 0.99) -> tup
 def apart(
     labels: Sequence[int], predicted: Sequence[int], copied: Sequence[bool], classes: int
 ) -> dict[str, dict]:
-    """{images, acc, f1} of the copied and of the uncopied ones; a kind that is absent is left out."""
+    """{images, acc, f1} of the copied and the uncopied ones; a kind that is absent is left out."""
     found = {}
     for name, wanted in (("copied", True), ("uncopied", False)):
         pairs = [
