@@ -25,7 +25,7 @@ from leansense.leaf import augment
 from leansense.leaf import data as leaf
 from leansense.leaf.split import (
     assign,
-    copied,
+    find_copied,
     find_leaks,
     find_near_copies,
     group,
@@ -714,7 +714,11 @@ def test_the_planted_copy_is_on_disk_and_not_in_the_rows_data(folder):
     rows, disk = leaf.dataset(params), leaf.load(standin(n=8))
     label, file = "brown_spot", find_planted(plan(8, 4, 0, 192), 4)[1].file
     assert {s.id for s in disk.samples} - {s.id for s in rows.samples} == {f"images/{label}/{file}"}
-    assert len(find_leaks(disk)) == 1 and find_leaks(rows) == [] and sum(copied(disk, "valid")) == 1
+    assert (
+        len(find_leaks(disk)) == 1
+        and find_leaks(rows) == []
+        and sum(find_copied(disk, "valid")) == 1
+    )
 
 
 def test_a_damaged_standin_is_named_and_drawn_again(tmp_path, capsys):
@@ -749,14 +753,18 @@ def test_a_set_without_test_part_gets_one(copy):
         and data.part("valid")
         and data.part("train")
     )
-    assert sum(copied(data, "valid")) == 0, "near-copies stay on one side of the part that chooses"
+    assert sum(find_copied(data, "valid")) == 0, (
+        "near-copies stay on one side of the part that chooses"
+    )
 
 
 @pytest.mark.parametrize("split_name", ["stratified", "grouped"])
 def test_a_split_made_anew_has_three_parts(copy, split_name):
     data = leaf.dataset({"data": str(copy), "split": split_name})
     assert all(data.part(part) for part in leaf.SPLITS)
-    assert split_name == "stratified" or not any(copied(data, "test") + copied(data, "valid"))
+    assert split_name == "stratified" or not any(
+        find_copied(data, "test") + find_copied(data, "valid")
+    )
 
 
 def test_declared_parameters_are_those_that_decide_the_data(copy):
@@ -813,8 +821,10 @@ def test_copied_marks_test_pictures_with_a_copy_in_training(tmp_path):
     for seed in range(3):
         data = make_split(tmp_path, 0.2, 0.3, seed=seed)
         trained = {name(s) for s in data.part("train")}
-        assert copied(data) == [name(s) in trained for s in data.part("test")] and any(copied(data))
-        assert not any(copied(make_split(tmp_path, 0.2, 0.3, "grouped", seed)))
+        assert find_copied(data) == [name(s) in trained for s in data.part("test")] and any(
+            find_copied(data)
+        )
+        assert not any(find_copied(make_split(tmp_path, 0.2, 0.3, "grouped", seed)))
 
 
 # ---- doctor

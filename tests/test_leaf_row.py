@@ -29,7 +29,7 @@ from leansense.leaf.checkpoint import load_checkpoint, rebuild, save_checkpoint
 from leansense.leaf.data import LeafDataset, collate, dataset
 from leansense.leaf.model import VARIANTS, build
 from leansense.leaf.standin import standin
-from leansense.leaf.task import LeafTask, apart, logits_of, recipe
+from leansense.leaf.task import LeafTask, predict_logits, recipe, score_apart
 from leansense.leaf.use import export_onnx, find_pictures, predict
 
 SMALL = {
@@ -274,13 +274,13 @@ def test_faithful_training_leaves_faithful_files(tmp_path, ema):
         progress=False,
         tensorboard=False,
     )
-    want, _, _ = logits_of(task.model, check)
+    want, _, _ = predict_logits(task.model, check)
     names = sorted(path.name for path in tmp_path.glob("*.ckpt"))
     assert names == ["best.ckpt", "epoch_0000.ckpt", "last.ckpt"]
     for name in names:  # one epoch: all three are of the same moment
         model, _ = rebuild(tmp_path / name)
         assert model.config["feature_map"] == "elu1" and model.config["keep_unused_head"]
-        assert torch.equal(logits_of(model, check)[0], want), name
+        assert torch.equal(predict_logits(model, check)[0], want), name
 
 
 def spoilt(how: str, content: dict) -> None:
@@ -596,14 +596,14 @@ def test_scores_against_sklearn():
 
 
 def test_copied_and_uncopied_are_scored_apart():
-    found = apart([0, 1, 0, 1, 1], [0, 1, 1, 1, 0], [True, True, False, False, False], 2)
+    found = score_apart([0, 1, 0, 1, 1], [0, 1, 1, 1, 0], [True, True, False, False, False], 2)
     assert found["copied"] == {"images": 2, "acc": 1.0, "f1": 1.0}
     assert found["uncopied"]["images"] == 3 and found["uncopied"]["acc"] == pytest.approx(1 / 3)
-    assert set(apart([0], [0], [0], 2)) == {"uncopied"} and set(apart([0], [0], [1], 2)) == {
-        "copied"
-    }
+    assert set(score_apart([0], [0], [0], 2)) == {"uncopied"} and set(
+        score_apart([0], [0], [1], 2)
+    ) == {"copied"}
     with pytest.raises(ValueError):
-        apart([0, 1], [0, 1], [True], 2)
+        score_apart([0, 1], [0, 1], [True], 2)
 
 
 def test_mcnemar_by_hand():
