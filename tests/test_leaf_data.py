@@ -901,3 +901,20 @@ def test_doctor_command(folder, tmp_path):
         and "did you mean leaf?" in unknown.stderr
         and "Traceback" not in unknown.stderr
     )
+
+
+def test_loaders_by_a_rows_parameters(folder):
+    """Training is augmented, shuffled and in whole batches; the other parts are whole, in order."""
+    data = leaf.load(folder)
+    asked = {"image_size": 32, "batch_size": 5, "augment": "strong", "seed": 3}
+    asked |= {"num_workers": 0, "pin_memory": False}
+    found = leaf.loaders(data, asked)
+    assert list(found) == ["train", "valid", "test"]
+    ids = {part: [name for batch in found[part] for name in batch["id"]] for part in found}
+    for part in ("valid", "test"):
+        assert ids[part] == [s.id for s in data.part(part)]
+    train = [s.id for s in data.part("train")]
+    assert len(ids["train"]) == len(train) // 5 * 5 and ids["train"] != train[: len(ids["train"])]
+    assert found["train"].dataset.augment == "strong" and found["test"].dataset.augment == "none"
+    halves = replace(data, samples=tuple(s for s in data.samples if s.split != "test"))
+    assert list(leaf.loaders(halves, asked)) == ["train", "valid"]
