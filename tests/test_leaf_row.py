@@ -18,9 +18,8 @@ import torch
 
 from conftest import ROOT, run
 from leansense.core.checkpoint import load_file
-from leansense.core.claims import judge, read_claims
+from leansense.core.claims import read_claims
 from leansense.core.loader import loader
-from leansense.core.metrics import compare_predictions, count_confusions, score_confusions
 from leansense.core.parameters import OWNED, declared
 from leansense.core.rows import read_matrix, read_rows
 from leansense.core.train import fit, seed_everything
@@ -574,27 +573,6 @@ def test_kaggle_layout_and_ten_classes(tmp_path):
     assert len(record(tmp_path)["metrics"]["classes"]) == 10
 
 
-def test_scores_by_hand():
-    first = score_confusions(count_confusions([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3))
-    assert first["acc"] == pytest.approx(0.6) and first["f1"] == pytest.approx(0.4333333, abs=1e-6)
-    assert count_confusions([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3).tolist() == [
-        [1, 1, 0],
-        [0, 2, 0],
-        [1, 0, 0],
-    ]
-    assert score_confusions(count_confusions([0, 0, 1], [0, 1, 1], 3))["f1"] == pytest.approx(4 / 9)
-
-
-def test_scores_against_sklearn():
-    from sklearn.metrics import f1_score
-
-    rng = np.random.default_rng(0)
-    truth, guess = rng.integers(0, 5, 400), rng.integers(0, 5, 400)
-    assert score_confusions(count_confusions(truth, guess, 5))["f1"] == pytest.approx(
-        f1_score(truth, guess, average="macro")
-    )
-
-
 def test_copied_and_uncopied_are_scored_apart():
     found = score_apart([0, 1, 0, 1, 1], [0, 1, 1, 1, 0], [True, True, False, False, False], 2)
     assert found["copied"] == {"images": 2, "acc": 1.0, "f1": 1.0}
@@ -604,13 +582,6 @@ def test_copied_and_uncopied_are_scored_apart():
     ) == {"copied"}
     with pytest.raises(ValueError):
         score_apart([0, 1], [0, 1], [True], 2)
-
-
-def test_mcnemar_by_hand():
-    found = compare_predictions([0] * 10, [0] * 8 + [1] * 2, [1] * 3 + [0] * 7)
-    assert (found["differ"], found["only_first"], found["only_second"]) == (5, 3, 2) and found[
-        "p"
-    ] == pytest.approx(1.0)
 
 
 def test_predict_and_onnx(trained, leaves, tmp_path):
@@ -738,32 +709,6 @@ def test_rows_quote_the_test_and_have_enough_of_it():
 def cell_with(notebook: str, text: str) -> str:
     cells = json.loads((ROOT / notebook).read_text())["cells"]
     return next("".join(cell["source"]) for cell in cells if text in "".join(cell["source"]))
-
-
-@pytest.mark.parametrize(
-    "claim, number, block, wanted",
-    [
-        ({"claimed": 2, "tolerance": 0.3}, 2.1, None, "reproduced"),
-        ({"claimed": 2, "tolerance": 0.3}, 2.8, None, "not reproduced: more"),
-        ({"claimed": 2, "tolerance": 0.3}, 1.2, None, "not reproduced"),
-        ({"claimed": [20, 30], "tolerance": 2}, 25.0, None, "reproduced"),
-        ({"claimed": [20, 30], "tolerance": 2}, 41.0, None, "not reproduced: more"),
-        ({"claimed": 25, "tolerance": 2}, 2.2, 25.4, "true of the block only (25.4)"),
-        ({"claimed": 25, "tolerance": 2}, 2.2, 41.0, "true of the block only (41.0)"),
-        ({"claimed": 25, "tolerance": 2}, 2.2, 11.0, "not reproduced"),
-        ({"claimed": 25, "tolerance": 2}, float("nan"), 25.0, "cannot be judged here: no record"),
-        (
-            {"claimed": 25, "tolerance": 2, "cannot": "other data"},
-            25.0,
-            None,
-            "cannot be judged here: other data",
-        ),
-    ],
-)
-def test_verdicts_have_two_sides(claim, number, block, wanted):
-    """What core.claims says of numbers made up."""
-    claim = claim | {"measure": "a"} | ({"block": "b"} if block is not None else {})
-    assert judge(claim, {"a": number, "b": block})[1] == wanted
 
 
 def test_every_claim_is_judged_by_a_measurement_or_says_why_not():

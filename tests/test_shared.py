@@ -90,6 +90,19 @@ def test_rows_are_made_by_threads_and_stay_in_order(tmp_path):
 # ---- metrics
 
 
+def test_scores_by_hand():
+    first = metrics.score_confusions(metrics.count_confusions([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3))
+    assert first["acc"] == pytest.approx(0.6) and first["f1"] == pytest.approx(0.4333333, abs=1e-6)
+    assert metrics.count_confusions([0, 0, 1, 1, 2], [0, 1, 1, 1, 0], 3).tolist() == [
+        [1, 1, 0],
+        [0, 2, 0],
+        [1, 0, 0],
+    ]
+    assert metrics.score_confusions(metrics.count_confusions([0, 0, 1], [0, 1, 1], 3))[
+        "f1"
+    ] == pytest.approx(4 / 9)
+
+
 def test_scores_against_sklearn():
     rng = np.random.default_rng(1)
     truth, guess = rng.integers(0, 5, (2, 300))
@@ -119,6 +132,13 @@ def test_processes_add_up_to_what_one_would_have_counted(parts):
     wanted = metrics.score_confusions(metrics.count_confusions(truth, guess, 4))
     assert whole.compute() == {name: wanted[name] for name in ("acc", "f1")}
     assert not whole.confmat.is_floating_point()
+
+
+def test_mcnemar_by_hand():
+    found = metrics.compare_predictions([0] * 10, [0] * 8 + [1] * 2, [1] * 3 + [0] * 7)
+    assert (found["differ"], found["only_first"], found["only_second"]) == (5, 3, 2) and found[
+        "p"
+    ] == pytest.approx(1.0)
 
 
 def test_calibration_by_hand():
@@ -152,6 +172,32 @@ def test_an_incomplete_claim_is_named(tmp_path, text, said):
     good = "- {statement: a, unit: '', read: b}\n"
     found = message(ValueError, read, tmp_path, good + text)
     assert said in found and "claims.yaml, claim 2" in found
+
+
+@pytest.mark.parametrize(
+    "claim, number, block, wanted",
+    [
+        ({"claimed": 2, "tolerance": 0.3}, 2.1, None, "reproduced"),
+        ({"claimed": 2, "tolerance": 0.3}, 2.8, None, "not reproduced: more"),
+        ({"claimed": 2, "tolerance": 0.3}, 1.2, None, "not reproduced"),
+        ({"claimed": [20, 30], "tolerance": 2}, 25.0, None, "reproduced"),
+        ({"claimed": [20, 30], "tolerance": 2}, 41.0, None, "not reproduced: more"),
+        ({"claimed": 25, "tolerance": 2}, 2.2, 25.4, "true of the block only (25.4)"),
+        ({"claimed": 25, "tolerance": 2}, 2.2, 41.0, "true of the block only (41.0)"),
+        ({"claimed": 25, "tolerance": 2}, 2.2, 11.0, "not reproduced"),
+        ({"claimed": 25, "tolerance": 2}, float("nan"), 25.0, "cannot be judged here: no record"),
+        (
+            {"claimed": 25, "tolerance": 2, "cannot": "other data"},
+            25.0,
+            None,
+            "cannot be judged here: other data",
+        ),
+    ],
+)
+def test_verdicts_have_two_sides(claim, number, block, wanted):
+    """What core.claims says of numbers made up."""
+    claim = claim | {"measure": "a"} | ({"block": "b"} if block is not None else {})
+    assert claims.judge(claim, {"a": number, "b": block})[1] == wanted
 
 
 def test_every_verdict_is_counted_once():
