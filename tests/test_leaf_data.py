@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+from conftest import message
 from leansense.core import check as doctor
 from leansense.core import images
 from leansense.core.loader import loader, sample_rng
@@ -36,15 +37,8 @@ from leansense.leaf.split import (
 from leansense.leaf.split import main as split_main
 from leansense.leaf.standin import CLASSES, LOOKS, find_planted, plan, standin
 
+pytestmark = pytest.mark.usefixtures("own_data_root")
 SMALL = dict(n=6, size=64)  # the smallest stand-in that holds every kind of file
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_data_root(tmp_path_factory):
-    """Stand-ins and caches of these tests lie in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +59,6 @@ def rows_of(folder):
 def rewrite(folder, rows, header=("path", "label", "split")):
     lines = [",".join(header)] + [",".join(row[name] for name in header) for row in rows]
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-
-
-def message(kind, call, *arguments, **named):
-    with pytest.raises(kind) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
 
 
 # ---- reading: every fault in one line, with the place and the remedy
