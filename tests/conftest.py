@@ -105,23 +105,6 @@ def run(
     )
 
 
-@pytest.fixture(scope="module")
-def own_data_root(tmp_path_factory):
-    """Stand-ins and caches of these tests lie in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
-
-
-def message(kind: type[Exception], call: Callable, *arguments, **named) -> str:
-    """The one line with which a call fails."""
-    with pytest.raises(kind) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
-
-
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]], Path]:
     """shared(name, make): a folder made once by make(folder) for all workers; only to be read."""
