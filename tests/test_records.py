@@ -111,7 +111,7 @@ def other(value, kind):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_every_parameter_makes_the_run(notebook, tmp_path):
-    """Flip each parameter of each row notebook: identity and currency change, unless it is on the list."""
+    """Each parameter of each row notebook flipped: a new identity, unless it is on the list."""
     try:
         known = declared(notebook)
     except ValueError:
@@ -302,7 +302,8 @@ def library(house):
         ('f"leansense.layers.k_{name}"', "", {"layers.k_native", "layers.k_triton"}),
         ('"leansense.core.a.f"', "", {"core.a"}),
         (
-            'f"{name}.json", ".b", name.split("."), "python -m leansense.core.a", getLogger("leansense")',
+            'f"{name}.json", ".b", name.split("."), "python -m leansense.core.a", '
+            'getLogger("leansense")',
             "",
             set(),
         ),

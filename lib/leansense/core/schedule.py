@@ -37,18 +37,20 @@ class Group:
 
 # %% ../../../nbs/core/22_schedule.ipynb #55cebab7
 def _owners(names: dict[int, str], groups: Sequence[Group]) -> dict[int, Group]:
-    """Which group owns each trainable parameter: id(parameter) -> Group; ValueError when that is not clear."""
+    """The group that owns each trainable parameter, by its id(); ValueError when unclear."""
     rest = [group for group in groups if group.modules is None]
     if len(rest) > 1 or len({group.name for group in groups}) < len(groups):
         raise ValueError(
-            f"groups {[group.name for group in groups]}: names must differ and one at most takes the rest"
+            f"groups {[group.name for group in groups]}: names must differ"
+            " and one at most takes the rest"
         )
     owner, twice = {}, []
     for group in groups:
         for parameter in filter(lambda p: p.requires_grad, group.claims()):
             if id(parameter) not in names:
                 raise ValueError(
-                    f"group {group.name!r} claims a {tuple(parameter.shape)} parameter not in the model"
+                    f"group {group.name!r} claims a {tuple(parameter.shape)} parameter"
+                    " not in the model"
                 )
             if id(parameter) in owner:
                 twice.append(f"{names[id(parameter)]} ({owner[id(parameter)].name}, {group.name})")
@@ -65,7 +67,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 
 
 def undecayed(model: nn.Module) -> set[int]:
-    """id() of the parameters that take no weight decay: norm scales and whatever has at most one dimension."""
+    """id() of the parameters without weight decay: norm scales and what has at most one axis."""
     norms = (m for m in model.modules() if isinstance(m, _NORMS))
     return {id(p) for m in norms for p in m.parameters()} | {
         id(p) for p in model.parameters() if p.ndim <= 1
@@ -80,7 +82,10 @@ def param_groups(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
 ) -> list[dict]:
-    """Optimiser groups (params, lr, weight_decay, name, group) that hold each trainable parameter exactly once."""
+    """Optimiser groups that hold each trainable parameter exactly once.
+
+    Each is {params, lr, weight_decay, name, group}.
+    """
     parameters = {id(p): p for p in model.parameters() if p.requires_grad}
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -110,7 +115,7 @@ SCHEDULES = ("constant", "cosine", "step", "plateau", "onecycle", "warmup_cosine
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimiser and schedule of a run; ValueError for a setting that does not exist or would be ignored."""
+    """Optimiser and schedule; ValueError for a setting that does not exist or would be ignored."""
 
     optimizer: str = "adamw"  # adamw | adam | sgd
     lr: float = 1e-3  # peak learning rate of a group that names none
@@ -142,7 +147,7 @@ class Recipe:
 
 # %% ../../../nbs/core/22_schedule.ipynb #a5326023
 def _check(recipe: Recipe) -> None:
-    """ValueError for numbers out of range and for settings that the chosen schedule would ignore."""
+    """ValueError for numbers out of range and settings that the chosen schedule would ignore."""
     kind = recipe.schedule
     if not (recipe.lr >= 0 and recipe.weight_decay >= 0 and recipe.floor >= 0):
         given = f"lr={recipe.lr}, weight_decay={recipe.weight_decay}, floor={recipe.floor}"
@@ -162,7 +167,7 @@ def _check(recipe: Recipe) -> None:
 
 # %% ../../../nbs/core/22_schedule.ipynb #69e1c858
 def optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over `groups` (see param_groups), PyTorch's own class; one fused loop on the CPU."""
+    """The recipe's optimiser over `groups` (see param_groups); one fused loop on the CPU."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
@@ -172,7 +177,7 @@ def optimizer(groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
 
 # %% ../../../nbs/core/22_schedule.ipynb #35a83eae
 def warmup_cosine(peak: float, floor: float, warmup: int, t_max: int, unit: int) -> float:
-    """The learning rate in unit `unit` (from 0): a linear rise over `warmup` units, then a cosine down to `floor`."""
+    """The learning rate in unit `unit` (from 0): a linear rise, then a cosine down to `floor`."""
     if unit < warmup:
         return peak * (unit + 1) / warmup
     part = min(1.0, (unit - warmup) / (t_max - warmup))
@@ -180,14 +185,14 @@ def warmup_cosine(peak: float, floor: float, warmup: int, t_max: int, unit: int)
 
 
 def horizon(recipe: Recipe, epochs: int, steps: int) -> int:
-    """Units a schedule with an end runs for; 0 for one without. ValueError when it would end before the run does."""
+    """Units that a schedule with an end runs for, else 0; ValueError when it ends too early."""
     if recipe.schedule not in ("cosine", "warmup_cosine", "onecycle"):
         return 0
     run = epochs if recipe.per == "epoch" else steps
     if 0 < recipe.t_max < run:
         raise ValueError(
-            f"t_max={recipe.t_max} ends before the run of {run} {recipe.per}s, where {recipe.schedule} would rise"
-            f" again or fail: set t_max=0 or t_max>={run}"
+            f"t_max={recipe.t_max} ends before the run of {run} {recipe.per}s,"
+            f" where {recipe.schedule} would rise again or fail: set t_max=0 or t_max>={run}"
         )
     units = recipe.t_max or run
     if recipe.warmup >= units:
@@ -200,7 +205,7 @@ def horizon(recipe: Recipe, epochs: int, steps: int) -> int:
 def scheduler(
     optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, steps: int, mode: str = "max"
 ) -> lr_scheduler.LRScheduler:
-    """The recipe's schedule for a run of `epochs` epochs and `steps` optimiser steps in all; step it once per unit."""
+    """The recipe's schedule for `epochs` epochs and `steps` steps in all; step it once per unit."""
     units = horizon(recipe, epochs, steps)
     peaks = [group["lr"] for group in optimizer.param_groups]
     if recipe.floor > min(peaks):
@@ -232,7 +237,7 @@ def scheduler(
 
 # %% ../../../nbs/core/22_schedule.ipynb #025594e9
 def rates(recipe: Recipe, peaks: Iterable[float], epochs: int, steps: int = 0) -> list[list[float]]:
-    """Per unit of the schedule the learning rate of each group whose peak is given; plateau is left undisturbed."""
+    """Per unit of the schedule the learning rate of each group whose peak is given."""
     dummy = optimizer(
         [dict(params=[nn.Parameter(torch.zeros(1))], lr=peak) for peak in peaks], recipe
     )

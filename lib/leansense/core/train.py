@@ -302,7 +302,7 @@ def weights_digest(path: str | Path) -> str:
 
 
 def start_from(task: Task, path: str | Path) -> None:
-    """Load the weights of the checkpoint at `path` into `task`; ValueError when one does not fit."""
+    """Load the weights of the checkpoint at `path` into `task`; ValueError when one misfits."""
     given, own = read_checkpoint(path, finite=True)["state_dict"], task.state_dict()
     check_weights(task, own | given, path)
     left = sorted({".".join(name.split(".")[:2]) for name in own.keys() - given.keys()})
@@ -310,7 +310,7 @@ def start_from(task: Task, path: str | Path) -> None:
     if left:
         _say(f"{path}: holds no {', '.join(left)}; these begin with their first values")
 
-
+# %% ../../../nbs/core/20_train.ipynb #d5e32182
 def find_parts(task: Task, freeze: tuple) -> dict[str, nn.Module]:
     """The modules that `freeze` means (modules or names), by name; ValueError for what is none."""
     modules = dict(task.named_modules())
