@@ -39,6 +39,26 @@ def pytest_sessionfinish(session) -> None:
     WARM.stop()
 
 
+# --- data sets and their faults ---
+
+
+@pytest.fixture(scope="module")
+def own_data_root(tmp_path_factory):
+    """Stand-ins and caches of a module's tests lie in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+def message(kind: type[Exception], call: Callable, *arguments, **named) -> str:
+    """The one line of the error that a call must raise."""
+    with pytest.raises(kind) as caught:
+        call(*arguments, **named)
+    text = str(caught.value)
+    assert "\n" not in text and text
+    return text
+
+
 # --- scratch repositories and processes ---
 
 
@@ -83,23 +103,6 @@ def run(
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
     )
-
-
-@pytest.fixture(scope="module")
-def own_data_root(tmp_path_factory):
-    """Stand-ins and caches of these tests lie in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
-
-
-def message(kind: type[Exception], call: Callable, *arguments, **named) -> str:
-    """The one line with which a call fails."""
-    with pytest.raises(kind) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
 
 
 @pytest.fixture(scope="session")

@@ -356,6 +356,9 @@ def hub_weights(seconds: float = 5.0, backbone: str = "mobilenetv3_small_100") -
         raise ConnectionError(f"{advice} ({type(error).__name__})") from None
 
 # %% ../../../nbs/leaf/10_model.ipynb #153f2909
+_START = ("weights", "pretrained", "faithful", "frozen_norms")  # not what the network is
+
+
 def build(
     variant: str,
     num_classes: int,
@@ -394,20 +397,7 @@ def build(
         backbone: see BACKBONES; tf_: TensorFlow's padding, variances and range of pixels
         frozen_norms: the backbone's batch norms keep the statistics that come with `weights`
     """
-    config = dict(
-        variant=variant,
-        backbone=backbone,
-        num_classes=num_classes,
-        heads=heads,
-        reduction=reduction,
-        dropout=dropout,
-        feature_map=feature_map,
-        pos=pos,
-        attn_stride=attn_stride,
-        matrix=matrix,
-        keep_unused_head=keep_unused_head,
-        image_size=image_size,
-    )
+    config = {name: value for name, value in locals().items() if name not in _START}
     if dropout is None:
         config["dropout"] = 0.2 if variant == "hybrid" else 0.1
     _check(config)
