@@ -12,9 +12,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# behind nohup or a shell's `&` these are ignored, here and in every process that a test starts
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
@@ -22,6 +19,9 @@ from warm import Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["LEANSENSE_ROOT"] = str(ROOT)
+# behind nohup or a shell's `&` these are ignored, here and in every process that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 LONG = 1800  # seconds: no test waits longer for a process, however busy the machine is
 WARM = Warm()
 WAITED = {"seconds": 0.0}
@@ -37,6 +37,26 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 def pytest_sessionfinish(session) -> None:
     WARM.stop()
+
+
+# --- data sets and their faults ---
+
+
+@pytest.fixture(scope="module")
+def own_data_root(tmp_path_factory):
+    """Stand-ins and caches of a module's tests lie in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+def message(kind: type[Exception], call: Callable, *arguments, **named) -> str:
+    """The one line of the error that a call must raise."""
+    with pytest.raises(kind) as caught:
+        call(*arguments, **named)
+    text = str(caught.value)
+    assert "\n" not in text and text
+    return text
 
 
 # --- scratch repositories and processes ---
@@ -83,23 +103,6 @@ def run(
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout
     )
-
-
-@pytest.fixture(scope="module")
-def own_data_root(tmp_path_factory):
-    """Stand-ins and caches of these tests lie in a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANSENSE_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
-
-
-def message(kind: type[Exception], call: Callable, *arguments, **named) -> str:
-    """The one line with which a call fails."""
-    with pytest.raises(kind) as caught:
-        call(*arguments, **named)
-    text = str(caught.value)
-    assert "\n" not in text and text
-    return text
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from leansense.leaf import augment
 from leansense.leaf import data as leaf
 from leansense.leaf.split import (
     assign,
-    copied,
+    find_copied,
     find_leaks,
     find_near_copies,
     group,
@@ -714,7 +714,11 @@ def test_the_planted_copy_is_on_disk_and_not_in_the_rows_data(folder):
     rows, disk = leaf.dataset(params), leaf.load(standin(n=8))
     label, file = "brown_spot", find_planted(plan(8, 4, 0, 192), 4)[1].file
     assert {s.id for s in disk.samples} - {s.id for s in rows.samples} == {f"images/{label}/{file}"}
-    assert len(find_leaks(disk)) == 1 and find_leaks(rows) == [] and sum(copied(disk, "valid")) == 1
+    assert (
+        len(find_leaks(disk)) == 1
+        and find_leaks(rows) == []
+        and sum(find_copied(disk, "valid")) == 1
+    )
 
 
 def test_a_damaged_standin_is_named_and_drawn_again(tmp_path, capsys):
@@ -749,18 +753,22 @@ def test_a_set_without_test_part_gets_one(copy):
         and data.part("valid")
         and data.part("train")
     )
-    assert sum(copied(data, "valid")) == 0, "near-copies stay on one side of the part that chooses"
+    assert sum(find_copied(data, "valid")) == 0, (
+        "near-copies stay on one side of the part that chooses"
+    )
 
 
 @pytest.mark.parametrize("split_name", ["stratified", "grouped"])
 def test_a_split_made_anew_has_three_parts(copy, split_name):
     data = leaf.dataset({"data": str(copy), "split": split_name})
     assert all(data.part(part) for part in leaf.SPLITS)
-    assert split_name == "stratified" or not any(copied(data, "test") + copied(data, "valid"))
+    assert split_name == "stratified" or not any(
+        find_copied(data, "test") + find_copied(data, "valid")
+    )
 
 
 def test_declared_parameters_are_those_that_decide_the_data(copy):
-    """Each row parameter that changes the data or its fingerprint is in PARAMETERS, and no other."""
+    """Each row parameter that changes the data or its fingerprint is in PARAMETERS, no other."""
     from leansense.core.parameters import declared
 
     base = {name: p.default for name, p in declared("nbs/leaf/80_row.ipynb").items()} | {
@@ -813,8 +821,10 @@ def test_copied_marks_test_pictures_with_a_copy_in_training(tmp_path):
     for seed in range(3):
         data = make_split(tmp_path, 0.2, 0.3, seed=seed)
         trained = {name(s) for s in data.part("train")}
-        assert copied(data) == [name(s) in trained for s in data.part("test")] and any(copied(data))
-        assert not any(copied(make_split(tmp_path, 0.2, 0.3, "grouped", seed)))
+        assert find_copied(data) == [name(s) in trained for s in data.part("test")] and any(
+            find_copied(data)
+        )
+        assert not any(find_copied(make_split(tmp_path, 0.2, 0.3, "grouped", seed)))
 
 
 # ---- doctor
@@ -891,3 +901,20 @@ def test_doctor_command(folder, tmp_path):
         and "did you mean leaf?" in unknown.stderr
         and "Traceback" not in unknown.stderr
     )
+
+
+def test_loaders_by_a_rows_parameters(folder):
+    """Training is augmented, shuffled and in whole batches; the other parts are whole, in order."""
+    data = leaf.load(folder)
+    asked = {"image_size": 32, "batch_size": 5, "augment": "strong", "seed": 3}
+    asked |= {"num_workers": 0, "pin_memory": False}
+    found = leaf.loaders(data, asked)
+    assert list(found) == ["train", "valid", "test"]
+    ids = {part: [name for batch in found[part] for name in batch["id"]] for part in found}
+    for part in ("valid", "test"):
+        assert ids[part] == [s.id for s in data.part(part)]
+    train = [s.id for s in data.part("train")]
+    assert len(ids["train"]) == len(train) // 5 * 5 and ids["train"] != train[: len(ids["train"])]
+    assert found["train"].dataset.augment == "strong" and found["test"].dataset.augment == "none"
+    halves = replace(data, samples=tuple(s for s in data.samples if s.split != "test"))
+    assert list(leaf.loaders(halves, asked)) == ["train", "valid"]

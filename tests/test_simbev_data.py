@@ -60,7 +60,7 @@ from leansense.simbev.layouts import (
     reroot,
 )
 from leansense.simbev.overlap import read_depth, splat_overlap
-from leansense.simbev.standin import encode_depth, make_shots, parse_size, standin, DRAWN
+from leansense.simbev.standin import DRAWN, encode_depth, make_shots, parse_size, standin
 
 pytestmark = pytest.mark.usefixtures("own_data_root")
 SMALL = dict(n=8, size="240x112")  # four scenes of two frames: two train, one validates, one tests

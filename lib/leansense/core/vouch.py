@@ -201,7 +201,7 @@ def measure(rows: list[Row], tree: Path, folder: Path, workers: int = 2) -> dict
             key = json.dumps([row.notebook, row.seed, row.params], sort_keys=True)
             if key not in ran:
                 jobs[key], record = _job(row, tree / row.notebook, folder)
-                ran[key] = (jobs[key].params["folder"], record)
+                ran[key] = (jobs[key].params.get("folder", ""), record)
             outs[row.system, row.id] = ran[key][0]
             found[f"{row.system} {row.id}"] = key
         done = run_rows([*jobs.values()], workers, tree, {"LEANSENSE_DATA": str(folder / "data")})

@@ -36,6 +36,12 @@ class Sample:
     split: str
 
 
+def _list(known: Sequence[str], word: str) -> str:
+    """The known words and, behind them, the one nearest to `word`."""
+    advice = nearest(word, known)
+    return ", ".join(known) + ("" if advice.startswith("known") else f"; {advice}")
+
+# %% ../../../nbs/leaf/02_layouts.ipynb #33b5020e
 @dataclass(frozen=True)
 class Leaf:
     """A data set of leaf photographs: where it lies, its classes, its samples."""
@@ -79,12 +85,6 @@ class Leaf:
             [fingerprint(self.folder, [s.id for s in self.samples]), self.classes, rows]
         )
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _list(known: Sequence[str], word: str) -> str:
-    """The known words and, behind them, the one nearest to `word`."""
-    advice = nearest(word, known)
-    return ", ".join(known) + ("" if advice.startswith("known") else f"; {advice}")
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #66a731fb
 def _stratify(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:

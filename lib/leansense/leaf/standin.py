@@ -336,9 +336,10 @@ def standin(
 
     def write(folder: Path) -> None:
         made = encode_all(pictures, classes, seed)
-        _write_published(folder, made, classes) if layout == "published" else _write_kaggle(
-            folder, made, seed
-        )
+        if layout == "published":
+            _write_published(folder, made, classes)
+        else:
+            _write_kaggle(folder, made, seed)
         whole = encode(draw("healthy", 64, 64, np.random.default_rng([seed, 4])), "jpg")
         broken = {
             "zero.jpg": b"",
