@@ -1,4 +1,4 @@
-"""A toy system in a small checkout: rows that take no time, fail, wait, or go on after a kill."""
+"""A toy system in a scratch checkout: rows that take no time, fail, wait, or go on after a kill."""
 
 import json
 import os
@@ -37,8 +37,8 @@ home = run.claim("toy")""",
         """with open(home.parent / "log", "a") as file:
     file.write(f"{out.split('/')[-1]} start\\n")
 if fail:
-    places = f"{root()}/papers/toy/rows.yaml and /opt/some where/x.csv"
-    raise ValueError(f"heads=5 does not divide 144, see {places}")
+    where = f"{root()}/papers/toy/rows.yaml and /opt/some where/x.csv"
+    raise ValueError(f"heads=5 does not divide 144, see {where}")
 state = home / "state.json"  # a checkpoint: three steps, each kept, of this value only
 step, total, of = json.loads(state.read_text()) if state.exists() else (0, 0, value)
 if of != value:
@@ -49,8 +49,8 @@ while step < 3:
     write_atomic(state, json.dumps([step, total, value]))
 found = sorted(path.name for path in Path(data).iterdir()) if data else []
 score = value * 10 + seed + total - value * 6
-about = {"name": "none", "fingerprint": ""}
-run.finish({"score": score, "files": found}, {}, about, {"device": "cpu", "threads": 1})""",
+read, env = {"name": "none", "fingerprint": ""}, {"device": "cpu", "threads": 1}
+run.finish({"score": score, "files": found}, {}, read, env)""",
     ),
 ]
 RESULTS = [
