@@ -24,8 +24,8 @@ override PORT := $(value PORT)
 export SYSTEM SCALE DATA PROFILE CORES FRESH PORT
 
 bin := .venv/bin
-# what the tests, the export and the benchmark need on top of the requirements
-EXTRAS := dev,onnx,bench
+# what tests, export, benchmark and pretrained rows need on top of the requirements
+EXTRAS := dev,onnx,bench,weights
 ready := .venv/ready-$(shell cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1)
 export LEANSENSE_ROOT := $(CURDIR)
 

@@ -12,9 +12,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# behind nohup or a shell's `&` these are ignored, here and in every process that a test starts
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 
@@ -22,6 +19,9 @@ from warm import Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["LEANSENSE_ROOT"] = str(ROOT)
+# behind nohup or a shell's `&` these are ignored, here and in every process that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 LONG = 1800  # seconds: no test waits longer for a process, however busy the machine is
 WARM = Warm()
 WAITED = {"seconds": 0.0}

@@ -1,6 +1,8 @@
-"""Speed cannot be lost unnoticed: today's ratios against 60 % of those that the committed benchmark recorded.
+"""Speed cannot be lost unnoticed: today's ratios against 60 % of those that the committed benchmark
+recorded.
 
-Same process, in turns, CPU time of one thread, medians; never an absolute time. The recorded ratio is held to where processor and instruction
+Same process, in turns, CPU time of one thread, medians; never an absolute time. The recorded ratio
+is held to where processor and instruction
 set are those of the record. Elsewhere only the order is: ours must not be slower than the rival.
 """
 
@@ -56,7 +58,10 @@ def build(record: dict) -> str:
 
 
 def recorded_ratio(row, rival: str, ours: str) -> float | None:
-    """The ratio in the committed record of a row; None unless it was made by this processor and instruction set."""
+    """The ratio in the committed record of a row.
+
+    None unless it was made by this processor and instruction set.
+    """
     record = read(row.record) if row.record.exists() else None
     if (
         record is None
@@ -99,7 +104,9 @@ def test_ratio_is_kept(goal):
 @pytest.mark.gate
 @pytest.mark.parametrize("table", sorted({row.table for row in ROWS.values()}))
 def test_auto_takes_c_where_the_benchmark_says_so(table):
-    """The table by which "auto" decides, against the committed records of machines of that instruction set."""
+    """The table by which "auto" decides, against the committed records of machines of that
+    instruction set.
+    """
     names = {"scan": "selective_scan", "deformable": "deformable_attention"}
     for row in (row for row in ROWS.values() if row.table == table and row.record.exists()):
         record = read(row.record)
@@ -149,7 +156,9 @@ def test_matrix_names_contenders_that_exist():
 
 
 def test_both_builds_are_in_every_table():
-    """A machine with AVX-512 measures the build for AVX2 as well, each under its own name, whatever the environment says."""
+    """A machine with AVX-512 measures the build for AVX2 as well, each under its own name, whatever
+    the environment says.
+    """
     for row in ROWS.values():
         assert {"cc", "cc_v3"} <= set(row.params["contenders"]), row.id
     for table in sorted({row.table for row in ROWS.values()}):

@@ -1,4 +1,6 @@
-"""The convolution whose weight gradient is made of matrix products: its definition, its choice, its fall-backs."""
+"""The convolution whose weight gradient is made of matrix products: its definition, its choice, its
+fall-backs.
+"""
 
 import pytest
 import torch
@@ -60,7 +62,9 @@ def test_route_by_instruction_set(monkeypatch, kind, chosen):
 
 
 def test_left_to_torch(monkeypatch):
-    """Few channels, another type, autocast, another order, no gradients wanted: not one call of the other route."""
+    """Few channels, another type, autocast, another order, no gradients wanted: not one call of the
+    other route.
+    """
     monkeypatch.setattr(backend, "isa", lambda: "v3")
     monkeypatch.setattr("leansense.layers.conv.weight_gradient", None)
     Conv2d(8, 8, 3)(maps(1, 8, 5, 5)).sum().backward()

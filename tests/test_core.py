@@ -154,7 +154,8 @@ def test_unsound_matrix(house, bad, needles):
 def test_all_complaints_at_once(house):
     matrix(
         house,
-        "tables:\n  main:\n    rows:\n      one: {params: {epoch: 1}}\n      two: {params: {lr: 1e-3}}\n",
+        "tables:\n  main:\n    rows:\n      one: {params: {epoch: 1}}\n"
+        "      two: {params: {lr: 1e-3}}\n",
     )
     with pytest.raises(rows.RowsError) as error:
         rows.read_rows("toy", "demo")

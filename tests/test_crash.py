@@ -1,4 +1,4 @@
-"""Killed at any moment, in any way: nothing is left running, nothing is lost, and the same command goes on."""
+"""Killed at any moment: nothing is left running, nothing is lost, the same command goes on."""
 
 import contextlib
 import json
@@ -71,7 +71,8 @@ def test_marks():
 
 
 def test_a_grandchild_ends_with_its_grandparent():
-    code = "import sys, time; from leansense.core.process import end_with; end_with(sys.argv[1]); time.sleep(600)"
+    code = "import sys, time\nfrom leansense.core.process import end_with\n"
+    code += "end_with(sys.argv[1])\ntime.sleep(600)"
     head = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     child = subprocess.Popen(
         [sys.executable, "-c", code, process.mark(head.pid)], start_new_session=True
@@ -85,7 +86,7 @@ def test_a_grandchild_ends_with_its_grandparent():
 
 @pytest.mark.parametrize("how", ["TERM", "HUP", "KILL", "snakemake"])
 def test_nothing_is_left_running(tmp_path, how):
-    """A signal to the main process alone, or the loss of Snakemake: all others end, and the clone is free at once."""
+    """A signal to the main process alone, or the loss of Snakemake: all end, the clone is free."""
     clone = toy.make(
         tmp_path / "clone",
         toy.SMALL.replace("{label: One}", "{label: One, params: {sleep: 600.0}}"),
@@ -151,7 +152,7 @@ def test_make_is_a_parent_too(tmp_path):
 
 
 def test_lock_outlives_nobody(tmp_path, monkeypatch):
-    """A second run is refused by name; a Snakemake that the last run left is waited for, then ended."""
+    """A second run is refused by name; the last run's Snakemake is waited for, then ended."""
     monkeypatch.setenv("LEANSENSE_ROOT", str(tmp_path))
     with batch.own_lock(), pytest.raises(rows.RowsError, match=f"process {os.getpid()}"):
         batch.own_lock()
@@ -236,7 +237,7 @@ ROWS = {1: f"one: {SLOW}", 2: f"one: {SLOW}, two: {{params: {{value: 2}}}}"}
 
 
 def drill(clone: Path, moments: list) -> None:
-    """kill -9 of the whole family at each moment of one batch, then to the end; nothing is lost or left lying about."""
+    """kill -9 of the whole family at each moment of one batch, then to the end: nothing is lost."""
     records = clone / "papers/toy/records"
     for moment in moments:
         main = toy.start(clone)
@@ -263,7 +264,7 @@ def drill(clone: Path, moments: list) -> None:
 
 
 def test_crash_drill(tmp_path):
-    """In the middle of a row, from which it goes on, and just after its record was written, which then counts."""
+    """In the middle of a row, which goes on; and after its record was written, which counts."""
     clone = toy.make(tmp_path / "clone", f"tables: {{main: {{rows: {{{ROWS[1]}}}}}}}\n")
     drill(clone, ["step", "record"])
     (record,) = toy.kept(clone).values()

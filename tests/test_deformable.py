@@ -1,4 +1,6 @@
-"""Deformable attention: the usual formula as oracle, kinks, every back end, edge cases, tracing, the layer, cost."""
+"""Deformable attention: the usual formula as oracle, kinks, every back end, edge cases, tracing,
+the layer, cost.
+"""
 
 import os
 import subprocess
@@ -14,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from leansense.core.cost import peak_memory, ratio, set_threads, throughput
 from leansense.layers import deformable as module
 from leansense.layers import deformable_native as native
+from leansense.layers.backend import choose
 from leansense.layers.bench import errors, runnable
 from leansense.layers.deformable import (
     DeformableAttention,
@@ -30,7 +33,10 @@ SIZES = dict(B=2, Q=11, heads=3, d=5, P=3)
 
 
 def draw(shapes, dtype=torch.float32, seed=0, margin=0.05, B=2, Q=11, heads=3, d=5, P=3):
-    """value, locations, weights and a gradient; locations reach off the map, and keep `margin` pixels from kinks."""
+    """value, locations, weights and a gradient.
+
+    Locations reach off the map, and keep `margin` pixels from kinks.
+    """
     g = torch.Generator().manual_seed(seed)
     size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
     pixel = (
@@ -131,7 +137,9 @@ def test_gradcheck(shapes):
 
 
 def exact_pixels(shape, dtype, d=4):
-    """Samples at all whole pixel positions from two left of the map to two right of it, exact in floating point."""
+    """Samples at all whole pixel positions from two left of the map to two right of it, exact in
+    floating point.
+    """
     h, w = shape  # powers of two, so that (i + 0.5) / w * w - 0.5 = i without rounding
     y, x = torch.meshgrid(torch.arange(-2, h + 2), torch.arange(-2, w + 2), indexing="ij")
     at = (torch.stack([x, y], -1).view(-1, 2) + 0.5) / torch.tensor([w, h])
@@ -224,7 +232,9 @@ def test_strided_inputs(backend):
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype, backend):
-    """Value in half precision, positions in fp32: sums are fp32, and every result has its input's type."""
+    """Value in half precision, positions in fp32: sums are fp32, and every result has its input's
+    type.
+    """
     shapes = [(9, 8), (4, 4)]
     value, at, weights, gradient = draw(shapes)
     value, gradient = value.to(dtype), gradient.to(dtype)
@@ -260,26 +270,29 @@ def test_c_takes_only_what_it_can_read():
     value, at, weights, _ = draw([(3, 4)])
     for wrong in (value.double(), value.mT):
         with pytest.raises(ValueError, match="contiguous float32"):
-            native.forward(wrong, [(3, 4)], at, weights)
+            native.forward(wrong, at, weights, [(3, 4)])
 
 
 def test_choice_of_back_end(monkeypatch):
-    """auto takes C; falls back without a compiler, for float64, and as the environment says; names are obeyed."""
+    """auto takes C; falls back without a compiler, for float64, and as the environment says.
+
+    Names are obeyed.
+    """
     value = torch.empty(1)
     monkeypatch.delenv("LEANSENSE_BACKENDS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not native.why_not():
-        assert module._pick("auto", value) == "cc"
-    assert module._pick("auto", value.double()) == "torch"
-    with pytest.raises(RuntimeError, match="'cc' cannot run here: C computes in float32"):
-        module._pick("cc", value.double())
+        assert choose("deformable_attention", "auto", value) == "cc"
+    assert choose("deformable_attention", "auto", value.double()) == "torch"
+    with pytest.raises(RuntimeError, match="'cc' cannot run here: tensors are float64"):
+        choose("deformable_attention", "cc", value.double())
     with pytest.raises(RuntimeError, match="'triton' cannot run here"):
-        module._pick("triton", value)
+        choose("deformable_attention", "triton", value)
     monkeypatch.setenv("LEANSENSE_BACKENDS", "torch")
-    assert module._pick("auto", value) == "torch"
+    assert choose("deformable_attention", "auto", value) == "torch"
     monkeypatch.delenv("LEANSENSE_BACKENDS")
     monkeypatch.setenv("LEANSENSE_CC", "0")
-    assert module._pick("auto", value) == "torch"
+    assert choose("deformable_attention", "auto", value) == "torch"
     agree([(4, 5)], "auto")
     with pytest.raises(RuntimeError, match="'cc' cannot run here: switched off"):
         agree([(4, 5)], "cc")
@@ -311,7 +324,9 @@ def test_one_line_errors(change, message):
 
 @pytest.mark.parametrize("backend", OURS)
 def test_operator_contract(backend):
-    """PyTorch's own checks: schema, fake implementation, autograd registration, tracing with dynamic shapes."""
+    """PyTorch's own checks: schema, fake implementation, autograd registration, tracing with
+    dynamic shapes.
+    """
     value, locations, weights, _ = draw([(4, 3), (2, 2)], B=1, Q=5)
     inputs = [x.requires_grad_() for x in (value, locations, weights)]
     torch.library.opcheck(
@@ -382,7 +397,7 @@ shapes = [(3, 4), (1, 2)]
 _, expected = run(inputs, shapes, "torch", gradient)
 for deterministic in (False, True):
     torch.use_deterministic_algorithms(deterministic)
-    found = kernels.backward(inputs[0], shapes, *inputs[1:], gradient)
+    found = kernels.backward(gradient, *inputs, shapes)
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 torch.use_deterministic_algorithms(False)
@@ -441,7 +456,7 @@ for kind in ("*fp32", "*bf16"):
         flat = dict(height=1, width=1, samples=1) if constants is one else {}
         build(kernels.pixel_kernel, constants | flat | dict(BLOCK=16), **common)
 print("compiled")
-"""
+"""  # noqa: E501
 
 
 def test_triton_compiles_for_a_gpu():
@@ -483,7 +498,9 @@ def test_layer_counts_names_and_star():
 
 @pytest.mark.parametrize("backend", OURS)
 def test_layer_without_offsets_is_the_identity(backend):
-    """Constant maps stay constant up to the edge, unlike with reference points from 0 to 1 on pixel corners."""
+    """Constant maps stay constant up to the edge, unlike with reference points from 0 to 1 on pixel
+    corners.
+    """
     layer = DeformableAttention(16, 4, levels=1, points=3, backend=backend)
     with torch.no_grad():
         layer.sampling_offsets.bias.zero_()

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, remembered by what cannot be forged, kept with a list of their contents."""
+"""Files: written whole or not at all, known by what cannot be forged, kept with their contents."""
 
 import errno
 import os
@@ -183,7 +183,7 @@ def test_names_of_any_length_and_script(tmp_path):
 
 
 def test_many_writers_never_show_half_a_file(tmp_path):
-    """Threads and a process write one name at once; whoever reads sees one of the contents, whole."""
+    """Threads and a process write one name at once; whoever reads sees one content, whole."""
     target = write_atomic(tmp_path / "a.bin", bytes(50_000))
     other = python(
         "import sys; from leansense.core.paths import write_atomic\n"
@@ -226,7 +226,7 @@ def test_a_killed_write_keeps_the_old_file_and_is_swept(tmp_path):
 
 
 def test_sweep_takes_nothing_else(tmp_path):
-    """Not a living writer's file or folder, not a person's, not through a link; folders of dead writers go whole."""
+    """Not a living writer's, not a person's, not through a link; folders of dead writers go."""
     kept = [
         tmp_path / ".notes.tmp",
         tmp_path / "a.0123456789ab.tmp",
@@ -276,7 +276,7 @@ def test_without_locks_a_day_decides(tmp_path, monkeypatch):
 
 
 def test_a_restored_time_hides_nothing(tmp_path, later, hashed):
-    """A file of same size and modification time is read again when anything else about it changed."""
+    """A file of the same size and time is read again when anything else about it changed."""
     path = write_atomic(tmp_path / "a.bin", b"one two")
     os.utime(path, ns=(10**18, 10**18))
     first = check.file_digests(tmp_path, ["a.bin"])
@@ -691,7 +691,7 @@ def test_space_for_an_array_is_taken_before_it_is_filled(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 @pytest.mark.parametrize("name", ["leaf-v1", "pixels.npy"])
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, number, name):
-    """What is there and sound is used; what is not there is one line with the place and the way out."""
+    """What is there and sound is used; what is not is one line with the place and the way out."""
     make = (
         (lambda path: stored_array(path, (50,), "uint8", fill))
         if "." in name

@@ -37,8 +37,8 @@ from leansense.leaf.split import (
 from leansense.leaf.split import main as split_main
 from leansense.leaf.standin import CLASSES, LOOKS, find_planted, plan, standin
 
+pytestmark = pytest.mark.usefixtures("own_data_root")
 SMALL = dict(n=6, size=64)  # the smallest stand-in that holds every kind of file
-pytestmark = pytest.mark.usefixtures("own_data_root")  # stand-ins and caches
 
 
 @pytest.fixture(scope="module")

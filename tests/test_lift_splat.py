@@ -1,4 +1,6 @@
-"""Geometry of the lift: golden numbers, the published formula, real image operations, conventions, types, tracing."""
+"""Geometry of the lift: golden numbers, the published formula, real image operations, conventions,
+types, tracing.
+"""
 
 import copy
 import math
@@ -144,7 +146,10 @@ def test_rig_is_simbevs():
 
 
 def test_a_known_point():
-    """An ego point, its pixel, its depth, its cell; what two common mistakes would make of it is elsewhere."""
+    """An ego point, its pixel, its depth, its cell.
+
+    What two common mistakes would make of it is elsewhere.
+    """
     point, rig = torch.tensor([[[10.0, 4.0, 0.8]]]), surround_rig(resize=1.0, crop=(0, 0))
     uv, depth = project(point, *rig)
     torch.testing.assert_close(uv[0, 1, 0], torch.tensor([394.30, 531.14]), rtol=0, atol=0.01)
@@ -187,7 +192,9 @@ def test_equals_published_formula_and_projects_back(seed, batch, cameras, sampli
 
 
 def test_planes_are_contiguous():
-    """x, y and z are three planes with the depth running fastest: what the plan reads without a copy."""
+    """x, y and z are three planes with the depth running fastest: what the plan reads without a
+    copy.
+    """
     points = get_geometry(make_frustum(Grid()), *surround_rig(2))
     assert points.movedim((-1, 2), (0, -1)).is_contiguous()
 
@@ -206,7 +213,10 @@ def test_feature_sizes(size, stride, expected):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("rotate", [0.0, 5.4, -12.0])
 def test_matrix_is_what_an_image_library_does(flip, rotate):
-    """A bright blob goes through PIL's resize, crop, mirror, rotate; the matrix says where it is afterwards."""
+    """A bright blob goes through PIL's resize, crop, mirror, rotate.
+
+    The matrix says where it is afterwards.
+    """
     from PIL import Image
 
     u, v, resize, crop = 150, 60, 0.5, (20, 10, 120, 60)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 from leansense.layers import linear_attention as module
 from leansense.layers import linear_attention_native as native
 from leansense.layers.attention_peers import OPERATOR
+from leansense.layers.backend import choose
 from leansense.layers.bench import errors, runnable
 from leansense.layers.linear_attention import (
     FEATURE_MAPS,
@@ -40,7 +41,9 @@ FLASH_FLOPS = {
 
 
 def counter():
-    """PyTorch's FLOP counter, with the flash kernel of the CPU, which not every version of it knows."""
+    """PyTorch's FLOP counter, with the flash kernel of the CPU, which not every version of it
+    knows.
+    """
     unknown = {op: flops for op, flops in FLASH_FLOPS.items() if op not in flop_registry}
     return FlopCounterMode(display=False, custom_mapping=unknown)
 
@@ -133,7 +136,10 @@ def test_dead_tokens_give_zero(eps, dtype):
 
 
 def test_fp16_range_stays_finite():
-    """N d phi^2 is far beyond 65504; the same under autocast, in the layers, forward and backward."""
+    """N d phi^2 is far beyond 65504.
+
+    The same under autocast, in the layers, forward and backward.
+    """
     x = [(t.abs() * 300).clamp(max=6e4) for t in qkv(1, 4, 36, 256, dtype=torch.float16)]
     out = linear_attention(*x)
     assert out.dtype == torch.float16 and out.isfinite().all()
@@ -286,7 +292,10 @@ def test_other_attention_keeps_mode_type_and_generator():
 
 
 def test_position_cache_is_bounded_and_real():
-    """At most sixteen sizes are kept; what inference mode or a tracer saw first does not spoil later training."""
+    """At most sixteen sizes are kept.
+
+    What inference mode or a tracer saw first does not spoil later training.
+    """
     from torch._subclasses import FakeTensorMode
 
     module._cached_sincos.cache_clear()
@@ -339,7 +348,9 @@ def test_channels_last_compile_and_export(layer):
 
 
 def lite_order(q, k, v, eps=1e-6):
-    """The order of operations common for ReLU linear attention: a row of ones on v carries the denominator."""
+    """The order of operations common for ReLU linear attention: a row of ones on v carries the
+    denominator.
+    """
     q, k = q.relu(), k.relu()
     out = (F.pad(v, (0, 0, 0, 1), value=1.0) @ k.mT) @ q
     return out[..., :-1, :] / (out[..., -1:, :] + eps)
@@ -347,7 +358,8 @@ def lite_order(q, k, v, eps=1e-6):
 
 @pytest.mark.gate
 def test_hand_written_backward_is_worth_it():
-    """Forward and backward beat autograd through the usual order of operations, in turns on one thread.
+    """Forward and backward beat autograd through the usual order of operations, in turns on one
+    thread.
 
     Measured 1.4 to 1.7 at N = 49 to 1024; the bound is low because other jobs may share the caches.
     """
@@ -440,7 +452,10 @@ def test_any_shape(batch, heads, d, n, feature_map, packed, backend):
 
 @pytest.mark.parametrize("backend", OURS)
 def test_each_subset_of_gradients_and_any_strides(backend):
-    """Inputs and the incoming gradient with channels fastest, expanded or sliced; only what is wanted is computed."""
+    """Inputs and the incoming gradient with channels fastest, expanded or sliced.
+
+    Only what is wanted is computed.
+    """
     g = draw(2, 3, 7, 5, seed=5, dtype=torch.float32).mT
     q, k = (t.mT for t in qkv(2, 3, 7, 5, dtype=torch.float32)[:2])
     v = draw(2, 1, 5, 9, dtype=torch.float32)[..., 1:8].expand(2, 3, 5, 7)
@@ -502,9 +517,9 @@ def test_flops_in_every_back_end(backend):
         with counter() as count:
             y = call()
         assert count.get_total_flops() == expected
-        for y in (y, call()):
+        for result in (y, call()):
             with counter() as count:
-                y.sum().backward()
+                result.sum().backward()
             assert count.get_total_flops() == 2 * expected
     for one, part in zip(
         x, packed.grad.view(2, 3, 3 * d, n).chunk(3, 2)
@@ -570,28 +585,31 @@ def test_c_for_other_processors(isa, monkeypatch):
 
 
 def test_choice_of_back_end(monkeypatch):
-    """auto takes C; falls back without a compiler, for float64, and as the environment says; names are obeyed."""
+    """auto takes C; falls back without a compiler, for float64, and as the environment says.
+
+    Names are obeyed.
+    """
     x = torch.zeros(1, 1, 2, 3)
     monkeypatch.delenv("LEANSENSE_BACKENDS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not native.why_not():
-        assert module._backend([x], "auto") == "cc"
-    assert module._backend([x.double()], "auto") == "torch"
+        assert choose("linear_attention", "auto", x) == "cc"
+    assert choose("linear_attention", "auto", x.double()) == "torch"
     for wanted, wrong, message in (
-        ("cc", x.double(), "computes in float32, and tensors are float64"),
+        ("cc", x.double(), "tensors are float64; the kernels compute in float32"),
         ("triton", x, "need a CUDA device"),
         ("cc", x.to("meta"), "tensors are on meta"),
     ):
         with pytest.raises(RuntimeError, match=message) as caught:
-            module._backend([wrong], wanted)
+            choose("linear_attention", wanted, wrong)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="nearest is 'torch'"):
         linear_attention(x, x, x, backend="troch")
     monkeypatch.setenv("LEANSENSE_BACKENDS", "torch")
-    assert module._backend([x], "auto") == "torch"
+    assert choose("linear_attention", "auto", x) == "torch"
     monkeypatch.delenv("LEANSENSE_BACKENDS")
     monkeypatch.setenv("LEANSENSE_CC", "0")
-    assert module._backend([x], "auto") == "torch"
+    assert choose("linear_attention", "auto", x) == "torch"
     agree((2, 2, 5, 9), "auto")
     with pytest.raises(RuntimeError, match="'cc' cannot run here: switched off"):
         agree((2, 2, 5, 9), "cc")
@@ -661,7 +679,8 @@ def test_devices_must_agree():
 
 def test_import_is_light():
     code = (
-        "import sys, leansense.layers.linear_attention; print([m for m in ('triton', 'torch._inductor', "
+        "import sys, leansense.layers.linear_attention; print([m for m in ('triton', "
+        "'torch._inductor', "
         "'torch.utils.flop_counter', 'leansense.layers.native') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -692,7 +711,7 @@ for dtype in (torch.float16, torch.bfloat16):
     for a, b in zip(*(torch.autograd.grad(t.float().square().sum(), x) for t in (y, z))):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 print("kernels agree")
-"""
+"""  # noqa: E501
 
 
 def test_triton_in_the_interpreter():
@@ -729,7 +748,7 @@ for kind, precision, more in (("*fp32", "ieee", {}), ("*bf16", "tf32", ones)):  
     for kernel in (kernels.collect, kernels.spread, kernels.queries, kernels.keys):
         build(kernel, common, kind)
 print("compiled")
-"""
+"""  # noqa: E501
 
 
 def test_triton_compiles_for_a_gpu_that_is_not_here():
@@ -758,7 +777,10 @@ def test_every_contender_computes_its_function():
 @pytest.mark.gate
 @needs_c
 def test_c_is_worth_it():
-    """Forward and backward of packed input against EfficientViT's operations; measured 3.3, the bound is low."""
+    """Forward and backward of packed input against EfficientViT's operations.
+
+    Measured 3.3, the bound is low.
+    """
     from leansense.core.cost import ratio, throughput
     from leansense.layers.bench import step
 
@@ -801,7 +823,9 @@ def test_triton_on_a_gpu(shape, feature_map):
 
 
 def test_digest_sees_the_kernels():
-    """Modules that are imported by name when they are first needed belong to the code of a row all the same."""
+    """Modules that are imported by name when they are first needed belong to the code of a row all
+    the same.
+    """
     from leansense.core import digest
 
     names = {f"leansense.layers.linear_attention_{kind}" for kind in ("native", "triton")}

@@ -1,4 +1,4 @@
-"""Names that people give to folders: data sets and clones may be called anything, and nothing of it is read as code."""
+"""Data sets and clones may be called anything, and nothing of their names is read as code."""
 
 import os
 import re
@@ -130,25 +130,24 @@ def test_names_in_the_matrix_are_plain(here, name, kind):
 # --- from make to the notebook ---
 
 
+def mark_ready(folder: Path) -> None:
+    """Let make believe that `make setup` has run in a checkout, for its settings as they are."""
+    sums = "cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1"
+    done = subprocess.run(sums, shell=True, cwd=folder, capture_output=True, text=True, check=True)
+    (folder / f".venv/ready-{done.stdout.strip()}").touch()
+
+
 @pytest.mark.parametrize("way", ["word", "environment"])
 def test_make_hands_on_what_was_given(tmp_path, way):
     """Each name reaches Python as it is, and nothing in it is run."""
     shutil.copy2(ROOT / "Makefile", tmp_path)
     for name in ("settings.ini", "setup.py", "pyproject.toml"):
         shutil.copy2(ROOT / name, tmp_path)
-    ready = subprocess.run(
-        "cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1",
-        shell=True,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >argv\n')
     python.chmod(0o755)
-    (tmp_path / f".venv/ready-{ready}").touch()
+    mark_ready(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     kept = {
         name: value
@@ -171,22 +170,14 @@ def test_make_hands_on_what_was_given(tmp_path, way):
 
 
 def test_odd_clone_and_data(tmp_path):
-    """The whole way, `make tables` to records and tables, in a clone and with data folders of odd names."""
+    """The whole way, `make tables` to records and tables, with odd names of clone and data."""
     clone = toy.make(tmp_path / "my clone's {1} (copy)", toy.SMALL)
     venv.create(clone / ".venv", symlinks=True)
     site = next((clone / ".venv/lib").glob("python3*/site-packages"))
     (site / "here.pth").write_text(
         "\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n"
     )
-    ready = subprocess.run(
-        "cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1",
-        shell=True,
-        cwd=clone,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    (clone / f".venv/ready-{ready}").touch()
+    mark_ready(clone)
     for i, name in enumerate(("007", ODD)):
         data = tmp_path / name
         data.mkdir()
@@ -202,7 +193,7 @@ def test_odd_clone_and_data(tmp_path):
 
 
 def test_snakemake_by_hand_refuses_a_number(tmp_path):
-    """`--config data=007` is 7 by the time we see it: refused with the way that works, not a run on another folder."""
+    """`--config data=007` is 7 when we see it: refused, with the way that works."""
     clone = toy.make(tmp_path / "clone", toy.SMALL)
     (clone / "007").mkdir()
     done = run(

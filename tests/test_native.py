@@ -1,9 +1,10 @@
 """Back ends and compiled C: what is chosen, what is cached, and what is never loaded."""
 
+import contextlib
 import ctypes
+import importlib
 import os
 import platform
-import re
 import stat
 import subprocess
 import sys
@@ -12,13 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT
+from conftest import ROOT, run
+from leansense.core.digest import closure
 from leansense.layers import backend, native
 from leansense.layers.backend import allowed, isa, pick, usable_isas, use_isa
 from leansense.layers.native import NativeError, library, parallel, pointer, why_not
 
-SOURCE = "typedef float vec __attribute__((vector_size(4 * W)));\nint lanes(void) { return sizeof(vec) / 4; }\n"
+SOURCE = (
+    "typedef float vec __attribute__((vector_size(4 * W)));\n"
+    "int lanes(void) { return sizeof(vec) / 4; }\n"
+)
 has_compiler = pytest.mark.skipif(
     bool(why_not("probe", "int f(void) { return 1; }")), reason="no C compiler"
 )
@@ -161,7 +167,10 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["cut", "bit", "empty", "no note", "other note", "binary note"])
 def test_damaged_cache_is_rebuilt(tmp_path, how):
     """In a process of its own: a library that is in use must not be written over."""
-    code = "from leansense.layers.native import library; import sys; print(library('lanes', sys.argv[1]).lanes())"
+    code = (
+        "from leansense.layers.native import library; import sys; "
+        "print(library('lanes', sys.argv[1]).lanes())"
+    )
 
     def load():
         return subprocess.run(
@@ -180,7 +189,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, how):
 
 @has_compiler
 def test_wrong_library_under_the_right_name(tmp_path):
-    """Somebody else's library in our place: its bytes do not match the note, so it is never loaded."""
+    """Somebody else's library in our place: its bytes do not match the note; never loaded."""
     library("lanes", SOURCE)
     (right,) = cached(tmp_path)
     library("other", "int lanes(void) { return -1; }\n")
@@ -289,7 +298,9 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 @has_compiler
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="POSIX permissions")
 def test_second_start_where_groups_may_write(tmp_path):
-    """Under the umask of many systems: what the first start writes, the second must not refuse as open to others."""
+    """Under the umask of many systems: what the first start writes, the second must not refuse as
+    open to others.
+    """
     code = (
         "import os, sys; os.umask(0o002); from leansense.layers.native import library\n"
         "print(library('lanes', sys.argv[1]).lanes())"
@@ -324,16 +335,82 @@ def test_auto_takes_c_only_where_it_was_measured_to_win(monkeypatch, kind):
     )
 
 
-def test_measured_operators_exist():
+OPERATORS = {  # module: the operators that it enters into the table
+    "scan": ["selective_scan", "causal_conv1d"],
+    "linear_attention": ["linear_attention"],
+    "bev_pool": ["bev_pool", "bev_pool plan"],
+    "deformable": ["deformable_attention"],
+    "conv": ["conv2d"],
+    "upsample_conv": ["upsample_conv"],
+    "norm_act": [f"norm_act/{act}" for act in ("identity", "relu", "silu", "hardswish")],
+}
+ENTRY_POINTS = ("why_not", "prepare", "forward", "backward")
+
+
+@pytest.fixture
+def table():
+    """The dispatch table with all operators of layers in it."""
+    for name in OPERATORS:
+        importlib.import_module(f"leansense.layers.{name}")
+    return backend.OPERATORS
+
+
+def test_measured_operators_exist(table):
     """A name that no operator has would switch C off without a word."""
-    asked, lib = set(), ROOT / "lib/leansense/layers"
-    for path in lib.glob("*.py"):
-        asked |= set(re.findall(r'pick\(\s*f?"([^"]+)"', path.read_text()))
-    acts = __import__("leansense.layers.norm_act", fromlist=["x"]).ACTIVATIONS
-    asked |= {f"norm_act/{act}" for act in acts}
-    assert set(backend.MEASURED) - {"op", "logged_once"} == asked - {"norm_act/{act}"}
+    known = {operator for names in OPERATORS.values() for operator in names}
+    assert known <= set(table) and set(backend.MEASURED) - {"op", "logged_once"} == known
     for entry in backend.MEASURED.values():
         assert set(entry) <= set(backend.INSTRUCTIONS)
+
+
+def test_every_operator_has_the_same_skeleton(table):
+    """Triton, C, PyTorch, the formula, in this order, with the same four entry points."""
+    for operators in OPERATORS.values():
+        for operator in operators:
+            names = list(table[operator])
+            order = ["mamba_ssm", "triton", "cc", "products", "torch", "index_add", "reference"]
+            assert names == [name for name in order if name in names]
+            assert operator == "bev_pool plan" or names[-1] == "reference"
+            for name in names:
+                found = backend.load(operator, name)
+                if isinstance(table[operator][name], str) or isinstance(found, backend.Backend):
+                    assert all(callable(getattr(found, entry)) for entry in ENTRY_POINTS), name
+                else:  # a formula, or forward and backward in one piece
+                    assert hasattr(found, "apply") == (name in ("cc", "products")), name
+
+
+@pytest.mark.parametrize("name", ["scan", "linear_attention", "bev_pool", "deformable"])
+def test_digest_sees_the_kernels_of_an_operator(name):
+    """Modules that are imported by name when they are first needed belong to a row's code too."""
+    whole = closure({f"leansense.layers.{name}"})
+    found = {module.removeprefix("leansense.layers.") for module in whole}
+    assert {f"{name}_native", f"{name}_triton", "triton_jit", "backend"} <= found
+    others = {"scan", "linear_attention", "bev_pool", "deformable"} - {name}
+    assert not {module for module in found if module.split("_native")[0] in others}
+
+
+def test_operators_are_imported_without_their_kernels():
+    """No module of kernels is loaded before somebody calls it, and so no compiler is asked."""
+    code = (
+        f"import sys, {', '.join(f'leansense.layers.{name}' for name in OPERATORS)}; "
+        "print([m for m in sys.modules if m.startswith('leansense') "
+        "and m.endswith(('_native', '_triton', '_jit', '_mamba_ssm'))])"
+    )
+    assert run(ROOT, "python", "-c", code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("tracer", ["nothing", "counter", "compiler", "subclass"])
+def test_is_traced(tracer, monkeypatch):
+    """By a dispatch mode, a compiler, or a tensor that is no plain one."""
+    x = torch.ones(2)
+    with FlopCounterMode(display=False) if tracer == "counter" else contextlib.nullcontext():
+        if tracer == "compiler":
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        if tracer == "subclass":
+            x = x.as_subclass(type("Watched", (torch.Tensor,), {}))
+        assert backend.is_traced(torch.nn.Parameter(torch.ones(1)), None, x) == (
+            tracer != "nothing"
+        )
 
 
 def test_back_ends_are_noted_with_their_build(monkeypatch):
@@ -364,7 +441,9 @@ def test_two_builds_in_one_process(tmp_path):
 @has_compiler
 @pytest.mark.parametrize("kind", ["v4", "v3"])
 def test_loops_over_elements_are_vectorised(tmp_path, kind):
-    """The fused norm's inner loops, for both instruction sets: one that is not takes ten times as long."""
+    """The fused norm's inner loops, for both instruction sets: one that is not takes ten times as
+    long.
+    """
     from leansense.layers import norm_act
 
     command = native.compiler()

@@ -118,14 +118,6 @@ def test_killed_between_parent_and_child(house):
     assert started(house) == ["base.s0.json start"] + ["tuned.s0.json start"] * 2
 
 
-def test_a_failed_parent_is_the_reason_of_its_child(house):
-    matrix(house, TWO.replace("value: 3", "fail: true"))
-    done = tables(house)
-    assert done.returncode == 1 and started(house) == ["base.s0.json start"]
-    assert "failed: toy main/base.s0: ValueError: worn out" in done.stderr
-    assert "failed: toy main/tuned.s0: not run: its parent main/base.s0 failed" in done.stderr
-
-
 # --- what is current ---
 
 
@@ -161,11 +153,12 @@ def test_a_checkpoint_of_another_run_is_not_used(house):
     write_atomic(base.record, base.record.read_text().replace('"seconds"', '"seconds" '))
     matrix(house, MATRIX.replace("{label: Tuned,", "{label: Tuned, params: {value: 7},"))
     assert reasons()["base"] == "checkpoint needed by main/tuned.s0"
-    with pytest.raises(ValueError, match="'weights': runs/demo/toy/main/base.s0/best.ckpt is not"):
-        play(tuned)
+    play(tuned)  # by hand, it counts by its content; the batch does not take it
+    assert record.read(tuned.record)["params"]["weights"].startswith("best.ckpt#")
     with pytest.raises(RuntimeError, match="the checkpoint of main/base.s0 is not here"):
         rows.run_row(tuned)
     play(base)
+    assert reasons()["base"] == "" and "changed" in reasons()["tuned"]
     write_atomic(base.checkpoint, "half a run")
     assert reasons()["base"] == "checkpoint needed by main/tuned.s0"
 

@@ -159,7 +159,7 @@ def test_two_at_once_are_refused(toy):
 
 
 def test_cluster_through_a_fake_sbatch(toy):
-    """The SLURM profile's settings, with the executor swapped for cluster-generic and `sbatch` for a script that runs the job."""
+    """The settings of the SLURM profile, with an executor whose `sbatch` is a script of ours."""
     write_atomic(toy / "papers/toy/rows.yaml", SMALL)
     tools = toy / "runs/bin"
     write_atomic(
@@ -198,7 +198,7 @@ def test_unknown_profile(toy):
 
 
 def execution(folder, monkeypatch, act):
-    """`run_row` of the toy's first row, with `act(row, values)` in the place of papermill; the row and the error's line."""
+    """The toy's first row and its error's line, run with `act(row, values)` for papermill."""
     row = rows.read_rows("toy")[0]
     monkeypatch.setattr(
         rows, "execute", lambda notebook, executed, values, progress: act(row, values)
@@ -257,7 +257,8 @@ def test_row_with_another_rows_record_fails(inside, monkeypatch):
     )
     assert (
         why
-        == "toy main/one.s0: RuntimeError: nbs/toy/80_row.ipynb wrote a record that is not this row's: changed value"
+        == "toy main/one.s0: RuntimeError: nbs/toy/80_row.ipynb wrote a record that is not this "
+        "row's: changed value"
     )
     assert execution(inside, monkeypatch, lambda row, values: record(row, values)) == (row, "")
     assert not rows.note_of(row).exists()
@@ -350,7 +351,7 @@ def without(good: bytes, word: str) -> bytes:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_odd_record_runs_again(inside, name):
-    """A damaged record is a reason to run the row, never a traceback, neither in the plan nor in a table."""
+    """A damaged record is a reason to run the row, never a traceback, in the plan or a table."""
     for row in rows.read_rows("toy"):
         record(row, {name: value for name, value in row.params.items() if name != "data"})
     odd, *rest = rows.read_rows("toy")
@@ -438,7 +439,10 @@ def test_results_are_current_by_content(inside):
 
 LATEX = """#!/bin/sh
 echo "$@" >>../../runs/called
-if grep -q broken main.tex; then printf 'This is a fake\\n! Undefined control sequence.\\nl.7 broken\\n'; exit 12; fi
+if grep -q broken main.tex; then
+printf 'This is a fake\\n! Undefined control sequence.\\nl.7 broken\\n'
+exit 12
+fi
 cp main.tex main.pdf
 """
 
@@ -467,12 +471,13 @@ def test_pdf_is_of_todays_text(inside, monkeypatch):
     write_atomic(paper / "main.tex", "broken\n")
     assert batch._step("pdf", "toy", "demo", "") == 1 and not batch.pdf_current("toy", "demo")
     assert stamp.with_suffix(".error").read_text() == (
-        "no PDF: papers/toy/main.tex: Undefined control sequence. (main.tex or its input, l.7); see runs/demo/toy/latex.log\n"
+        "no PDF: papers/toy/main.tex: Undefined control sequence. (main.tex or its input, l.7); "
+        "see runs/demo/toy/latex.log\n"
     )
 
 
 def test_reasons_reach_the_screen(toy):
-    """LaTeX's first error, and what ended a results notebook or a process that could leave no reason itself."""
+    """LaTeX's first error, and what ended a results notebook."""
     write_atomic(toy / "papers/toy/rows.yaml", SMALL)
     tool = write_atomic(toy / "runs/bin/latexmk", LATEX)
     tool.chmod(0o755)
@@ -502,7 +507,7 @@ def test_reasons_reach_the_screen(toy):
     "log, why",
     [
         (
-            "Building DAG\nerror: DATA=007: no such folder\nExiting because a job execution failed.\n",
+            "Building DAG\nerror: DATA=007: no such folder\nExiting because a job failed.\n",
             "DATA=007: no such folder",
         ),
         (
@@ -562,7 +567,7 @@ def test_data_are_keyed_by_declared_parameters(inside):
 
 
 def test_committed_records_are_current():
-    """Every record in papers/ is that of today's code and parameters (data too, where it is the stand-in)."""
+    """Every record in papers/ is that of today's code and parameters; of the stand-in, data too."""
     from leansense.core.digest import digest
     from leansense.core.record import read, stale
     from leansense.core.rows import fingerprint, read_rows, systems

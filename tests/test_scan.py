@@ -1,4 +1,7 @@
-"""Selective scan: every back end against the formula in float64, its edges, its fall-backs; the Mamba block."""
+"""Selective scan: every back end against the formula in float64, its edges, its fall-backs.
+
+The Mamba block.
+"""
 
 import copy
 import io
@@ -14,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import ROOT, run
-from leansense.layers import scan, scan_native
+from leansense.layers import backend as choosing
+from leansense.layers import scan, scan_mamba_ssm, scan_native
 from leansense.layers.scan import (
     Mamba,
     bidirectional,
@@ -26,7 +30,8 @@ from leansense.layers.scan import (
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 compiled = pytest.mark.skipif(bool(scan_native.why_not()), reason="no C compiler")
-BACKENDS = ["torch", pytest.param("cc", marks=compiled)]
+FAST = ["torch", pytest.param("cc", marks=compiled)]
+BACKENDS = [*FAST, "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +86,9 @@ def choose(inputs: dict, names) -> dict:
 
 
 def check(inputs: dict, options: dict, backend: str, tolerance: float) -> None:
-    """Result, last state, and all gradients, those by way of the last state too, against the formula in float64."""
+    """Result, last state, and all gradients, those by way of the last state too, against the
+    formula in float64.
+    """
     wide = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     used = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     expected = oracle(**wide, **options)
@@ -154,7 +161,10 @@ def test_any_shape(batch, length, channels, states, reverse, softplus, names, se
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("names", [NOTHING, EVERYTHING], ids=["bare", "all"])
 def test_derivatives_by_finite_differences(reverse, parts, names, monkeypatch):
-    """Also when the sequence is cut into parts that run side by side, as on CUDA; chunks of three steps."""
+    """Also when the sequence is cut into parts that run side by side, as on CUDA.
+
+    Chunks of three steps.
+    """
     monkeypatch.setattr(scan, "_parts_of", lambda length, device: parts)
     monkeypatch.setattr(scan, "_tile", lambda *_: 3)
     inputs = choose(draw(2, 7, 3, 2), names)
@@ -180,7 +190,9 @@ def test_derivatives_by_finite_differences(reverse, parts, names, monkeypatch):
 @pytest.mark.parametrize("step", [1e-4, 0.3, 3.0, 10.0, 1000.0])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_any_step_size_is_exact(backend, step, parts, monkeypatch):
-    """No exponential of a sum that is later subtracted: closed forms over chunks overflow from steps of 0.3 on."""
+    """No exponential of a sum that is later subtracted: closed forms over chunks overflow from
+    steps of 0.3 on.
+    """
     monkeypatch.setattr(scan, "_parts_of", lambda length, device: parts)
     inputs = choose(draw(1, 70, 20, 16, torch.float32, step=step), ("D",))
     inputs["A"] = -torch.arange(1.0, 17).repeat(20, 1)
@@ -189,7 +201,7 @@ def test_any_step_size_is_exact(backend, step, parts, monkeypatch):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_growing_states_overflow_as_the_formula_does(backend):
-    """A > 0 is unusual but defined: the same values while they are finite, infinite where exp is."""
+    """A > 0 is unusual but defined: the same values while finite, infinite where exp is."""
     inputs = {**choose(draw(1, 3, 4, 2, torch.float32), ()), "A": torch.full((4, 2), 5.0)}
     check(inputs, {}, backend, 3e-6)
     inputs["delta"] = torch.full((1, 3, 4), 40.0)
@@ -211,7 +223,9 @@ def test_nan_is_not_hidden(backend, name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs_and_gradients(backend):
-    """Slices, transposes and expanded gradients give what contiguous ones give, and are not written to."""
+    """Slices, transposes and expanded gradients give what contiguous ones give, and are not written
+    to.
+    """
     plain = draw(2, 21, 12, 4, torch.float32)
     wide = torch.cat([plain["z"], plain["u"]], -1)
     odd = {
@@ -353,7 +367,7 @@ def test_unknown_backend_names_the_nearest():
 
 
 def test_named_backends_that_cannot_run_say_why():
-    with pytest.raises(RuntimeError, match="'cc' cannot run here: float64"):
+    with pytest.raises(RuntimeError, match="'cc' cannot run here: tensors are float64"):
         selective_scan(**draw(), backend="cc")
     with pytest.raises(RuntimeError, match="'mamba_ssm' cannot run here: tensors are on cpu"):
         selective_scan(**draw(), backend="mamba_ssm")
@@ -371,7 +385,7 @@ def test_falls_back_to_torch(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     inputs = draw(dtype=torch.float32)
-    assert scan._resolve("auto", inputs["u"], list(inputs.values()), False) == "torch"
+    assert scan.choose("selective_scan", "auto", *inputs.values()) == "torch"
     torch.testing.assert_close(
         selective_scan(**inputs), selective_scan(**inputs, backend="torch"), rtol=0, atol=0
     )
@@ -387,23 +401,27 @@ def test_falls_back_to_torch(environment, monkeypatch):
 @compiled
 def test_auto_is_compiled_on_the_cpu():
     inputs = draw(dtype=torch.float32)
-    assert scan._resolve("auto", inputs["u"], list(inputs.values()), False) == "cc"
+    assert scan.choose("selective_scan", "auto", *inputs.values()) == "cc"
 
 
 def test_nothing_heavy_is_imported():
-    """Importing the module, and a call on the CPU, load neither Triton nor transformers nor mamba-ssm."""
+    """Importing the module, and a call on the CPU, load neither Triton nor transformers nor mamba-
+    ssm.
+    """
     code = (
         "import sys, torch; import leansense.layers.scan as s; s.Mamba(16)(torch.zeros(1, 3, 16)); "
-        "print([m for m in ('transformers', 'mamba_ssm', 'selective_scan_cuda', 'leansense.layers.scan_triton') "
+        "print([m for m in ('transformers', 'mamba_ssm', 'selective_scan_cuda', "
+        "'leansense.layers.scan_triton') "
         "if m in sys.modules])"
     )
     assert run(ROOT, "python", "-c", code).stdout.strip() == "[]"
 
 
-# --- tracing -------------------------------------------------------------------------------------------------------
+# --- tracing --------------------------------------------------------------------------------------
+# -----------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_compile_sees_one_operator(backend, reverse):
     inputs = {name: x.requires_grad_() for name, x in draw(dtype=torch.float32).items()}
@@ -425,7 +443,7 @@ def test_compile_sees_one_operator(backend, reverse):
         torch.testing.assert_close(traced(**inputs)[0], call(**inputs)[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST)
 def test_operator_passes_torchs_own_checks(backend):
     inputs = [x.requires_grad_() for x in draw(dtype=torch.float32).values()]
     options = (True, False, backend, 4, True, False)
@@ -465,12 +483,15 @@ def test_flops():
     assert counter.get_total_flops() == count() + count(backward=True)
 
 
-# --- cost ----------------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
+# -----------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST)
 def test_memory_is_a_few_copies_of_the_input(backend):
-    """Forward and backward of 512 steps with 16 states: the states alone would be 16 copies of u, the loop keeps 48."""
+    """Forward and backward of 512 steps with 16 states: the states alone would be 16 copies of u,
+    the loop keeps 48.
+    """
     from leansense.core.cost import peak_memory
 
     inputs = {
@@ -519,11 +540,14 @@ def test_faster_than_the_loop(backend, least):
     assert ratio(spent["loop"], spent["ours"])["ratio"] > least
 
 
-# --- the extension of mamba-ssm, and Triton ------------------------------------------------------------------------
+# --- the extension of mamba-ssm, and Triton
+# ------------------------------------------------------------------------
 
 
 def extension(calls: list) -> types.ModuleType:
-    """A stand-in for selective_scan_cuda: the published formula in its layout, which checks what it is given."""
+    """A stand-in for selective_scan_cuda: the published formula in its layout, which checks what it
+    is given.
+    """
 
     def formula(u, delta, A, B, C, D, z, bias, softplus):
         def turn(x):
@@ -575,7 +599,7 @@ def test_extension_adapter(names, reverse, monkeypatch):
     """What reaches the extension, and what comes back, through the public function."""
     calls = []
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", extension(calls))
-    monkeypatch.setattr(scan, "_resolve", lambda *_: "mamba_ssm")
+    monkeypatch.setattr(scan, "choose", lambda operator, *_: "mamba_ssm")
     inputs = {
         name: x.requires_grad_() for name, x in choose(draw(dtype=torch.float32), names).items()
     }
@@ -604,22 +628,27 @@ def test_extension_is_probed_and_never_required(error, monkeypatch):
 
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "selective_scan_cuda", raising=False)
-    found = scan._extension()
+    found = scan_mamba_ssm.find_extension()
     if isinstance(found, str):
         assert "not importable" in found and "\n" not in found
 
 
-@pytest.mark.parametrize(
-    "device, order",
-    [
-        ("cpu", ["cc", "torch", "triton", "mamba_ssm"]),
-        ("meta", ["mamba_ssm", "triton", "torch", "cc"]),
-    ],
-)
-def test_order_of_preference(device, order):
-    u = torch.empty(1, 1, 1, device=device)
-    probes = scan._probes(u, torch.empty(1, 16), False, False)
-    assert list(probes) == order and probes["torch"]() == ""
+def test_order_of_preference():
+    """On the GPU the vendor's kernel, then ours; elsewhere C, then PyTorch.
+
+    The formula by name only.
+    """
+    assert list(choosing.OPERATORS["selective_scan"]) == [
+        "mamba_ssm",
+        "triton",
+        "cc",
+        "torch",
+        "reference",
+    ]
+    u = torch.empty(1, 1, 1, device="meta")
+    why = partial(choosing._why_not, "selective_scan")
+    assert "meta" in why("cc", (u,)) and why("torch", (u,)) == why("reference", (u,)) == ""
+    assert "runs on cuda" in why("mamba_ssm", (torch.empty(1, 1, 1),))
 
 
 INTERPRETED = """
@@ -640,7 +669,7 @@ call = torch.compile(lambda **x: selective_scan(**x, backend="triton"), backend=
 x = {name: v.requires_grad_() for name, v in choose(draw(1, 5, 2, 2, torch.float32), ()).items()}
 call(**x).sum().backward()
 print("interpreted")
-"""
+"""  # noqa: E501
 
 
 def test_triton_in_its_interpreter():
@@ -655,7 +684,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from leansense.layers import scan_triton as kernels
 flags = dict(SKIP=True, GATE=True, BIAS=True, SOFTPLUS=True, REVERSE=True, BACK=True, T=16, BD=8, G=8, BN=16)
-for function in (kernels.summary, kernels.carry, kernels.output, kernels.gradient):
+for function in (kernels.summary, kernels.carry, kernels.output, kernels._gradient):
     names = function.arg_names
     whole = {"length", "channels", "states", "chunks"}
     kind = lambda n: "constexpr" if n in flags else "i32" if n in whole or n.endswith("_row") else "*fp32"
@@ -663,7 +692,7 @@ for function in (kernels.summary, kernels.carry, kernels.output, kernels.gradien
                        constexprs={(names.index(n),): v for n, v in flags.items() if n in names})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     print(function.fn.__name__, len(made.asm["ptx"]) > 1000)
-"""
+"""  # noqa: E501
 
 
 def test_triton_compiles_for_a_gpu_that_is_not_here():
@@ -672,7 +701,7 @@ def test_triton_compiles_for_a_gpu_that_is_not_here():
     if not (triton_has_assembler()):
         pytest.skip("this build of triton has no NVIDIA back end")
     done = run(ROOT, "python", "-c", ASSEMBLED)
-    names = ("summary", "carry", "output", "gradient")
+    names = ("summary", "carry", "output", "_gradient")
     assert done.stdout.split() == [word for name in names for word in (name, "True")], done.stderr
 
 
@@ -690,7 +719,7 @@ def triton_has_assembler() -> bool:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_on_a_gpu(backend, size, names, reverse):
     inputs = choose(draw(*size, dtype=torch.float32, device="cuda"), names)
-    why = scan._probes(inputs["u"], inputs["A"], False, backend != "mamba_ssm")[backend]()
+    why = choosing._why_not("selective_scan", backend, tuple(inputs.values()))
     if why:
         pytest.skip(why)
     options = {"delta_softplus": bool(names), "reverse": reverse}
@@ -702,7 +731,8 @@ def test_on_a_gpu(backend, size, names, reverse):
         check(inputs, options, backend, 1e-5)
 
 
-# --- one step at a time --------------------------------------------------------------------------------------------
+# --- one step at a time
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -736,7 +766,8 @@ def test_step_errors():
         selective_scan_step(torch.zeros(2, 5, 3), **{**token, "B": torch.zeros(2, 7)})
 
 
-# --- convolution ---------------------------------------------------------------------------------------------------
+# --- convolution ----------------------------------------------------------------------------------
+# -----------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -788,7 +819,8 @@ def test_causal_conv_errors():
         causal_conv1d(x, torch.zeros(3, 4), backend="torhc")
 
 
-# --- the block -----------------------------------------------------------------------------------------------------
+# --- the block ------------------------------------------------------------------------------------
+# -----------------
 
 # names and shapes of mamba-ssm's Mamba(d_model=64): d_inner 128, dt_rank 4, d_state 16, d_conv 4
 PARAMETERS = {

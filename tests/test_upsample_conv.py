@@ -1,4 +1,6 @@
-"""The convolution of an enlarged map and the fused norm: against float64 formulas, in every shape, with their fall-backs."""
+"""The convolution of an enlarged map and the fused norm: against float64 formulas, in every shape,
+with their fall-backs.
+"""
 
 import copy
 import os
@@ -197,9 +199,11 @@ def test_autocast_runs_the_plain_form(dtype):
 def test_without_a_compiler():
     """The same numbers when C is switched off, in a process of its own."""
     code = (
-        "import torch; from leansense.layers.upsample_conv import *; from leansense.layers.norm_act import *;"
+        "import torch; from leansense.layers.upsample_conv import *; from "
+        "leansense.layers.norm_act import *;"
         "torch.manual_seed(0); n = torch.nn.BatchNorm2d(4);"
-        "y = norm_act(upsample_conv(torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), (10, 10)), n);"
+        "y = norm_act(upsample_conv(torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), (10, 10)), "
+        "n);"
         "print(y.double().sum().item(), n.running_var.double().sum().item())"
     )
     results = []
@@ -333,7 +337,9 @@ def test_threads_change_nothing():
 @native
 @pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_norm_uses_all_threads(monkeypatch, act):
-    """Every loop over a map runs in as many parts as there are threads, two forward and two backward."""
+    """Every loop over a map runs in as many parts as there are threads, two forward and two
+    backward.
+    """
     parts, before, run = [], torch.get_num_threads(), na.parallel
     monkeypatch.setattr(na, "parallel", lambda tasks: (parts.append(len(tasks)), run(tasks)))
     x = torch.randn(2, 24, 40, 40).contiguous(memory_format=torch.channels_last).requires_grad_()

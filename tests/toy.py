@@ -143,6 +143,9 @@ def make(target: Path, matrix: str = MATRIX) -> Path:
     return target
 
 
+BATCH = ("-m", "leansense.core.batch", "--system", "toy", "--cores", "2")
+
+
 def environment(folder: Path) -> dict:
     """What a process in the scratch checkout gets to see."""
     hidden = ("IN_TEST", "LEANSENSE_DATA", "LEANSENSE_PARENT")
@@ -152,18 +155,8 @@ def environment(folder: Path) -> dict:
 
 def start(folder: Path, *more: str, **options) -> subprocess.Popen:
     """The batch in the background, in a process group of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "leansense.core.batch",
-        "--system",
-        "toy",
-        "--cores",
-        "2",
-        *more,
-    ]
     return subprocess.Popen(
-        command,
+        [sys.executable, *BATCH, *more],
         cwd=folder,
         env=environment(folder),
         start_new_session=True,
@@ -173,18 +166,7 @@ def start(folder: Path, *more: str, **options) -> subprocess.Popen:
 
 def tables(folder: Path, *more: str, **env):
     """The batch, to its end."""
-    return run(
-        folder,
-        "python",
-        "-m",
-        "leansense.core.batch",
-        "--system",
-        "toy",
-        "--cores",
-        "2",
-        *more,
-        **env,
-    )
+    return run(folder, "python", *BATCH, *more, **env)
 
 
 def started(folder: Path, scale: str = "demo") -> list[str]:

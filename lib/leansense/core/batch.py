@@ -9,6 +9,7 @@ __all__ = ['Hear', 'Step', 'plan', 'edited_defaults', 'row_stamp', 'results_stam
            'tables', 'main']
 
 # %% ../../../nbs/core/16_batch.ipynb #b5b89bf5
+import contextlib
 import fcntl
 import graphlib
 import hashlib
@@ -50,6 +51,26 @@ from leansense.core.rows import (
 )
 from .warm import THREADS, Warm, imported
 
+# %% ../../../nbs/core/16_batch.ipynb #ec10160a
+def _handed_on(rows: list[Row], reasons: dict[str, str]) -> dict[str, str]:
+    """`reasons` by row, with those that come from the row that one starts from, or starts others.
+
+    A row runs again after the one that it starts from; and a current row runs again before one that
+    has to run and needs its checkpoint, where that is not in this clone.
+    """
+    known, reasons = {row.id: row for row in rows}, dict(reasons)
+    graph = {row.id: row.needs.values() for row in rows}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    for name in order:
+        again = [parent for parent in known[name].needs.values() if reasons[parent]]
+        if again and (not reasons[name] or reasons[name].startswith("its parent ")):
+            reasons[name] = f"its parent {again[0]} runs again"
+    for name in reversed(order):
+        for parent in known[name].needs.values() if reasons[name] else ():
+            if not reasons[parent] and not is_noted(known[parent].checkpoint):
+                reasons[parent] = f"checkpoint needed by {name}"
+    return reasons
+
 # %% ../../../nbs/core/16_batch.ipynb #f46bbf9a
 @dataclass(frozen=True)
 class Step:
@@ -65,27 +86,6 @@ class Step:
             return float(read(self.row.record)["cost"]["seconds"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-
-def _handed_on(rows: list[Row], reasons: dict[str, str]) -> dict[str, str]:
-    """`reasons` by row, with those that come from the row that one starts from, or starts others.
-
-    A row runs again after the one that it starts from; and a current row runs again before one that
-    has to run and needs its checkpoint, where that is not in this clone.
-    """
-    known, reasons = {row.id: row for row in rows}, dict(reasons)
-    order = [
-        *graphlib.TopologicalSorter({n: r.needs.values() for n, r in known.items()}).static_order()
-    ]
-    for name in order:
-        again = [parent for parent in known[name].needs.values() if reasons[parent]]
-        if again and (not reasons[name] or reasons[name].startswith("its parent ")):
-            reasons[name] = f"its parent {again[0]} runs again"
-    for name in reversed(order):
-        for parent in known[name].needs.values() if reasons[name] else ():
-            if not reasons[parent] and not is_noted(known[parent].checkpoint):
-                reasons[parent] = f"checkpoint needed by {name}"
-    return reasons
 
 
 def plan(system: str, scale: str = "demo", data: str = "", fresh: bool = False) -> list[Step]:
@@ -116,7 +116,7 @@ def _committed(notebook: str) -> dict[str, Parameter]:
         except (OSError, subprocess.CalledProcessError, ValueError):
             return {}
 
-
+# %% ../../../nbs/core/16_batch.ipynb #46d7d6d1
 def edited_defaults(steps: list[Step]) -> str:
     """The line that refuses to run rows which only an edit of a notebook's defaults made stale."""
     late, names = Counter(), {}
@@ -133,8 +133,9 @@ def edited_defaults(steps: list[Step]) -> str:
             late[row.notebook] += 1
             names.setdefault(row.notebook, set()).update(edited)
     for notebook, count in late.items():
+        what = ", ".join(sorted(names[notebook]))
         return (
-            f"{notebook}: its parameters cell was edited ({', '.join(sorted(names[notebook]))}) and "
+            f"{notebook}: its parameters cell was edited ({what}) and "
             f"not committed, and its defaults are those of {_rows(count)} whose records would be "
             "made anew; to try something, copy the notebook; else commit the change"
         )
@@ -224,6 +225,7 @@ def clear(steps: list[Step], fresh: bool = False) -> None:
         note_of(step.row).unlink(missing_ok=True)
         if step.reason:
             row_stamp(step.row).unlink(missing_ok=True)
+            Path(f"{step.row.folder}.log").unlink(missing_ok=True)
             if fresh:
                 shutil.rmtree(step.row.folder, ignore_errors=True)
 
@@ -344,15 +346,15 @@ class Progress:
         self.left, self.expect = float("inf"), expect
         self.stream, self.start = stream or sys.stdout, time.monotonic()
 
-    def line(self) -> str:
-        """The line as it stands."""
+    def line(self, end: bool = False) -> str:
+        """The line as it stands; `end`: nothing runs any more, whatever is not done."""
         past = time.monotonic() - self.start
         if self.done:
             self.left = min(self.left, past / self.done * (self.total - self.done))
         elif self.expect:
             self.left = min(self.left, max(self.expect - past, 0))
         bar = "█" * round(20 * self.done / max(self.total, 1))
-        running = self.done < self.total
+        running = self.done < self.total and not end
         tail = (
             f", about {duration(self.left)} left"
             if running and 1 <= self.left < float("inf")
@@ -367,11 +369,11 @@ class Progress:
         self.done = self.done if done is None else min(done, self.total)
         self.at_work = self.at_work if at_work is None else at_work
         if self.stream.isatty():
-            line = self.line()
+            line = self.line(end)
             room = shutil.get_terminal_size().columns - 1
             self.stream.write("\r\x1b[K" + (line if end else line[:room]) + "\n" * end)
-        elif new:
-            self.stream.write(self.line() + "\n")
+        elif new or (end and self.done < self.total):
+            self.stream.write(self.line(end) + "\n")
             self.said = True
         self.stream.flush()
 
@@ -534,58 +536,50 @@ def _forks(scale: str, options: list[str]) -> bool:
     return local and not shutil.which("nvidia-smi")
 
 
-def _may_start(waiting: dict[str, Row], running: dict, known: dict[str, Row], cores: int) -> list:
-    """The waiting rows that may start now, with their threads; those of a failed parent go away."""
-    busy = {row.id for row in running.values()}
-    free, found = cores - sum(threads for threads, _ in running), []
+def _may_start(waiting: dict[str, Row], running: dict, known: dict[str, Row], room: int) -> list:
+    """Up to `room` waiting rows that may start now; those of a failed parent are taken out."""
+    busy, found = {row.id for row in running.values()} | set(waiting), []
     for row in list(waiting.values()):
-        threads = min(row.cores or cores, cores)
         parents = [known[name] for name in row.needs.values() if name in known]
-        missing = [parent for parent in parents if not row_stamp(parent).exists()]
-        if any(parent.id not in busy and parent.id not in waiting for parent in missing):
+        missing = [parent.id for parent in parents if not row_stamp(parent).exists()]
+        if not busy.issuperset(missing):
+            busy.discard(row.id)
             del waiting[row.id]
-        elif not missing and threads <= free:
-            free -= threads
-            found.append((waiting.pop(row.id), threads))
+        elif not missing and len(found) < room:
+            found.append(waiting.pop(row.id))
     return found
 
-
+# %% ../../../nbs/core/16_batch.ipynb #9792eb42
 def _fork_rows(rows: list[Row], cores: int, log: Path) -> Iterator[str]:
     """Run rows in forked children; yields the id of each that starts, and '' now and then."""
-    known, waiting, running, servers = {row.id: row for row in rows}, {}, {}, {}
-    waiting |= known
+    known, running = {row.id: row for row in rows}, {}
+    waiting = dict(known)
     modules = ["papermill", "ipykernel.kernelapp", "leansense.core.rows"]
     modules += imported({root() / row.notebook for row in rows})
-    env = os.environ | {PARENT: mark(), "LEANSENSE_ROOT": str(root())}
-    try:
-        while (ready := _may_start(waiting, running, known, cores)) or running:
-            for row, threads in ready:
-                own = env | dict.fromkeys(THREADS, str(threads))
-                if threads not in servers:
-                    servers[threads] = Warm(modules, own, log)
-                    servers[threads].start()
+    env = os.environ | dict.fromkeys(THREADS, "1")
+    env |= {PARENT: mark(), "LEANSENSE_ROOT": str(root())}
+    with contextlib.closing(Warm(modules, env, log)) as server:
+        while (ready := _may_start(waiting, running, known, cores - len(running))) or running:
+            for row in ready:
+                if server.start():
                     with (run_folder() / "lock").open("a") as lock:
-                        lock.write(mark(servers[threads].process.pid) + "\n")
+                        lock.write(mark(server.process.pid) + "\n")
                 words = [row.system, row.id, f"--scale={row.scale}", f"--data={row.data}"]
-                words = ["-m", "leansense.core.rows", "run", *words, f"--threads={threads}"]
-                job = {"command": [sys.executable, *words]}
-                running[threads, servers[threads].submit(job, own, root(), log, log)] = row
+                command = [sys.executable, "-m", "leansense.core.rows", "run", *words]
+                own = Path(f"{row.folder}.log")
+                own.parent.mkdir(parents=True, exist_ok=True)
+                own.write_bytes(b"")
+                running[server.submit({"command": command}, env, root(), own, own)] = row
                 yield row.id
-            for threads in {threads for threads, _ in running}:
-                try:
-                    ended = servers[threads].ended(0.25)
-                    if ended and ended.code == 0:
-                        row_stamp(running[threads, ended.number]).touch()
-                    lost = [(threads, ended.number)] if ended else []
-                except RuntimeError:  # the server was killed: its rows are lost, others go on
-                    servers.pop(threads).close()
-                    lost = [key for key in running if key[0] == threads]
-                for key in lost:
-                    del running[key]
+            try:
+                ended = server.ended(0.5)
+                row = running.pop(ended.number) if ended else None
+                if ended and ended.code == 0:
+                    row_stamp(row).touch()
+            except RuntimeError:  # the server was killed: its rows are lost, others go on
+                server.close()
+                running.clear()
             yield ""
-    finally:
-        for server in servers.values():
-            server.close()
 
 # %% ../../../nbs/core/16_batch.ipynb #ba3fe78d
 def _run_rows(system: str, todo: list[Step], go: Callable, log: Path, bar: Progress) -> list[str]:
@@ -620,7 +614,9 @@ def _run_rows(system: str, todo: list[Step], go: Callable, log: Path, bar: Progr
             if (
                 not note.exists()
             ):  # an older record is not this row's result, and a table must not show it as one
-                write_atomic(note, _last_words(log, start) + "\n")
+                own = Path(f"{row.folder}.log")  # of a forked row
+                said = _last_words(own) if own.exists() else _last_words(log, start)
+                write_atomic(note, said + "\n")
             failed.append(f"{system} {name}: {note.read_text(errors='replace').strip()}")
     return failed
 

@@ -71,7 +71,7 @@ class Report:
         return f"python -m leansense.core.check {self.system} {shlex.quote(self.folder)}"
 
     def raise_if_bad(self) -> None:
-        """Raise the first error in one line, with the number of the others and the command that lists them."""
+        """Raise the first error in one line, with how many more there are and what lists them."""
         if self.errors:
             rest = len(self.errors) - 1
             more = (
@@ -143,7 +143,7 @@ def file_digests(root: str | Path, files: Iterable[str | Path]) -> dict[str, tup
 
 # %% ../../../nbs/core/60_check.ipynb #e3156972
 def fingerprint(root: str | Path, files: Iterable[str | Path]) -> str:
-    """Content digest of `files` below `root`: the same anywhere and in any order; 32 hexadecimal digits."""
+    """Content digest of `files` below `root`, 32 hex digits: the same anywhere, in any order."""
     lines = sorted(
         f"{Path(name).name if os.path.isabs(name) else Path(name).as_posix()}\t{size}\t{digest}\n"
         for name, (size, digest) in file_digests(root, files).items()
@@ -158,7 +158,7 @@ def systems() -> list[str]:
 
 
 def check(system: str, folder: str) -> Report:
-    """Run the doctor of one system on a folder; ValueError naming the nearest match for a system unknown here."""
+    """Run the doctor of one system on a folder; ValueError with the nearest name if unknown."""
     if system not in systems():
         near = difflib.get_close_matches(system, systems(), 1, 0.4)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(systems())}"

@@ -85,7 +85,7 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
 
 # %% ../../../nbs/core/50_figures.ipynb #b3d99dee
 def confusion(matrix: np.ndarray, classes: Sequence[str], axes) -> None:
-    """Draw a confusion matrix (rows: truth, columns: prediction): counts, coloured by the row's share."""
+    """Draw a confusion matrix (rows: truth, columns: prediction): counts, coloured by row share."""
     matrix = np.asarray(matrix)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -112,7 +112,7 @@ def sheet(
     columns: int = 6,
     colours: Sequence[str] = (),
 ) -> Figure:
-    """A sheet of (H, W, 3) uint8 images with a title each, in the page's width; `colours` tints the titles."""
+    """A sheet of (H, W, 3) uint8 images in the page's width; `colours` tints their titles."""
     lines = max(1, -(-len(images) // columns))
     figure, grid = plt.subplots(lines, columns, figsize=(PAGE, 1.32 * lines), squeeze=False)
     for i, axes in enumerate(grid.flat):

@@ -17,6 +17,7 @@ import re
 import site
 import subprocess
 import sys
+import tempfile
 from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -50,6 +51,7 @@ def clean_text(text: str) -> str:
     places = {str(root()), str(Path(os.path.abspath(root()))), *site.getsitepackages()}
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place + os.sep, "").replace(place, ".")
+    text = re.sub(re.escape(tempfile.gettempdir()) + r"/tmp\w+", "…", text)
     return _ADDRESS.sub(r"\1\2", _OVERWRITTEN.sub("", text))
 
 
@@ -60,7 +62,8 @@ def find_foreign(text: str) -> str:
 
 # %% ../../../nbs/core/70_notebooks.ipynb #0adc772b
 LIMIT = 150_000  # bytes of a notebook
-STEPS = ((900, 64), (760, 64), (640, 48), (520, 32), (420, 24), (340, 16))  # (width, colours)
+# (width, colours), from best to smallest
+STEPS = tuple((w, 64 if w > 600 else 48 if w > 460 else 32) for w in range(900, 300, -40))
 
 
 def shrink_png(data: bytes, width: int, colours: int) -> bytes:

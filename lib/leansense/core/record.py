@@ -113,10 +113,10 @@ def record_of(checkpoint: object) -> Path | None:
     return papers / found["system"] / "records" / found["set"] / f"{found['id']}.json"
 
 
-def _parent(value: object) -> str:
+def _parent(value: object, own: bool) -> str:
     """table/row.seed#digest for the checkpoint of a row that has a record; else nothing."""
     path = record_of(value)
-    if path is None:
+    if path is None or (own and not is_noted(resolve(value))):
         return ""
     name = f"{path.parent.name}/{path.stem}"
     try:
@@ -129,14 +129,15 @@ def _parent(value: object) -> str:
     return f"{name}#{code_key(made)[:12]}"
 
 # %% ../../../nbs/core/14_record.ipynb #6ca51612
-def portable(params: dict) -> dict:
+def portable(params: dict, own: bool = False) -> dict:
     """The `params` that make the run, wherever it runs: paths as names, weights as name#content.
 
-    The checkpoint of a row is named by that row and by what made it, as its record says.
+    The checkpoint of a row is named by that row and by what made it, as its record says; where
+    `own`, only if the file that is there is the one of that record.
     """
     found = {}
     for name, value in params.items():
-        if name not in OWNED and (parent := _parent(value)):
+        if name not in OWNED and (parent := _parent(value, own)):
             found[name] = parent
         elif (name in CONTENT and value) or (name not in (*PLACES, *OWNED) and _is_file(value)):
             found[name] = _fingerprinted(str(value))
@@ -363,20 +364,9 @@ def is_noted(checkpoint: Path) -> bool:
 
 
 def parents(params: dict) -> dict[str, Path]:
-    """The parameters that hold the checkpoint of a row with a record; that record's path each.
-
-    ValueError: the checkpoint is there and is not the one of that record.
-    """
+    """The parameters that hold the checkpoint of a row's record; that record's path each."""
     found = {name: record_of(value) for name, value in params.items() if name not in OWNED}
-    found = {name: path for name, path in found.items() if path and path.exists()}
-    for name in found:
-        file = resolve(params[name])
-        if file.exists() and not is_noted(file):
-            raise ValueError(
-                f"parameter '{name}': {_short(file)} is not of the run that its row's record tells "
-                "of; let `make tables` run that row, or copy the file to another place"
-            )
-    return found
+    return {name: path for name, path in found.items() if path and is_noted(resolve(params[name]))}
 
 # %% ../../../nbs/core/14_record.ipynb #86ac7b09
 def _ancestors(parents: dict[str, Path]) -> dict[str, str]:
@@ -424,7 +414,7 @@ class Run:
         content = {name: _fingerprinted(str(self.params[name])) for name in self.parents}
         return ({"start": content} if content else {}) | {
             "notebook": self.name,
-            "params": portable(self.params),
+            "params": portable(self.params, own=True),
             "seed": self.seed,
             "code": self.code,
             "data": fingerprint,
@@ -447,7 +437,9 @@ class Run:
                 for name in PLACES
                 if self.params.get(name)
             }
-            key = code_key({"params": portable(self.params), "seed": self.seed, "where": where})[:8]
+            key = code_key(
+                {"params": portable(self.params, own=True), "seed": self.seed, "where": where}
+            )[:8]
             folder = root() / "runs" / "by-hand" / Path(self.name).parent.name / f"{default}-{key}"
         for other, (_, notebook) in list(_CLAIMS.items()):
             if notebook == self.name and other != folder.resolve():  # an earlier turn of this cell
@@ -461,7 +453,7 @@ class Run:
         which = place.groupdict() if place else {"system": "", "set": "", "table": "", "row": ""}
         backends = {operator: sorted(names) for operator, names in _BACKENDS.items()}
         blocks = {
-            "params": portable(self.params),
+            "params": portable(self.params, own=True),
             "data": data,
             "metrics": metrics,
             "cost": {"seconds": round(time.perf_counter() - self.started, 2)} | cost,

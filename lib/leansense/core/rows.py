@@ -48,7 +48,7 @@ def _seen_from_here(folder: Path) -> str:
 
 
 def set_name(scale: str, data: str = "") -> str:
-    """The scale, and a data folder's name and place in short: 'demo-rice_leaf-1a2b3c'."""
+    """The scale, and a data folder's name and place in short: 'demo-rice_2024-1a2b3c'."""
     if not data:
         return scale
     folder = place(data)
@@ -475,7 +475,10 @@ def run_row(row: Row, threads: int = 1, progress: bool = False) -> Path:
         Path(f"{row.folder}.made").unlink(missing_ok=True)
         for word, name in row.needs.items():
             if not is_noted(Path(row.params[word])):
-                raise RuntimeError(f"the checkpoint of {name} is not here; `make tables` makes it")
+                raise RuntimeError(
+                    f"the checkpoint of {name} is not here; `make tables` runs that row first, and "
+                    "its notebook has to leave a best.ckpt"
+                )
         os.environ.update({name: str(threads) for name in _THREADS})
         code, data = digest(row.notebook), fingerprint(row)
         try:

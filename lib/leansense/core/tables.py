@@ -164,12 +164,16 @@ def _best(lines: pd.DataFrame, column: Column) -> set:
     return set(values.index[values == column.best(values)]) if len(values) > 1 else set()
 
 
+_UNBROKEN = str.maketrans({" ": "\u00a0", "\u2009": "\u202f"})  # blanks at which no line ends
+
+
 def printed(lines: pd.DataFrame, columns: list[Column], head: str = "") -> pd.DataFrame:
     """The table as a reader sees it: labels down the side, formatted cells, best marked with *."""
     best = {column.title: _best(lines, column) for column in columns}
     body = {
         column.title: [
-            column.cell(line) + ("*" if i in best[column.title] else "")
+            column.cell(line).translate({} if column.text else _UNBROKEN)
+            + ("*" if i in best[column.title] else "")
             for i, line in lines.iterrows()
         ]
         for column in columns
@@ -218,7 +222,8 @@ def booktabs(lines: pd.DataFrame, columns: list[Column], head: str = "", source:
     for why, mark in notes.items():
         short = why if len(why) < 120 else why[:117] + "..."
         out.append(
-            rf"\multicolumn{{{len(columns) + 1}}}{{l}}{{\footnotesize\textsuperscript{{{mark}}} {escape(short)}}} \\"
+            rf"\multicolumn{{{len(columns) + 1}}}{{l}}"
+            rf"{{\footnotesize\textsuperscript{{{mark}}} {escape(short)}}} \\"
         )
     return "\n".join([*out, r"\end{tabular}"]) + "\n"
 
@@ -301,7 +306,7 @@ def _distinct(runs: pd.DataFrame, column: str) -> list[str]:
 
 
 def caption_facts(runs: pd.DataFrame, scale: str) -> str:
-    """A sentence for the caption: scale, data, seeds, hardware, as the records say (not escaped)."""
+    """A sentence for the caption: scale, data, seeds, hardware, by the records (not escaped)."""
     done = runs[runs["missing"] == ""]
     if not len(done):
         return f"Scale {scale}; nothing has been run."
@@ -330,7 +335,7 @@ def caption_facts(runs: pd.DataFrame, scale: str) -> str:
 def verdict(
     claimed: float, measured: float | None, tolerance: float, why: str = "", at_least: bool = False
 ) -> str:
-    """'reproduced', 'not reproduced', or 'cannot be judged here' and why; `tolerance` is absolute."""
+    """'reproduced', 'not reproduced', 'cannot be judged here' and why; `tolerance` is absolute."""
     if measured is None or math.isnan(measured):
         return "cannot be judged here" + (f": {why}" if why else "")
     short = claimed - measured if at_least else abs(measured - claimed)

@@ -170,7 +170,7 @@ def _job(row: Row, notebook: Path, folder: Path) -> tuple[Job, Path]:
         raise ValueError(f"{row.system} {row.id}: the old notebook has no parameter '{unknown[0]}'")
     return Job(row.notebook, {name: value for name, value in values.items() if name in known}), out
 
-
+# %% ../../../nbs/core/18_vouch.ipynb #39445859
 def _turns(rows: list[Row]) -> list[list[Row]]:
     """The rows and those that they start from, in groups; each starts from earlier groups only."""
     whole, waiting = {}, list(rows)
@@ -188,7 +188,7 @@ def _turns(rows: list[Row]) -> list[list[Row]]:
         whole = {key: whole[key] for key in held}
     return turns
 
-
+# %% ../../../nbs/core/18_vouch.ipynb #1b8bd49c
 def measure(rows: list[Row], tree: Path, folder: Path, workers: int = 2) -> dict[str, dict | str]:
     """The metrics of each row under the code in `tree`; the error's line where it failed."""
     found, outs, ran = {}, {}, {}
@@ -201,7 +201,7 @@ def measure(rows: list[Row], tree: Path, folder: Path, workers: int = 2) -> dict
             key = json.dumps([row.notebook, row.seed, row.params], sort_keys=True)
             if key not in ran:
                 jobs[key], record = _job(row, tree / row.notebook, folder)
-                ran[key] = (jobs[key].params["folder"], record)
+                ran[key] = (jobs[key].params.get("folder", ""), record)
             outs[row.system, row.id] = ran[key][0]
             found[f"{row.system} {row.id}"] = key
         done = run_rows([*jobs.values()], workers, tree, {"LEANSENSE_DATA": str(folder / "data")})

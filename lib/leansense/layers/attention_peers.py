@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from .backend import triton_why_not
+from .backend import load, triton_why_not
 from .bench import Contender, Operator, Problem, compiled
 from .linear_attention import linear_attention_qkv, softmax_attention
 
@@ -72,7 +72,9 @@ def _as_map(out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
 
 
 def lite_mla(qkv: torch.Tensor, heads: int) -> torch.Tensor:
-    """EfficientViT's linear attention (arXiv:2205.14756): ones behind the values carry the denominator."""
+    """EfficientViT's linear attention (arXiv:2205.14756): ones behind the values carry the
+    denominator.
+    """
     q, k, v = _tokens_first(qkv, heads)
     q, k, v = F.relu(q), F.relu(k), F.pad(v, (0, 1), value=1.0)
     out = q @ (k.mT @ v)
@@ -147,11 +149,6 @@ def reference(p: Problem) -> torch.Tensor:
     return _ours("reference")(p)()
 
 
-def _native_why_not() -> str:
-    """Why there is no C version here."""
-    return import_module("leansense.layers.linear_attention_native").why_not()
-
-
 OPERATOR = Operator(
     "linear_attention",
     problem,
@@ -181,7 +178,7 @@ OPERATOR = Operator(
             False,
             partial(_call, sdpa),
             reference=softmax_reference,
-            note="another function: the ratio is where the algorithms cross, not whose code is better",
+            note="another function: the ratio is where algorithms cross, not whose code is better",
         ),
         "reference": Contender(
             "ours, plain formula", True, _ours("reference"), note="what compilers and exporters see"
@@ -194,7 +191,7 @@ OPERATOR = Operator(
                 "ours in C",
                 True,
                 _ours("cc"),
-                _native_why_not,
+                lambda: load("linear_attention", "cc").why_not(),
                 "one head at a time, in cache",
                 ("cpu",),
             )

@@ -90,7 +90,9 @@ class Operator:
 
 # %% ../../../nbs/layers/60_bench.ipynb #9b8ddeed
 def compiled(contender: Contender) -> dict[str, Contender]:
-    """{"cc": the widest build that this processor runs, "cc_v3": the one for AVX2} of a contender in C."""
+    """{"cc": the widest build that this processor runs, "cc_v3": the one for AVX2} of a contender
+    in C.
+    """
 
     def why_not() -> str:
         if "v3" not in usable_isas():
@@ -107,7 +109,9 @@ PHASES = ("forward", "train")
 
 
 def step(contender: Contender, problem: Problem, phase: str) -> Callable[[], Any]:
-    """The function that is timed: forward without gradients, or with the gradients of all inputs that want one."""
+    """The function that is timed: forward without gradients, or with the gradients of all inputs
+    that want one.
+    """
     if phase not in PHASES:
         raise ValueError(f"phase '{phase}': choose from {', '.join(PHASES)}")
 
@@ -161,7 +165,9 @@ CLOCKS = {
 
 
 def times(steps: Mapping[str, Callable], clock: str, repeats: int) -> dict[str, Any]:
-    """{"ms": {name: quartiles}, "ratio": {a: {b: quartiles of time(a) / time(b)}}}, all steps in turns."""
+    """{"ms": {name: quartiles}, "ratio": {a: {b: quartiles of time(a) / time(b)}}}, all steps in
+    turns.
+    """
     device, kind, threads = CLOCKS[clock]
     timings = throughput(
         steps, repeats=repeats, warmup=1, clock=kind, device=device, threads=threads
@@ -188,7 +194,9 @@ def times(steps: Mapping[str, Callable], clock: str, repeats: int) -> dict[str, 
 
 # %% ../../../nbs/layers/60_bench.ipynb #ddb66e72
 def machine(threads: int = 1, repeats: int = 7) -> dict[str, float]:
-    """What `threads` CPU threads do at best: {"gbps": copy in cache, "gflops": fp32 product, "gexps": exponentials}."""
+    """What `threads` CPU threads do at best: {"gbps": copy in cache, "gflops": fp32 product,
+    "gexps": exponentials}.
+    """
 
     def best(run: Callable[[], Any], amount: float, inner: int) -> float:
         seconds = []
@@ -218,11 +226,15 @@ def floor_ms(work: Mapping[str, float], machine: Mapping[str, float]) -> float:
 def runnable(
     operator: Operator, names: Sequence[str], device: str
 ) -> tuple[list[str], dict[str, str]]:
-    """The names that can run on this kind of device, and for each other one the reason; ValueError: unknown name."""
+    """The names that can run on this kind of device, and for each other one the reason.
+
+    ValueError: unknown name.
+    """
     unknown = [name for name in names if name not in operator.contenders]
     if unknown:
         raise ValueError(
-            f"{operator.name} has no contender {unknown[0]!r}; known: {', '.join(operator.contenders)}"
+            f"{operator.name} has no contender {unknown[0]!r}; known: "
+            f"{', '.join(operator.contenders)}"
         )
     reasons = {}
     for name in names:
@@ -238,7 +250,9 @@ def runnable(
 def measure(
     operator: Operator, size: dict, names: Sequence[str], clock: str, repeats: int, seed: int = 0
 ) -> dict:
-    """{phase: times(...) with "mib"}, "missing": {name: why}} for the contenders that can run under this clock."""
+    """{phase: times(...) with "mib"}, "missing": {name: why}} for the contenders that can run under
+    this clock.
+    """
     device, _, threads = CLOCKS[clock]
     names, missing = runnable(operator, names, device)
     problem = operator.problem(size, seed, torch.float32, device)

@@ -12,16 +12,19 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .backend import triton_why_not
+from .backend import load, triton_why_not
 from .bench import Contender, Operator, Problem, compiled
-from .deformable import _native_why_not, deformable_attention
+from .deformable import deformable_attention
 
 # %% ../../../nbs/layers/73_deformable_peers.ipynb #3fb01b44
 HEADS, CHANNELS, POINTS, SPREAD = 8, 32, 8, 4.0
 
 
 def _off_centre(locations: torch.Tensor, size: torch.Tensor, margin: float = 0.01) -> torch.Tensor:
-    """Locations, each at least `margin` pixels from pixel centres; size: (levels, 1, 2), width and height."""
+    """Locations, each at least `margin` pixels from pixel centres.
+
+    size: (levels, 1, 2), width and height.
+    """
     pixel = locations * size - 0.5
     whole = pixel.floor()
     return (whole + (pixel - whole).clamp(margin, 1 - margin) + 0.5) / size
@@ -110,13 +113,11 @@ def _hf_why_not() -> str:
     if find_spec("transformers") is None:
         return "transformers is not installed"
     try:
-        import_module(
-            "transformers.models.deformable_detr.modeling_deformable_detr"
-        ).MultiScaleDeformableAttention
-    except (
-        Exception
-    ) as error:  # a missing dependency, another version's layout: many kinds, one consequence
-        return f"transformers: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        module = import_module("transformers.models.deformable_detr.modeling_deformable_detr")
+        getattr(module, "MultiScaleDeformableAttention")  # noqa: B009 (is it there?)
+    except Exception as error:  # a missing dependency, another version: many kinds, one consequence
+        reason = (str(error).splitlines() or [""])[0][:100]
+        return f"transformers: {type(error).__name__}: {reason}"
     return ""
 
 
@@ -196,7 +197,7 @@ OPERATOR = Operator(
                 "ours in C",
                 True,
                 _ours("cc"),
-                lambda: _native_why_not(torch.empty(0)),
+                lambda: load("deformable_attention", "cc").why_not(),
                 "planes that fit the cache, sorted backward",
                 ("cpu",),
             )

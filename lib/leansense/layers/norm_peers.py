@@ -20,7 +20,10 @@ from .norm_act import ACTIVATIONS, FLAGS, SOURCE, norm_act
 def problem(
     size: dict, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Problem:
-    """x and a gradient (B, C, H, W), channels last, weight and bias; size: B, C, H, W and act, a key of ACTIVATIONS."""
+    """x and a gradient (B, C, H, W), channels last, weight and bias.
+
+    size: B, C, H, W and act, a key of ACTIVATIONS.
+    """
     draw = torch.Generator().manual_seed(seed)
     shape = tuple(size[letter] for letter in "BCHW")
     maps = (torch.randn(shape, generator=draw) for _ in range(2))

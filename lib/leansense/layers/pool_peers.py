@@ -12,9 +12,9 @@ import random
 
 import torch
 
-from .backend import triton_why_not
+from .backend import load, triton_why_not
 from .bench import Contender, Operator, Problem, compiled
-from .bev_pool import Grid, PoolPlan, _cc_why_not, bev_pool
+from .bev_pool import Grid, PoolPlan, bev_pool
 from leansense.layers.lift_splat import (
     Rig,
     augmentation_matrix,
@@ -28,7 +28,9 @@ STRIDE, CHANNELS = 16, 64
 
 
 def augmented_rig(batch: int, height: int, width: int, seed: int = 0) -> Rig:
-    """The matrices of `batch` samples of SimBEV's rig, images of (16 height, 16 width) pixels, randomly augmented."""
+    """The matrices of `batch` samples of SimBEV's rig, images of (16 height, 16 width) pixels,
+    randomly augmented.
+    """
     draw = random.Random(seed)
     rig = surround_rig(batch)
     size = STRIDE * width, STRIDE * height
@@ -47,7 +49,10 @@ def augmented_rig(batch: int, height: int, width: int, seed: int = 0) -> Rig:
 
 
 def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
-    """Depths, features and a gradient; the positions and a plan are `extra`. size: B, H, W and, if wanted, C."""
+    """Depths, features and a gradient; the positions and a plan are `extra`.
+
+    size: B, H, W and, if wanted, C.
+    """
     B, H, W, C = size["B"], size["H"], size["W"], size.get("C", CHANNELS)
     grid, draw = Grid(), torch.Generator().manual_seed(seed)
     rig = Rig(*(m.to(device) for m in augmented_rig(B, H, W, seed)))
@@ -122,7 +127,9 @@ def scatter(depth, feat, points, grid):
 
 # %% ../../../nbs/layers/72_pool_peers.ipynb #c7f14946
 class _CachedRanks(torch.autograd.Function):
-    """Cells (M, C) from depths (P,) and rows of features, with precomputed indices of depth, pixel and cell."""
+    """Cells (M, C) from depths (P,) and rows of features, with precomputed indices of depth, pixel
+    and cell.
+    """
 
     @staticmethod
     def forward(ctx, depth, feat, which_depth, which_pixel, which_cell, cells):
@@ -231,7 +238,7 @@ OPERATOR = Operator(
                 "ours in C, plan held",
                 True,
                 _ours("cc"),
-                _cc_why_not,
+                lambda: load("bev_pool", "cc").why_not(),
                 "gradients are read once",
                 ("cpu",),
             )

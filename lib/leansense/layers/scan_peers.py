@@ -12,14 +12,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .backend import triton_why_not
+from .backend import load, triton_why_not
 from .bench import Contender, Operator, Problem, compiled
-from .scan import _extension, selective_scan, selective_scan_flops
-from .scan_native import why_not as no_compiler
+from .scan import selective_scan, selective_scan_flops
 
 # %% ../../../nbs/layers/70_scan_peers.ipynb #9857533f
 def problem(size: dict, seed: int, dtype: torch.dtype, device: str) -> Problem:
-    """u, delta (B, L, D), A (D, N), B, C (B, L, N), D (D,) and a gradient; size: B, L, D and, if wanted, N."""
+    """u, delta (B, L, D), A (D, N), B, C (B, L, N), D (D,) and a gradient.
+
+    size: B, L, D and, if wanted, N.
+    """
     batch, length, channels, states = size["B"], size["L"], size["D"], size.get("N", 16)
     draw = torch.Generator().manual_seed(seed)
 
@@ -54,7 +56,7 @@ def _discretised(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor
 
 
 def loop_slices(u, delta, A, B, C, D):
-    """The loop of the published reference: a slice per step, quadratic time in the backward pass."""
+    """The loop of the published reference: a slice per step, quadratic time backward."""
     decay, enters = _discretised(u, delta, A, B)
     h, y = decay.new_zeros(decay.shape[0], *A.shape), []
     for t in range(u.shape[1]):
@@ -142,10 +144,6 @@ def _ours(backend: str):
     return lambda problem: lambda: selective_scan(*problem.inputs.values(), backend=backend)
 
 
-def _no_extension() -> str:
-    return found if isinstance(found := _extension(), str) else ""
-
-
 CONTENDERS = {
     "mambapy": Contender(
         "mamba.py",
@@ -190,7 +188,7 @@ CONTENDERS = {
         "mamba-ssm",
         False,
         _ours("mamba_ssm"),
-        _no_extension,
+        lambda: load("selective_scan", "mamba_ssm").why_not(),
         "The published CUDA kernel through selective_scan_cuda, layout copies included.",
         ("cuda",),
     ),
@@ -205,7 +203,7 @@ CONTENDERS = {
             "ours, C",
             True,
             _ours("cc"),
-            no_compiler,
+            lambda: load("selective_scan", "cc").why_not(),
             "States in registers; needs a C compiler.",
             ("cpu",),
         )

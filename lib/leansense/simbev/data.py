@@ -45,7 +45,7 @@ from leansense.simbev.frames import (
 )
 from .layouts import CAMERAS, Frame, SimBEV, load, parse_classes, scan
 from .overlap import report_agreement, report_headings
-from .standin import standin, version
+from .standin import DRAWN, standin
 
 # %% ../../../nbs/simbev/00_data.ipynb #d3fa86d4
 AUGMENTS = {
@@ -189,7 +189,7 @@ class SimBEVDataset(Mapped):
         """A batch of one frame, for shapes and costs."""
         return collate([self[0]])
 
-
+# %% ../../../nbs/simbev/00_data.ipynb #c011a7e0
 def collate(items: Sequence[dict]) -> dict:
     """A batch: every tensor stacked, `id` a list."""
     import torch
@@ -381,5 +381,5 @@ def dataset(params: dict) -> SimBEV:
 def identify(params: dict) -> str:
     """What a record keeps to know its data again: the fingerprint, or the recipe of a stand-in."""
     if (params.get("data") or "standin") == "standin":
-        return "-".join(["standin", *map(str, _recipe(params).values()), version()])
+        return "-".join(["standin", *map(str, _recipe(params).values()), DRAWN])
     return dataset(params).fingerprint

@@ -33,21 +33,15 @@ from leansense.layers.conventions import (
     ego_to_camera,
     quaternion_to_matrix,
 )
+from ..world.scene import SIMBEV_CLASSES, VEHICLES
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #1a66e304
 CAMERAS = ("front_left", "front", "front_right", "back_left", "back", "back_right")
 SPLIT_WORDS = {"train": "train", "val": "valid", "test": "test"}  # on disk: here
 SPLITS = tuple(SPLIT_WORDS.values())
 ORIENTATION = "yaw0pitch0"
-_MOVING = ("car", "truck", "bus", "motorcycle", "bicycle", "rider", "pedestrian")
-_LINES = ("road_line", "sidewalk", "crosswalk")
-CLASSES = {  # by number of channels
-    1: ("vehicle",),
-    8: ("road", *_MOVING),
-    11: ("road", *_LINES, *_MOVING),
-    14: ("road", "hazard", *_LINES, "traffic_cone", "barrier", *_MOVING),
-}
-GROUPS = {"vehicle": ("car", "truck", "bus")}
+CLASSES = {1: ("vehicle",)} | SIMBEV_CLASSES  # by number of channels
+GROUPS = {"vehicle": VEHICLES}
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #760a128e
 @dataclass(frozen=True, eq=False)

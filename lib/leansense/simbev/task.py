@@ -243,16 +243,16 @@ class SimBEVKeeper(Callback):
     def validate(self, trainer, task) -> dict[str, float]:
         """IoU, loss and AP on the validation loader, of the weights that are kept now."""
         averages = [part for part in trainer.callbacks if isinstance(part, WeightAveraging)]
-        was, tally, scores = task.model.training, Tally(), task.valid_metrics["map"].clone()
+        was, tally, scores = task.training, Tally(), task.valid_metrics["map"].clone()
         scores.reset()
         for average in averages:
             average.on_validation_epoch_start(trainer, task)  # swaps the average in
-        task.model.eval()
+        task.eval()
         for batch in self.valid:
             loss, more = task.valid_step(move_batch(batch, task.device))
             tally.add({"loss": loss}, len(batch["target"]))
             scores.update(*more["map"])
-        task.model.train(was)
+        task.train(was)  # all but what is frozen
         for average in averages:
             average.on_validation_epoch_end(trainer, task)  # and out again
         return tally.means() | scores.compute()

@@ -18,37 +18,12 @@ import numpy as np
 from ..core.parameters import nearest
 
 # %% ../../../nbs/world/00_scene.ipynb #1b662090
-SIMBEV_CLASSES: dict[int, tuple[str, ...]] = {
-    8: ("road", "car", "truck", "bus", "motorcycle", "bicycle", "rider", "pedestrian"),
-    11: (
-        "road",
-        "road_line",
-        "sidewalk",
-        "crosswalk",
-        "car",
-        "truck",
-        "bus",
-        "motorcycle",
-        "bicycle",
-        "rider",
-        "pedestrian",
-    ),
-    14: (
-        "road",
-        "hazard",
-        "road_line",
-        "sidewalk",
-        "crosswalk",
-        "traffic_cone",
-        "barrier",
-        "car",
-        "truck",
-        "bus",
-        "motorcycle",
-        "bicycle",
-        "rider",
-        "pedestrian",
-    ),
+_PAINT = ("road_line", "sidewalk", "crosswalk")
+_MOVING = ("car", "truck", "bus", "motorcycle", "bicycle", "rider", "pedestrian")
+SIMBEV_CLASSES: dict[int, tuple[str, ...]] = {  # by number of channels
+    8: ("road", *_MOVING),
+    11: ("road", *_PAINT, *_MOVING),
+    14: ("road", "hazard", *_PAINT, "traffic_cone", "barrier", *_MOVING),
 }
 CLASSES: tuple[str, ...] = ("none", *SIMBEV_CLASSES[14], "terrain", "building", "pole")
 VEHICLES = ("car", "truck", "bus")  # what "vehicle" means in binary segmentation on SimBEV
