@@ -206,7 +206,7 @@ def test_format():
     assert done.returncode == 0, "run `make prepare`:\n" + done.stdout
 
 
-OLDER = {"width": 461, "other": 11}  # complaints older than the rule: lower these, never raise them
+OLDER = {"width": 49, "other": 0}  # complaints older than the rule: lower these, never raise them
 
 
 def test_lint():
@@ -242,7 +242,7 @@ def is_filler(text: str) -> bool:
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {getattr(f, "id", getattr(f, "attr", "?")) for f in calls}
     words = names_in(tree)
-    looks = called & LOOKING or any(re.fullmatch("__[a-z]+__", word) for word in words)
+    looks = called & LOOKING or any(re.fullmatch("__(?!version)[a-z]+__", word) for word in words)
     kinds = (ast.Assert, ast.Expr, ast.Import, ast.ImportFrom)
     return bool(looks) and called <= HARMLESS and all(isinstance(n, kinds) for n in tree.body)
 
@@ -259,7 +259,7 @@ def test_which_cells_are_filler(text, filler):
 
 def test_no_cell_is_filler():
     """A cell shows something that a reader wants to see, or is not there."""
-    older = 7  # lower this, never raise it
+    older = 5  # lower this, never raise it
     found = [
         f"{name}: {source(cell)}"
         for path, name in zip(NOTEBOOKS, NAMES, strict=True)
