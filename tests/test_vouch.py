@@ -211,7 +211,7 @@ def test_code_that_was_never_committed(house, capsys):
     late = git(house, "rev-parse", "HEAD")
     calc(house, CALC + "\nX = 2\n")
     assert (
-        vouch.main(["toy", "--from", first]) == 2 and "has not the code" in capsys.readouterr().err
+        vouch.main(["toy", "--from", first]) == 2 and "have not the code" in capsys.readouterr().err
     )
     assert vouch.main(["toy", "--from", "nowhere"]) == 2
     assert vouch.main(["toy", "--from", late]) == 0 and reasons() == [""] * 8

@@ -138,19 +138,19 @@ def code_in(tree: Path, notebook: str) -> dict:
 
 def find_old(group: Group, given: str, folder: Path) -> Path:
     """Set the group's commit and return its files; ValueError when it is not the records'."""
-    if given:
-        commits = [_git("rev-parse", "--verify", f"{given}^{{commit}}").decode().strip()]
-    else:
-        logs = (_git("log", "-1", "--format=%H", "--", str(path)) for path in group.records)
-        commits = list(dict.fromkeys(filter(None, (log.decode().strip() for log in logs))))
-    for commit in commits:
+    commits = [_git("rev-parse", "--verify", f"{given}^{{commit}}").decode().strip()] * bool(given)
+    before = vouchers(paper_folder(group.system, "demo") / "vouched.json")
+    commits += [entry["commit"] for entry in before if entry["old"] == code_key(group.old)]
+    logs = (_git("log", "-1", "--format=%H", "--", str(path)) for path in group.records)
+    commits += [log.decode().strip() for log in logs]
+    for commit in dict.fromkeys(filter(None, commits)):
         tree = unpack(commit, folder)
         if code_in(tree, group.notebook) == group.old:
             group.commit = commit
             return tree
-    where = f"{given} has" if given else "the commits of its records have"
+    where = f"{given} and the commits" if given else "the commits"
     raise ValueError(
-        f"{group.system} {group.table}: {where} not the code that the records name; "
+        f"{group.system} {group.table}: {where} of its records have not the code that they name; "
         "say where it is: --from COMMIT"
     )
 
