@@ -138,7 +138,8 @@ def code_in(tree: Path, notebook: str) -> dict:
 
 def find_old(group: Group, given: str, folder: Path) -> Path:
     """Set the group's commit and return its files; ValueError when it is not the records'."""
-    commits = [_git("rev-parse", "--verify", f"{given}^{{commit}}").decode().strip()] * bool(given)
+    named = (f"{commit}^{{commit}}" for commit in [given] if commit)
+    commits = [_git("rev-parse", "--verify", name).decode().strip() for name in named]
     before = vouchers(paper_folder(group.system, "demo") / "vouched.json")
     commits += [entry["commit"] for entry in before if entry["old"] == code_key(group.old)]
     logs = (_git("log", "-1", "--format=%H", "--", str(path)) for path in group.records)
