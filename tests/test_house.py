@@ -129,7 +129,7 @@ def test_source_is_clean(path):
     assert "allow_pickle=True" not in text and "yaml.load(" not in text
 
 
-OUTPUTS_COMMITTED = False  # True once `make notebooks` has run: then each that teaches has some
+OUTPUTS_COMMITTED = True
 
 
 def prints(cell: dict) -> bool:
