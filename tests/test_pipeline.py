@@ -213,11 +213,11 @@ def execution(folder, monkeypatch, act):
 def record(row, values: dict) -> None:
     """Write what the toy's notebook would write for these values."""
     from leansense.core.digest import digest
-    from leansense.core.parameters import declared
+    from leansense.core.parameters import read_parameters
     from leansense.core.record import SCHEMA, portable, text
 
     params = {
-        name: parameter.default for name, parameter in declared(row.notebook).items()
+        name: parameter.default for name, parameter in read_parameters(row.notebook).items()
     } | values
     write_atomic(
         row.record,
