@@ -331,10 +331,9 @@ def _check_power(reader: _Reader, sample: Sample) -> bool:
     except ValueError as error:
         if reader.options.damaged == "error":
             where, _, said = str(error).partition(": ")
+            what, _, fix = said.rpartition("; ")
             row = int(sample.id.rpartition("/")[2]) + 2
-            reader.report.add(
-                where, f"{said.rsplit('; ', 1)[0]} (row {row})", said.rsplit("; ", 1)[1]
-            )
+            reader.report.add(where, f"{what} (row {row} of {reader.table.name})", fix)
         reader.left_out["power"] += 1
         return False
     return True
