@@ -455,7 +455,7 @@ def _look(kind: str, path: str):
         return str(error).removeprefix(f"{path}: ")
 
 
-def _check_group(key: tuple, paths: Sequence[str], report: Report) -> str:
+def _check_group(key: tuple, paths: Sequence[str], missing: int, report: Report) -> str:
     """Report the faults of some files of one kind; a line that counts them."""
     part, scenario, kind = key
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -473,7 +473,9 @@ def _check_group(key: tuple, paths: Sequence[str], report: Report) -> str:
         odd = next(p for p, look in zip(paths, looks) if isinstance(look, tuple) and look != usual)
         report.add(odd, f"radar has another shape than {usual}", "record it again or leave it out")
     nan = sum("nan" in said.lower() for said in bad.values())
-    return f"{kind} {len(paths)} ({len(bad) - nan} damaged, {nan} NaN)"
+    found = {"damaged": len(bad) - nan, "NaN": nan, "missing": missing}
+    said = ", ".join(f"{count} {what}" for what, count in found.items() if count)
+    return f"{kind} {len(paths)}" + f" ({said})" * bool(said)
 
 # %% ../../../nbs/beam/00_data.ipynb #71c18127
 def _count_missing(data: Beam) -> Counter:
@@ -493,13 +495,8 @@ def check(folder: str | Path) -> Report:
     missing, groups = _count_missing(whole), _group_files(whole)
     kinds = (*KINDS, "position", "power")
     for part, scenario in sorted({key[:2] for key in groups}):
-        said = []
-        for kind in kinds:
-            key = (part, scenario, kind)
-            if groups.get(key):
-                line = _check_group(key, groups[key], report)
-                gone = missing[key]
-                said.append(f"{line[:-1]}, {gone} missing)" if kind in KINDS else line)
+        keys = [(part, scenario, kind) for kind in kinds if groups.get((part, scenario, kind))]
+        said = [_check_group(key, groups[key], missing[key], report) for key in keys]
         report.facts.append(f"{part}, scenario {scenario}: {', '.join(said)}")
     drives = len({(s.part, s.sequence) for s in data.samples})
     report.facts.append(f"{drives} drives" + " (guessed)" * any(_guessed(s) for s in data.samples))
