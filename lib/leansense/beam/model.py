@@ -533,7 +533,7 @@ def example(model: nn.Module, batch: int = 1, seed: int = 0) -> dict:
         "scenario": torch.full((batch,), 31),
     }
 
-# %% ../../../nbs/beam/10_model.ipynb #c7690297
+# %% ../../../nbs/beam/10_model.ipynb #d592c499
 def count_instantiated(model: nn.Module) -> int:
     """All parameters of a network."""
     return sum(p.numel() for p in model.parameters())
@@ -551,8 +551,11 @@ def count_declared(model: nn.Module) -> int:
     here = [name for name in parse_modalities(config["modalities"]) if name not in absent]
     if config["TFM"] == "sum" and config["FFM"] != "attention":
         config["TFM"] = "attenmamba"
-    with torch.device("meta"):
-        whole = build(**config | {"modalities": " ".join(MODALITIES), "modality_missing": ""})
+    config |= {"modalities": " ".join(MODALITIES), "modality_missing": ""}
+    whole = model
+    if config != model.config | {"modality_missing": ""}:
+        with torch.device("meta"):
+            whole = build(**config)
     return count_instantiated(whole) - sum(
         count_instantiated(encoder) for n, encoder in whole.encoders.items() if n not in here
     )

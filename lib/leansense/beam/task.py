@@ -100,7 +100,7 @@ class BeamScores(Metric):
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, scenario: torch.Tensor) -> None:
         """Count a batch; ValueError for a scenario that was not announced."""
-        steps = labels.numel() // len(labels)
+        steps = labels[0].numel() if len(labels) else 1
         known = torch.tensor(self.scenarios, device=scenario.device)
         same = scenario.repeat_interleave(steps)[:, None] == known
         if not bool(same.any(1).all()):
