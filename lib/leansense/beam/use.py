@@ -199,7 +199,7 @@ def find_temperature(logits: torch.Tensor, beams: torch.Tensor) -> float:
     costs = [float(nn.functional.cross_entropy(logits / t, beams)) for t in grid]
     return float(grid[int(np.argmin(costs))])
 
-# %% ../../../nbs/beam/40_use.ipynb #012c6193
+# %% ../../../nbs/beam/40_use.ipynb #d7d759d7
 VIEW = 100.0  # degrees that the stand-in's camera sees from left to right
 
 
@@ -233,7 +233,13 @@ def draw_fan(
     best = int(np.argmax(chances))
     strength = chances / max(chances.max(), 1e-12)
     left.imshow(image)
-    right.imshow(cells > 0, cmap="Greys", extent=(*field[1], *field[0]), aspect="auto", alpha=0.6)
+    right.imshow(
+        cells > 0,
+        cmap="Greys",
+        extent=(*field[1], field[0][1], field[0][0]),
+        aspect="auto",
+        alpha=0.6,
+    )
     reach = -min(field[0])
     rays = [(k, COLOURS[1], "-") for k in np.flatnonzero(strength > 0.05)]
     rays += [(best, COLOURS[3], "-")] + ([(beam, COLOURS[0], ":")] if beam >= 0 else [])
