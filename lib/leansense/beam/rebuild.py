@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .missing import MODALITIES, hide, parse_modalities, presence
+from .task import BeamScores
 from ..core.schedule import Group, Recipe
 from ..core.task import Task
 
@@ -200,6 +201,7 @@ class RebuildTask(Task):
         if absent:
             raise ValueError(f"the network has no {' or '.join(sorted(absent))} to rebuild from")
         self.base = copy.deepcopy(model).requires_grad_(False).eval()
+        self.valid_metrics["scores"] = BeamScores()
         self.criterion, self.lr_fusion, self.form = criterion, lr_fusion, form
         self.rebuilt_share, self.mix, self.fixed_norms = rebuilt_share, mix, fixed_norms
         self.alphas = {"trans": alpha_trans, "contrast": alpha_contrast}
@@ -278,7 +280,7 @@ class RebuildTask(Task):
     def valid_step(self, batch: Mapping) -> tuple[Tensor, dict]:
         terms, logits = self.losses(batch, 1.0)
         total = sum(self.alphas[name] * value for name, value in terms.items())
-        return total, terms | {"beams": (logits, batch["beam"])}
+        return total, terms | {"scores": (logits, batch["beam"], batch["scenario"])}
 
     def forward(self, batch: Mapping) -> Tensor:
         """The logits of a batch whose target sensors are rebuilt, whatever it holds of them."""
