@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SITES', 'EDGE', 'MARK', 'TWIN', 'BASE', 'ROOF', 'REACH', 'BRIGHTEN', 'BIAS', 'WHITE', 'FOLDERS', 'WINDOW', 'SPARE',
-           'STREET', 'DRIVING', 'Site', 'Drive', 'make_drive', 'Frame', 'Station', 'make_station', 'locate',
+           'STREET', 'DRIVING', 'FAULTS', 'Site', 'Drive', 'make_drive', 'Frame', 'Station', 'make_station', 'locate',
            'take_frame', 'brighten', 'encode_jpeg', 'encode_ply', 'encode_npy', 'name_files', 'write_frame', 'plan',
-           'make_row', 'write_scenario', 'write_all', 'version', 'standin']
+           'make_row', 'write_scenario', 'write_all', 'version', 'standin', 'plant_fault', 'standin_arrays',
+           'draw_arrays']
 
-# %% ../../../nbs/beam/05_standin.ipynb #4cf84d74
+# %% ../../../nbs/beam/05_standin.ipynb #2c2aae3d
 import hashlib
 import io
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.digest import closure
+from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
 from ..core.store import written_once
 from ..world.camera import Rig, front_rig, render
@@ -438,3 +441,125 @@ def standin(
     base = resolve(root) if root else data_root() / "standin"
     kind = f"beam-n{sequences}x{frames}-s{seed}-{size}-{radar}-{rays}-{version()}"
     return written_once(base / kind, lambda p: write_all(p, sequences, frames, seed, station))
+
+# %% ../../../nbs/beam/05_standin.ipynb #511af55a
+def _rewrite(path: Path, change) -> None:
+    """Replace a text file's content by change(content)."""
+    path.write_text(change(path.read_text()))
+
+
+def _nan_line(text: str) -> str:
+    """The powers with NaN at the largest, where the published files have it."""
+    lines = text.split()
+    lines[int(np.argmax(np.array(lines, float)))] = "nan"
+    return "\n".join(lines) + "\n"
+
+
+def _set_beam(beam: int):
+    """A change of the first row's label in a CSV."""
+
+    def change(text: str) -> str:
+        head, first, *rest = text.splitlines()
+        cells = first.split(",")
+        cells[head.split(",").index("unit1_beam")] = str(beam)
+        return "\n".join([head, ",".join(cells), *rest]) + "\n"
+
+    return change
+
+
+def _constant_cube(path: Path) -> None:
+    """Make a radar cube constant."""
+    path.write_bytes(encode_npy(np.ones_like(np.load(path, allow_pickle=False))))
+
+
+FAULTS = {  # name -> (the file of the first row of Multi_Modal, or its CSV; what happens to it)
+    "nan power": ("unit1_pwr_60ghz", lambda path: _rewrite(path, _nan_line)),
+    "missing image": ("unit1_rgb_5", Path.unlink),
+    "missing lidar": ("unit1_lidar_5", Path.unlink),
+    "missing radar": ("unit1_radar_5", Path.unlink),
+    "constant radar": ("unit1_radar_5", _constant_cube),
+    "radar shape": (
+        "unit1_radar_5",
+        lambda path: path.write_bytes(encode_npy(np.zeros((4, 8), np.complex64))),
+    ),
+    "binary ply": (
+        "unit1_lidar_5",
+        lambda path: _rewrite(path, lambda s: s.replace("ascii", "binary_little_endian")),
+    ),
+    "empty ply": ("unit1_lidar_5", lambda path: path.write_text(encode_ply(np.zeros((0, 4))))),
+    "gps line": ("unit2_loc_1", lambda path: _rewrite(path, lambda s: s.split()[0] + "\n")),
+    "beam 0": (None, lambda path: _rewrite(path, _set_beam(0))),
+    "beam 65": (None, lambda path: _rewrite(path, _set_beam(65))),
+    "missing column": (
+        None,
+        lambda path: _rewrite(path, lambda s: s.replace("unit1_radar_3", "radar", 1)),
+    ),
+}
+
+
+def plant_fault(root: str | Path, copy: str | Path, fault: str) -> Path:
+    """A copy of a stand-in with one fault; the path of the file that has it (or had, if missing)."""
+    if fault not in FAULTS:
+        raise ValueError(f"fault={fault!r} is unknown; {nearest(fault, FAULTS)}")
+    shutil.copytree(root, copy)
+    folder = Path(copy) / "Multi_Modal"
+    table = folder / FOLDERS["Multi_Modal"]
+    column, change = FAULTS[fault]
+    head, first = (line.split(",") for line in table.read_text().splitlines()[:2])
+    path = folder / first[head.index(column)] if column else table
+    change(path)
+    return path
+
+# %% ../../../nbs/beam/05_standin.ipynb #7f7cd85c
+def standin_arrays(
+    root: str | Path | None = None,
+    n: int = 600,
+    seed: int = 0,
+    scenarios: tuple[int, ...] = (1, 2),
+    frames: int = 20,
+) -> Path:
+    """The folder of a stand-in of power and position arrays, drawn when missing.
+
+    Args:
+        root: where its folder lies; None: data/standin
+        n: samples of each scenario
+        seed: of all draws
+        scenarios: numbers 1 to 9
+        frames: samples of a sequence
+    """
+    if n < 1 or frames < 1 or not scenarios or not set(scenarios) <= set(range(1, 10)):
+        given = f"n={n}, frames={frames}, scenarios={scenarios}"
+        raise ValueError(f"{given}: give at least one sample, one frame, and scenarios from 1 to 9")
+    base = resolve(root) if root else data_root() / "standin"
+    names = "-".join(map(str, scenarios))
+    kind = f"beam-arrays-n{n}x{frames}-s{seed}-{names}-{version()}"
+
+    def write(place: Path) -> None:
+        for number in scenarios:
+            for name, array in draw_arrays(number, n, seed, frames).items():
+                path = place / f"scenario{number}_{name}_1-{n}.npy"
+                path.write_bytes(encode_npy(array))
+
+    return written_once(base / kind, write)
+
+
+def draw_arrays(number: int, n: int, seed: int, frames: int) -> dict[str, np.ndarray]:
+    """seq_index (n,), unit1_loc, unit2_loc (n, 2) degrees, unit1_pwr_60ghz (n, 64) of a scenario."""
+    site = replace(list(SITES.values())[(number - 1) % 4], azimuth=20.0 * number)
+    array, fixes, powers = Array(), [], []
+    for k in range(n):
+        sequence, frame = divmod(k, frames)
+        if frame == 0:
+            drive = make_drive(site, (seed, number, sequence + 1), frames)
+        view = drive.snapshot(frame)
+        place = view.objects.centre[0] + np.array([0, 0, view.objects.size[0, 2] / 2 + ROOF])
+        noise = (*drive.seed, frame)
+        powers.append(receive(find_paths(view, place, array, own=0), array, [*noise, 1]))
+        error = 0.5 * np.random.default_rng([*noise, 3]).standard_normal(2)
+        fixes.append(locate(site, place[:2] + error))
+    return {
+        "seq_index": np.arange(n) // frames + 1,
+        "unit1_loc": np.tile(site.place, (n, 1)),
+        "unit2_loc": np.array(fixes),
+        "unit1_pwr_60ghz": np.array(powers),
+    }
