@@ -68,7 +68,7 @@ def resize_radar(radar: Radar, samples: int, chirps: int) -> Radar:
     bandwidth = radar.bandwidth * samples / radar.samples
     return replace(radar, samples=samples, chirps=chirps, bandwidth=bandwidth)
 
-# %% ../../../nbs/world/30_radar.ipynb #3a6a3086
+# %% ../../../nbs/world/30_radar.ipynb #a6bea56b
 @dataclass(frozen=True, eq=False)
 class Scatterers:
     """n points as a radar hears them."""
@@ -101,7 +101,8 @@ def mix(points: Scatterers, radar: Radar) -> np.ndarray:
     antenna = turn(radar.spacing * sine, radar.antennas) * start[:, None].astype(np.complex64)
     sample = turn(distance / radar.reach, radar.samples)
     still = np.einsum("na,ns->as", antenna[~moving], sample[~moving])
-    fast = (antenna[moving, :, None] * sample[moving, None]).reshape(moving.sum(), -1).T
+    fast = antenna[moving, :, None] * sample[moving, None]
+    fast = fast.reshape(len(fast), radar.antennas * radar.samples).T
     chirp = turn(2 * speed[moving] * radar.interval / radar.wavelength, radar.chirps)
     shape = (radar.antennas, radar.samples, radar.chirps)
     return np.ascontiguousarray((fast @ chirp).reshape(shape) + still[..., None])
@@ -125,7 +126,7 @@ def cross_boxes(start, ends: np.ndarray, objects: Objects) -> np.ndarray:
     length = np.linalg.norm(ends - start, axis=-1)
     return np.maximum(leave - enter, 0) * length[:, None]
 
-# %% ../../../nbs/world/30_radar.ipynb #30606f6c
+# %% ../../../nbs/world/30_radar.ipynb #7d0cbff6
 REFLECTIVITY: dict[str, float] = {  # of kinds, relative to a car's side
     "car": 1.0,
     "truck": 1.2,
@@ -137,7 +138,7 @@ REFLECTIVITY: dict[str, float] = {  # of kinds, relative to a car's side
     "barrier": 0.5,
 }
 OTHERS, HIDDEN = 0.1, 0.15  # reflectivity of all other kinds; amplitude left of what is hidden
-KERB = 0.02  # reflectivity of a metre of kerb
+KERB = 0.05  # reflectivity of a metre of kerb
 
 
 def _grain(instance: np.ndarray, count: int) -> np.ndarray:
