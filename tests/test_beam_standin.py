@@ -192,7 +192,9 @@ def test_arrays_have_the_published_names_and_types(tmp_path):
         assert array["unit1_pwr_60ghz"].shape == (45, 64)
         assert array["unit1_loc"].shape == array["unit2_loc"].shape == (45, 2)
         assert all(array[n].dtype == np.float64 for n in array if n != "seq_index")
-        assert (array["unit1_pwr_60ghz"] > 0).all() and np.ptp(array["unit1_loc"], axis=0).max() == 0
+        assert (array["unit1_pwr_60ghz"] > 0).all() and np.ptp(
+            array["unit1_loc"], axis=0
+        ).max() == 0
     assert sum(path.suffix == ".npy" for path in made.iterdir()) == 8
 
 

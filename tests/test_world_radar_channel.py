@@ -83,7 +83,9 @@ def test_cube_is_reproducible_and_noise_follows_the_seed():
     cube = record(view, radar, seed=5)
     assert cube.tobytes() == record(view, radar, seed=5).tobytes()
     noise = cube - record(view, resize_radar(Radar(noise=0.0), 64, 32), seed=5)
-    assert abs(noise).std() > 0 and np.sqrt((abs(noise) ** 2).mean()) == pytest.approx(0.5, rel=0.05)
+    assert abs(noise).std() > 0 and np.sqrt((abs(noise) ** 2).mean()) == pytest.approx(
+        0.5, rel=0.05
+    )
     assert cube.tobytes() != record(view, radar, seed=6).tobytes()
 
 

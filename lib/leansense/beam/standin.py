@@ -403,9 +403,7 @@ def write_scenario(
     return rows
 
 
-def write_all(
-    root: Path, sequences: int, frames: int, seed: int, station: Station
-) -> None:
+def write_all(root: Path, sequences: int, frames: int, seed: int, station: Station) -> None:
     """Write the three folders."""
     begun = dict.fromkeys(SITES, 0)
     for folder, counts in plan(sequences).items():

@@ -29,9 +29,13 @@ class Array:
 
     def __post_init__(self):
         if min(self.elements, self.beams, self.span, self.carrier) <= 0 or self.span >= 180:
-            raise ValueError(f"{self}: elements, beams, span and carrier must be positive, span < 180")
+            raise ValueError(
+                f"{self}: elements, beams, span and carrier must be positive, span < 180"
+            )
         if self.floor <= 0 or self.jitter < 0:
-            raise ValueError(f"floor={self.floor:g} must be positive, jitter={self.jitter:g} not below 0")
+            raise ValueError(
+                f"floor={self.floor:g} must be positive, jitter={self.jitter:g} not below 0"
+            )
 
     @property
     def angles(self) -> np.ndarray:

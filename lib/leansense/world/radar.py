@@ -35,7 +35,9 @@ class Radar:
     def __post_init__(self):
         positive = (self.antennas, self.samples, self.chirps, self.bandwidth, self.carrier)
         if min(*positive, self.spacing, self.interval) <= 0 or self.noise < 0:
-            raise ValueError(f"{self}: all but centre and noise must be positive, noise not below 0")
+            raise ValueError(
+                f"{self}: all but centre and noise must be positive, noise not below 0"
+            )
 
     @property
     def wavelength(self) -> float:
@@ -114,7 +116,9 @@ def cross_boxes(start, ends: np.ndarray, objects: Objects) -> np.ndarray:
     c, s = np.cos(objects.yaw), np.sin(objects.yaw)
 
     def turn(v):  # into the boxes' own axes
-        return np.stack([c * v[..., 0] + s * v[..., 1], c * v[..., 1] - s * v[..., 0], v[..., 2]], -1)
+        return np.stack(
+            [c * v[..., 0] + s * v[..., 1], c * v[..., 1] - s * v[..., 0], v[..., 2]], -1
+        )
 
     origin = turn(start - objects.centre)  # (n, 3)
     way = turn(np.broadcast_to((ends - start)[:, None], (len(ends), len(objects), 3)))
@@ -159,7 +163,9 @@ def box_points(snapshot: Snapshot, radar: Radar) -> Scatterers:
     unit = side[:, None] + along[:, None] * side[:, None, ::-1]  # (4, 3, 2) on the unit box
     c, s = np.cos(objects.yaw)[:, None, None], np.sin(objects.yaw)[:, None, None]
     local = unit * objects.size[:, None, None, :2] / 2
-    place = np.stack([c * local[..., 0] - s * local[..., 1], s * local[..., 0] + c * local[..., 1]], -1)
+    place = np.stack(
+        [c * local[..., 0] - s * local[..., 1], s * local[..., 0] + c * local[..., 1]], -1
+    )
     place = place + objects.centre[:, None, None, :2] - here[:2]  # (n, 4, 3, 2)
     normal = np.stack([c * side[:, :1] - s * side[:, 1:], s * side[:, :1] + c * side[:, 1:]], -1)
     facing = -(place * normal).sum(-1) / np.linalg.norm(place, axis=-1)  # cosine of incidence
