@@ -1,4 +1,4 @@
-"""The stand-in of beam prediction: layout, columns, geometry, reproducible bytes, planted faults."""
+"""The stand-in of beam prediction: layout, columns, geometry, reproducible bytes, faults."""
 
 import csv
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SITES', 'EDGE', 'MARK', 'TWIN', 'BASE', 'ROOF', 'REACH', 'BRIGHTEN', 'GREY', 'GRAIN', 'GLARE', 'BIAS', 'WHITE',
            'FOLDERS', 'WINDOW', 'SPARE', 'STREET', 'DRIVING', 'FAULTS', 'Site', 'Drive', 'make_drive', 'Frame',
-           'Station', 'make_station', 'locate', 'take_frame', 'take_at_night', 'brighten', 'encode_jpeg', 'encode_ply',
-           'encode_npy', 'name_files', 'write_frame', 'plan', 'make_row', 'write_scenario', 'write_all', 'version',
-           'standin', 'plant_fault', 'standin_arrays', 'draw_arrays']
+           'Station', 'make_station', 'locate', 'take_at_night', 'brighten', 'take_frame', 'encode_jpeg', 'encode_ply',
+           'encode_npy', 'name_files', 'write_frame', 'plan', 'make_row', 'version', 'standin', 'plant_fault',
+           'standin_arrays']
 
 # %% ../../../nbs/beam/05_standin.ipynb #2c2aae3d
 import hashlib
@@ -43,7 +43,7 @@ from leansense.world.scene import (
     paint,
 )
 
-# %% ../../../nbs/beam/05_standin.ipynb #089e495a
+# %% ../../../nbs/beam/05_standin.ipynb #3b2437c8
 @dataclass(frozen=True)
 class Site:
     """The place of a base station and what drives by."""
@@ -76,17 +76,17 @@ class Site:
 SITES: dict[int, Site] = {
     site.number: site
     for site in (
-        Site(31, False, 1, 9.0, 6.0, (1, 1), (7, 11), 30.0, -50.52, (33.4203, -111.9292)),
-        Site(32, False, -1, 6.0, 22.0, (2, 1), (6, 10), 45.0, 44.8, (33.4188, -111.9281)),
+        Site(31, False, 1, 9.0, 6.0, (1, 1), (7, 11), 45.0, -50.52, (33.4203, -111.9292)),
+        Site(32, False, -1, 6.5, 16.0, (1, 1), (6, 10), 60.0, 44.8, (33.4188, -111.9281)),
         Site(33, True, 1, 6.0, 4.0, (1, 1), (5, 9), 90.0, 55.6, (33.4196, -111.9303)),
         Site(34, True, -1, 6.5, 10.0, (1, 2), (8, 12), 110.0, -60.0, (33.4211, -111.9267)),
     )
 }
 EDGE = 44.0  # degrees to either side between which the user stays
 MARK = (0.95, 0.05, 0.75)  # the user's colour, RGB
-TWIN = 0.25  # share of sequences in which another car has it too
+TWIN = 0.12  # share of sequences in which another car has it too
 
-# %% ../../../nbs/beam/05_standin.ipynb #da231225
+# %% ../../../nbs/beam/05_standin.ipynb #59946cfe
 @lru_cache(maxsize=8)
 def _furniture(site: Site):
     """What stands at a site: houses and poles; the ground."""
@@ -123,23 +123,9 @@ def _others(site: Site, rng, lane: float, sense: int, taken: list[float]) -> Ite
             yield kind, size, colour, x
         x += size[0] / 2 + 5.0 + rng.exponential(site.gap)
 
-
-@dataclass(frozen=True, eq=False)
-class Drive:
-    """One sequence: a scene whose first object is the user."""
-
-    site: Site
-    scene: Scene
-    seed: tuple[int, ...]  # of all draws that follow
-
-    def snapshot(self, frame: int) -> Snapshot:
-        """What the base sees at a frame of 10 Hz."""
-        return self.scene.snapshot(frame / 10)
-
-
-def make_drive(site: Site, seed: tuple[int, ...], frames: int) -> Drive:
-    """The passage of a seed (several whole numbers) over so many frames."""
-    rng = np.random.default_rng(seed)
+# %% ../../../nbs/beam/05_standin.ipynb #95012f2e
+def _vehicles(site: Site, rng, frames: int) -> list[tuple]:
+    """Kind, size, colour, x, y, sense, speed of all that drives; the user first."""
     street = site.street
     lanes = [(y, sense) for sense in (1, -1) for y in street.lane_centres(sense)]
     own = int(rng.integers(len(lanes)))
@@ -158,6 +144,25 @@ def make_drive(site: Site, seed: tuple[int, ...], frames: int) -> Drive:
         if near:
             n = int(rng.choice(near))
             rows[n] = (*rows[n][:2], np.array(MARK), *rows[n][3:])
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Drive:
+    """One sequence: a scene whose first object is the user."""
+
+    site: Site
+    scene: Scene
+    seed: tuple[int, ...]  # of all draws that follow
+
+    def snapshot(self, frame: int) -> Snapshot:
+        """What the base sees at a frame of 10 Hz."""
+        return self.scene.snapshot(frame / 10)
+
+
+def make_drive(site: Site, seed: tuple[int, ...], frames: int) -> Drive:
+    """The passage of a seed (several whole numbers) over so many frames."""
+    rows = _vehicles(site, np.random.default_rng(seed), frames)
     bodies = [
         boxes(kind, (x, y), size, 0.0 if sense > 0 else np.pi, (sense * v, 0.0), colour)
         for kind, size, colour, x, y, sense, v in rows
@@ -170,12 +175,12 @@ def make_drive(site: Site, seed: tuple[int, ...], frames: int) -> Drive:
     base = Tracks(np.array([site.pose]), np.zeros(1), np.zeros((1, 3)))
     dark = replace(CONDITIONS["night"], ambient=0.05, direct=0.02)
     light = dark if site.night else CONDITIONS["day"]
-    return Drive(site, Scene(objects, tracks, base, street, ground, light, seed[0]), seed)
+    return Drive(site, Scene(objects, tracks, base, site.street, ground, light, seed[0]), seed)
 
-# %% ../../../nbs/beam/05_standin.ipynb #9df22c1d
+# %% ../../../nbs/beam/05_standin.ipynb #1fdd5535
 BASE = 2.5  # metres above the ground: camera and array
 ROOF = 0.1  # metres from the user's roof to its antenna
-REACH = {31: 18.0, 32: 20.0, 33: 18.0, 34: 18.0}  # metres: of the lidar
+REACH = {31: 18.0, 32: 22.0, 33: 18.0, 34: 18.0}  # metres: of the lidar
 BRIGHTEN = 4.0  # gain of the stored night picture
 GREY, GRAIN, GLARE = 0.85, 4.0, 3.0  # at night: colour lost; noise of pixels and of patches, levels
 BIAS, WHITE = 1.0, 0.25  # metres: GPS error of a sequence, of one fix
@@ -203,7 +208,7 @@ class Station:
     radar: Radar
     array: Array
 
-
+# %% ../../../nbs/beam/05_standin.ipynb #d899d520
 def make_station(size: str = "160x90", radar: str = "64x32", rays: int = 512) -> Station:
     """A station whose images, radar cubes (samples x chirps) and lidar turns have these sizes."""
     (width, height), (samples, chirps) = _parse(size, "size"), _parse(radar, "radar")
@@ -219,7 +224,7 @@ def _parse(words: str, name: str) -> tuple[int, int]:
         return int(parts[0]), int(parts[1])
     raise ValueError(f"{name}={words!r}: give two whole numbers from 8 to 4096, such as 160x90")
 
-
+# %% ../../../nbs/beam/05_standin.ipynb #aa269fe0
 def locate(site: Site, place: np.ndarray) -> np.ndarray:
     """Latitude and longitude of a place (2,) in metres of the ego frame."""
     c, s = np.cos(np.radians(site.azimuth)), np.sin(np.radians(site.azimuth))
@@ -229,7 +234,24 @@ def locate(site: Site, place: np.ndarray) -> np.ndarray:
     scale = 1.0035 * np.cos(np.radians(latitude))
     return np.array([latitude + north * metre, longitude + east * metre / scale])
 
+# %% ../../../nbs/beam/05_standin.ipynb #dbbdec4d
+def take_at_night(image: np.ndarray, seed) -> np.ndarray:
+    """A dark picture (H, W, 3) uint8 with little colour left and the sensor's noise in it."""
+    rng = np.random.default_rng(seed)
+    height, width, _ = image.shape
+    grey = image.mean(2, keepdims=True)
+    patch = max(1, width // 20)
+    patches = rng.standard_normal((-(-height // patch), -(-width // patch), 1))
+    glare = patches.repeat(patch, 0).repeat(patch, 1)[:height, :width]
+    noise = GRAIN * rng.standard_normal(image.shape, np.float32) + GLARE * glare
+    return np.clip(GREY * grey + (1 - GREY) * image + noise, 0, 255).astype(np.uint8)
 
+
+def brighten(image: np.ndarray) -> np.ndarray:
+    """A night picture (H, W, 3) uint8 as it is stored for training."""
+    return np.clip(image * np.float32(BRIGHTEN), 0, 255).astype(np.uint8)
+
+# %% ../../../nbs/beam/05_standin.ipynb #4b724d97
 def take_frame(drive: Drive, frame: int, station: Station) -> Frame:
     """What all sensors of a station tell about one frame of a drive."""
     site, view = drive.site, drive.snapshot(frame)
@@ -260,24 +282,7 @@ def take_frame(drive: Drive, frame: int, station: Station) -> Frame:
         locate(site, place[:2] + error),
     )
 
-
-def take_at_night(image: np.ndarray, seed) -> np.ndarray:
-    """A dark picture (H, W, 3) uint8 with little colour left and the sensor's noise in it."""
-    rng = np.random.default_rng(seed)
-    height, width, _ = image.shape
-    grey = image.mean(2, keepdims=True)
-    patch = max(1, width // 20)
-    patches = rng.standard_normal((-(-height // patch), -(-width // patch), 1))
-    glare = patches.repeat(patch, 0).repeat(patch, 1)[:height, :width]
-    noise = GRAIN * rng.standard_normal(image.shape, np.float32) + GLARE * glare
-    return np.clip(GREY * grey + (1 - GREY) * image + noise, 0, 255).astype(np.uint8)
-
-
-def brighten(image: np.ndarray) -> np.ndarray:
-    """A night picture (H, W, 3) uint8 as it is stored for training."""
-    return np.clip(image * np.float32(BRIGHTEN), 0, 255).astype(np.uint8)
-
-# %% ../../../nbs/beam/05_standin.ipynb #d61884d5
+# %% ../../../nbs/beam/05_standin.ipynb #22beda01
 FOLDERS = {  # folder -> its CSV
     "Multi_Modal": "ml_challenge_dev_multi_modal.csv",
     "Adaptation_dataset_multi_modal": "ml_challenge_data_adaptation_multi_modal.csv",
@@ -310,7 +315,7 @@ def encode_npy(array: np.ndarray) -> bytes:
     np.save(out, array, allow_pickle=False)
     return out.getvalue()
 
-
+# %% ../../../nbs/beam/05_standin.ipynb #173d13de
 def name_files(number: int, frame: int) -> dict[str, str]:
     """Column (without its count) -> path of each file of a frame, as a CSV writes it."""
     base = f"./scenario{number}"
@@ -321,6 +326,10 @@ def name_files(number: int, frame: int) -> dict[str, str]:
         "unit1_pwr_60ghz": f"{base}/unit1/mmWave_data/mmWave_power_{frame}.txt",
         "unit2_loc": f"{base}/unit2/GPS_data/GPS_location_{frame}.txt",
     }
+
+# %% ../../../nbs/beam/05_standin.ipynb #379847fb
+STREET = ("road", "road_line", "car", "truck", "bus")  # what a street mask leaves
+DRIVING = ("car", "truck", "bus")
 
 
 def write_frame(folder: Path, shot: Frame, number: int, frame: int, labelled: bool = True) -> None:
@@ -348,11 +357,7 @@ def write_frame(folder: Path, shot: Frame, number: int, frame: int, labelled: bo
     for name, text in content.items():
         (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
 
-
-STREET = ("road", "road_line", "car", "truck", "bus")  # what a street mask leaves
-DRIVING = ("car", "truck", "bus")
-
-# %% ../../../nbs/beam/05_standin.ipynb #06d1066b
+# %% ../../../nbs/beam/05_standin.ipynb #5effd719
 def plan(sequences: int) -> dict[str, dict[int, int]]:
     """Folder -> scenario -> number of sequences; a few for adaptation and test."""
     few = max(1, sequences // 10)
@@ -377,8 +382,8 @@ def make_row(number: int, last: int, beam: int | None) -> dict[str, object]:
         row |= {"unit1_pwr_60ghz": frames[-1]["unit1_pwr_60ghz"], "unit1_beam": beam}
     return row
 
-
-def write_scenario(
+# %% ../../../nbs/beam/05_standin.ipynb #8ba33ef7
+def _write_scenario(
     folder: Path, site: Site, numbers: range, frames: int, seed: int, station: Station, labels: bool
 ) -> list[dict[str, object]]:
     """Write the sequences of these numbers; the rows of the CSV."""
@@ -403,7 +408,7 @@ def write_scenario(
     return rows
 
 
-def write_all(root: Path, sequences: int, frames: int, seed: int, station: Station) -> None:
+def _write_all(root: Path, sequences: int, frames: int, seed: int, station: Station) -> None:
     """Write the three folders."""
     begun = dict.fromkeys(SITES, 0)
     for folder, counts in plan(sequences).items():
@@ -411,7 +416,7 @@ def write_all(root: Path, sequences: int, frames: int, seed: int, station: Stati
         for number, count in counts.items():
             numbers = range(begun[number] + 1, begun[number] + count + 1)
             labels = folder != "Multi_Modal_Test"
-            rows += write_scenario(
+            rows += _write_scenario(
                 root / folder, SITES[number], numbers, frames, seed, station, labels
             )
             begun[number] += count
@@ -419,7 +424,7 @@ def write_all(root: Path, sequences: int, frames: int, seed: int, station: Stati
         lines += [",".join(map(str, [n + 1, *row.values()])) for n, row in enumerate(rows)]
         (root / folder / FOLDERS[folder]).write_text("\n".join(lines) + "\n")
 
-
+# %% ../../../nbs/beam/05_standin.ipynb #cc9c872f
 @lru_cache(maxsize=1)
 def version() -> str:
     """8 hexadecimal digits for the code that draws and writes a stand-in."""
@@ -454,9 +459,9 @@ def standin(
     station = make_station(size, radar, rays)
     base = resolve(root) if root else data_root() / "standin"
     kind = f"beam-n{sequences}x{frames}-s{seed}-{size}-{radar}-{rays}-{version()}"
-    return written_once(base / kind, lambda p: write_all(p, sequences, frames, seed, station))
+    return written_once(base / kind, lambda p: _write_all(p, sequences, frames, seed, station))
 
-# %% ../../../nbs/beam/05_standin.ipynb #511af55a
+# %% ../../../nbs/beam/05_standin.ipynb #29890e06
 def _rewrite(path: Path, change) -> None:
     """Replace a text file's content by change(content)."""
     path.write_text(change(path.read_text()))
@@ -512,7 +517,7 @@ FAULTS = {  # name -> (the file of the first row of Multi_Modal, or its CSV; wha
 
 
 def plant_fault(root: str | Path, copy: str | Path, fault: str) -> Path:
-    """A copy of a stand-in with one fault; the path of the file that has it (or had, if missing)."""
+    """A copy of a stand-in with one fault; the path of the file that has it (or is missing)."""
     if fault not in FAULTS:
         raise ValueError(f"fault={fault!r} is unknown; {nearest(fault, FAULTS)}")
     shutil.copytree(root, copy)
@@ -524,7 +529,29 @@ def plant_fault(root: str | Path, copy: str | Path, fault: str) -> Path:
     change(path)
     return path
 
-# %% ../../../nbs/beam/05_standin.ipynb #7f7cd85c
+# %% ../../../nbs/beam/05_standin.ipynb #89ccb98e
+def _draw_arrays(number: int, n: int, seed: int, frames: int) -> dict[str, np.ndarray]:
+    """The arrays of a scenario: seq_index, unit1_loc, unit2_loc in degrees, unit1_pwr_60ghz."""
+    site = replace(list(SITES.values())[(number - 1) % 4], azimuth=20.0 * number)
+    array, fixes, powers = Array(), [], []
+    for k in range(n):
+        sequence, frame = divmod(k, frames)
+        if frame == 0:
+            drive = make_drive(site, (seed, number, sequence + 1), frames)
+        view = drive.snapshot(frame)
+        place = view.objects.centre[0] + np.array([0, 0, view.objects.size[0, 2] / 2 + ROOF])
+        noise = (*drive.seed, frame)
+        powers.append(receive(find_paths(view, place, array, own=0), array, [*noise, 1]))
+        error = 0.5 * np.random.default_rng([*noise, 3]).standard_normal(2)
+        fixes.append(locate(site, place[:2] + error))
+    return {
+        "seq_index": np.arange(n) // frames + 1,
+        "unit1_loc": np.tile(site.place, (n, 1)),
+        "unit2_loc": np.array(fixes),
+        "unit1_pwr_60ghz": np.array(powers),
+    }
+
+
 def standin_arrays(
     root: str | Path | None = None,
     n: int = 600,
@@ -550,30 +577,8 @@ def standin_arrays(
 
     def write(place: Path) -> None:
         for number in scenarios:
-            for name, array in draw_arrays(number, n, seed, frames).items():
+            for name, array in _draw_arrays(number, n, seed, frames).items():
                 path = place / f"scenario{number}_{name}_1-{n}.npy"
                 path.write_bytes(encode_npy(array))
 
     return written_once(base / kind, write)
-
-
-def draw_arrays(number: int, n: int, seed: int, frames: int) -> dict[str, np.ndarray]:
-    """seq_index (n,), unit1_loc, unit2_loc (n, 2) degrees, unit1_pwr_60ghz (n, 64) of a scenario."""
-    site = replace(list(SITES.values())[(number - 1) % 4], azimuth=20.0 * number)
-    array, fixes, powers = Array(), [], []
-    for k in range(n):
-        sequence, frame = divmod(k, frames)
-        if frame == 0:
-            drive = make_drive(site, (seed, number, sequence + 1), frames)
-        view = drive.snapshot(frame)
-        place = view.objects.centre[0] + np.array([0, 0, view.objects.size[0, 2] / 2 + ROOF])
-        noise = (*drive.seed, frame)
-        powers.append(receive(find_paths(view, place, array, own=0), array, [*noise, 1]))
-        error = 0.5 * np.random.default_rng([*noise, 3]).standard_normal(2)
-        fixes.append(locate(site, place[:2] + error))
-    return {
-        "seq_index": np.arange(n) // frames + 1,
-        "unit1_loc": np.tile(site.place, (n, 1)),
-        "unit2_loc": np.array(fixes),
-        "unit1_pwr_60ghz": np.array(powers),
-    }

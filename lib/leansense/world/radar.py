@@ -64,7 +64,7 @@ class Radar:
         """Metres per second beyond which speeds alias."""
         return self.wavelength / (4 * self.interval)
 
-
+# %% ../../../nbs/world/30_radar.ipynb #05ec30d4
 def resize_radar(radar: Radar, samples: int, chirps: int) -> Radar:
     """The radar with a cube of another size: same reach and speed limit, other steps."""
     bandwidth = radar.bandwidth * samples / radar.samples
@@ -187,7 +187,7 @@ def box_points(snapshot: Snapshot, radar: Radar) -> Scatterers:
     kept = (distance, -place[..., 1] / distance, speed, amplitude)
     return Scatterers(*(v[wanted] for v in kept))
 
-
+# %% ../../../nbs/world/30_radar.ipynb #c9d8b5b0
 def ground_points(snapshot: Snapshot, radar: Radar) -> Scatterers:
     """Echoes of kerbs and edges: where rays along the ground meet another kind of ground."""
     angle = np.radians(np.arange(-60, 61, 4.0))[:, None]
