@@ -146,7 +146,7 @@ def _vehicles(site: Site, rng, frames: int) -> list[tuple]:
             rows[n] = (*rows[n][:2], np.array(MARK), *rows[n][3:])
     return rows
 
-
+# %% ../../../nbs/beam/05_standin.ipynb #d9d065d4
 @dataclass(frozen=True, eq=False)
 class Drive:
     """One sequence: a scene whose first object is the user."""
