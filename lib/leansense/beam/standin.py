@@ -182,7 +182,7 @@ BASE = 2.5  # metres above the ground: camera and array
 ROOF = 0.1  # metres from the user's roof to its antenna
 REACH = {31: 18.0, 32: 22.0, 33: 18.0, 34: 18.0}  # metres: of the lidar
 BRIGHTEN = 4.0  # gain of the stored night picture
-GREY, GRAIN, GLARE = 0.85, 4.0, 3.0  # at night: colour lost; noise of pixels and of patches, levels
+GREY, GRAIN, GLARE = 0.85, 4.0, 2.0  # at night: colour lost; noise of pixels and of patches, levels
 BIAS, WHITE = 1.0, 0.25  # metres: GPS error of a sequence, of one fix
 
 
@@ -237,12 +237,13 @@ def locate(site: Site, place: np.ndarray) -> np.ndarray:
 # %% ../../../nbs/beam/05_standin.ipynb #dbbdec4d
 def take_at_night(image: np.ndarray, seed) -> np.ndarray:
     """A dark picture (H, W, 3) uint8 with little colour left and the sensor's noise in it."""
+    from PIL import Image
+
     rng = np.random.default_rng(seed)
     height, width, _ = image.shape
     grey = image.mean(2, keepdims=True)
-    patch = max(1, width // 20)
-    patches = rng.standard_normal((-(-height // patch), -(-width // patch), 1))
-    glare = patches.repeat(patch, 0).repeat(patch, 1)[:height, :width]
+    patches = rng.standard_normal((8, 14)).astype(np.float32)
+    glare = np.asarray(Image.fromarray(patches).resize((width, height)))[..., None]
     noise = GRAIN * rng.standard_normal(image.shape, np.float32) + GLARE * glare
     return np.clip(GREY * grey + (1 - GREY) * image + noise, 0, 255).astype(np.uint8)
 
