@@ -272,7 +272,7 @@ def _read_row(reader: _Reader, row: int, entry: dict) -> Sample | None:
 
 # %% ../../../nbs/beam/02_layouts.ipynb #99892264
 def _rebuild(reader: _Reader, sample: Sample) -> Sample | None:
-    """The window of `seq_len` frames and `pred_len` beams that ends where `sample` does, or None."""
+    """The window of seq_len frames and pred_len beams that ends where `sample` does, or None."""
     o, places = reader.options, {kind: Path(getattr(sample, kind)[-1]) for kind in KINDS}
     last = number_of(sample.image[-1])
     step = last - number_of(sample.image[-2]) if len(sample.image) > 1 else 2
