@@ -345,6 +345,9 @@ PARAMETERS = (  # those that decide what is read
     "augmentation",
     "train_adapt_together",
     "finetune",
+    "features",
+    "scenarios",
+    "fold",
 )
 
 
@@ -394,7 +397,14 @@ def dataset(params: dict) -> Beam:
 
 
 def identify(params: dict) -> str:
-    """What a record keeps to know its data again: the fingerprint, or the recipe of a stand-in."""
+    """What a record keeps to know its data again: the fingerprint, or the recipe of a stand-in.
+
+    A row whose data have `features` sees positions alone, not windows.
+    """
+    if "features" in params:
+        from leansense.beam.positions import identify as identify_positions
+
+        return identify_positions(params)
     reading = Reading(**_pick(params, Reading))
     kind = f"{choose_split(params)}-{reading.seq_len}to{reading.pred_len}"
     if (params.get("data") or "standin") == "standin":
