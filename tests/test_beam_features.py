@@ -281,7 +281,8 @@ def test_gps_from_degrees():
 @pytest.mark.parametrize(
     "text, said",
     [("33.4\n", "1 line(s), not 2"), ("33.4\n-111.9\n5\n", "3 line(s)"),
-     ("a\nb\n", "not two numbers"), ("nan\n0\n", "nowhere on Earth"), ("133\n0\n", "nowhere on Earth")],
+     ("a\nb\n", "not two numbers"), ("nan\n0\n", "nowhere on Earth"),
+     ("133\n0\n", "nowhere on Earth")],
 )  # fmt: skip
 def test_place_faults(tmp_path, text, said):
     path = tmp_path / "gps.txt"

@@ -23,9 +23,9 @@ from leansense.beam.rebuild import (
     over_pairs,
     trans_loss,
 )
+from leansense.beam.task import BeamTask
 from leansense.core.loader import loader
 from leansense.core.schedule import Recipe
-from leansense.core.task import Task
 from leansense.core.train import fit
 
 TINY = dict(width=8, size=32, anchors=2, n_layer=1, image_depth=18, seq_len=2, dropout=0.0)
@@ -36,13 +36,9 @@ def tiny(seed=0, **settings):
     return build(**TINY | settings)
 
 
-def criterion(logits, batch):
-    return F.binary_cross_entropy_with_logits(logits, batch["target"])
-
-
 def task_of(model=None, source="image", target="lidar radar", recipe=None, **settings):
     model = tiny() if model is None else model
-    return RebuildTask(model, recipe or Recipe(lr=1e-3), source, target, criterion, **settings)
+    return RebuildTask(model, recipe or Recipe(lr=1e-3), source, target, **settings)
 
 
 def state(module):
@@ -60,12 +56,13 @@ class Frames(Dataset):
     def __len__(self):
         return len(self.batch["id"])
 
-    def __getitem__(self, index):
-        return {name: value[index] for name, value in self.batch.items()}
+    def __getitem__(self, key):
+        return {name: value[key[1]] for name, value in self.batch.items()}
 
 
 def loaders(size=6):
-    return loader(Frames(size), 3, seed=0, shuffle=True), loader(Frames(size), 3, seed=0)
+    data = Frames(size)
+    return loader(data, 3, seed=0, shuffle=True), loader(data, 3, seed=0, shuffle=False)
 
 
 # --- stated numbers
@@ -164,7 +161,8 @@ def test_every_direction_trains(source, target, faithful):
     task = task_of(None, source, target, faithful=faithful, form=form, alpha_distil=1.0).train()
     batch = example(task.model, 3)
     loss, terms = task.step(batch)
-    assert set(terms) == {"trans", "contrast", "distance", "fusion", "distil"}
+    scored = terms.pop("scores")
+    assert scored[0].shape == (3, 64) and set(terms) == {"trans", "contrast", "distance", "fusion", "distil"}
     total = sum(task.alphas[name] * value for name, value in terms.items())
     assert loss.item() == pytest.approx(total.item())
     loss.backward()
@@ -186,7 +184,7 @@ def test_rebuilt_sensor_itself_is_not_needed():
 
 def test_losses_without_weight_are_not_computed():
     task = task_of(alpha_trans=0.0, alpha_contrast=0.0, alpha_distance=0.0)
-    assert set(task.step(example(task.model, 2))[1]) == {"fusion"}
+    assert set(task.step(example(task.model, 2))[1]) == {"fusion", "scores"}
 
 
 def test_absent_frames_do_not_teach_the_guess():
@@ -259,14 +257,14 @@ def test_network_without_the_sensor_is_refused():
 def test_guess_improves_on_fixed_data():
     task = task_of(None, "lidar radar", "image").train()
     batch, losses = example(task.model, 3), []
-    optimiser = torch.optim.AdamW(task.rebuild.parameters(), lr=3e-3)
-    for _ in range(30):
+    optimiser = torch.optim.AdamW(task.rebuild.parameters(), lr=1e-2)
+    for _ in range(15):
         loss, terms = task.step(batch)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(terms["trans"].item())
-    assert losses[-1] < 0.7 * losses[0] and all(map(math.isfinite, losses))
+    assert losses[-1] < 0.8 * losses[0] and all(map(math.isfinite, losses))
 
 
 def test_frozen_parts_stay_and_rates_move(tmp_path):
@@ -285,22 +283,19 @@ def test_frozen_parts_stay_and_rates_move(tmp_path):
         rates = found.history[f"lr_{group}"]
         assert rates[0] == pytest.approx(peak) and rates[0] > rates[1] > rates[2] > 0
         assert rates[1] == pytest.approx(0.75 * peak)
-    assert {"valid_trans", "valid_contrast", "valid_distance", "valid_fusion"} <= set(found.history)
+    losses = ("trans", "contrast", "distance", "fusion")
+    assert {f"{part}_{n}" for part in ("train", "valid") for n in losses} <= set(found.history)
+    assert {"valid_dba", "valid_dba_31", "train_dba"} <= set(found.history)
 
     task = task_of(recipe=recipe, lr_fusion=1e-4)
     fit(task, train, valid, epochs=1, folder=tmp_path / "b", freeze=FREEZE["fusion"], **settings)
     assert same(task.model, model) and same(task.base, base) and not same(task.rebuild, heads)
 
 
-class BaseTask(Task):
-    def step(self, batch):
-        return criterion(self.model(batch), batch), {}
-
-
 def test_begins_with_the_networks_own_checkpoint(tmp_path):
     train, valid = loaders()
     settings = dict(seed=0, monitor="valid_loss", progress=False, tensorboard=False)
-    first = BaseTask(tiny(seed=3), Recipe(lr=1e-3))
+    first = BeamTask(tiny(seed=3), Recipe(lr=1e-3))
     start = fit(first, train, valid, epochs=1, folder=tmp_path / "base", **settings).best_path
     trained = state(first.model)
     task = task_of(tiny(seed=4))

@@ -345,6 +345,9 @@ PARAMETERS = (  # those that decide what is read
     "augmentation",
     "train_adapt_together",
     "finetune",
+    "features",
+    "scenarios",
+    "fold",
 )
 
 
@@ -394,7 +397,14 @@ def dataset(params: dict) -> Beam:
 
 
 def identify(params: dict) -> str:
-    """What a record keeps to know its data again: the fingerprint, or the recipe of a stand-in."""
+    """What a record keeps to know its data again: the fingerprint, or the recipe of a stand-in.
+
+    A row whose data have `features` sees positions alone, not windows.
+    """
+    if "features" in params:
+        from leansense.beam.positions import identify as identify_positions
+
+        return identify_positions(params)
     reading = Reading(**_pick(params, Reading))
     kind = f"{choose_split(params)}-{reading.seq_len}to{reading.pred_len}"
     if (params.get("data") or "standin") == "standin":
@@ -455,7 +465,7 @@ def _look(kind: str, path: str):
         return str(error).removeprefix(f"{path}: ")
 
 
-def _check_group(key: tuple, paths: Sequence[str], missing: int, report: Report) -> str:
+def _check_group(key: tuple, paths: Sequence[str], known: Counter, report: Report) -> str:
     """Report the faults of some files of one kind; a line that counts them."""
     part, scenario, kind = key
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -473,30 +483,23 @@ def _check_group(key: tuple, paths: Sequence[str], missing: int, report: Report)
         odd = next(p for p, look in zip(paths, looks) if isinstance(look, tuple) and look != usual)
         report.add(odd, f"radar has another shape than {usual}", "record it again or leave it out")
     nan = sum("nan" in said.lower() for said in bad.values())
-    found = {"damaged": len(bad) - nan, "NaN": nan, "missing": missing}
+    found = Counter({"damaged": len(bad) - nan, "NaN": nan}) + known
     said = ", ".join(f"{count} {what}" for what, count in found.items() if count)
     return f"{kind} {len(paths)}" + f" ({said})" * bool(said)
 
 # %% ../../../nbs/beam/00_data.ipynb #71c18127
-def _count_missing(data: Beam) -> Counter:
-    """{(part, scenario, kind): frames that a table names and that are not there}, once a row's."""
-    found = Counter()
-    for s in data.samples:
-        for kind in KINDS:
-            found[s.part, s.scenario, kind] += sum(not path for path in getattr(s, kind))
-    return found
-
-
 def check(folder: str | Path) -> Report:
     """Everything that is wrong with the data set in `folder`; opens every file."""
     root = resolve(folder)
     data, report = scan(root, Reading(damaged="error"))
     whole, _ = scan(root, Reading(damaged="absent"))  # rows with a missing frame are in it too
-    missing, groups = _count_missing(whole), _group_files(whole)
+    known, groups = defaultdict(Counter), _group_files(whole)
+    for part, scenario, kind, _, what in whole.faults:
+        known[part, scenario, kind][what] += 1
     kinds = (*KINDS, "position", "power")
     for part, scenario in sorted({key[:2] for key in groups}):
         keys = [(part, scenario, kind) for kind in kinds if groups.get((part, scenario, kind))]
-        said = [_check_group(key, groups[key], missing[key], report) for key in keys]
+        said = [_check_group(key, groups[key], known[key], report) for key in keys]
         report.facts.append(f"{part}, scenario {scenario}: {', '.join(said)}")
     drives = len({(s.part, s.sequence) for s in data.samples})
     report.facts.append(f"{drives} drives" + " (guessed)" * any(_guessed(s) for s in data.samples))

@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'FREEZE', 'ProjectHead', 'FeatureTrans', 'Rebuilder', 'trans_loss', 'contrast_loss', 'distance_loss',
            'over_pairs', 'distil_loss', 'RebuildTask', 'answers']
 
-# %% ../../../nbs/beam/15_rebuild.ipynb #470cafaf
+# %% ../../../nbs/beam/15_rebuild.ipynb #2eb7f007
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .missing import MODALITIES, hide, parse_modalities, presence
+from .task import SCENARIOS, BeamTask
 from ..core.schedule import Group, Recipe
-from ..core.task import Task
 
 FORMS = ("bounded", "faithful")
 
@@ -147,7 +147,7 @@ def distil_loss(logits: Tensor, teacher: Tensor, temperature: float = 2.0) -> Te
     ours, theirs = (F.log_softmax(v.flatten(0, -2) / temperature, 1) for v in (logits, teacher))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
-# %% ../../../nbs/beam/15_rebuild.ipynb #1200ec55
+# %% ../../../nbs/beam/15_rebuild.ipynb #0628553d
 FREEZE = {  # names for fit(freeze=)
     "base": ("base",),
     "encoders": ("base", "model.encoders"),
@@ -155,13 +155,13 @@ FREEZE = {  # names for fit(freeze=)
 }
 
 
-class RebuildTask(Task):
-    """Training of a Rebuilder and fine-tuning of the network it works for.
+class RebuildTask(BeamTask):
+    """Training of a Rebuilder and tuning of its network; `valid_dba` is that of rebuilt input.
 
     Args:
         model: a FusionNet
         source, target: sensors that are there, that are rebuilt
-        criterion: (logits, batch) -> loss
+        loss, temp_coef, scenarios: as of a BeamTask; the loss is the `fusion` one
         alpha_*: weights of the losses; alpha_distil of the teacher's
         lr_fusion: the network's rate, the recipe's is that of the heads
         form: of the losses, bounded | faithful
@@ -176,7 +176,8 @@ class RebuildTask(Task):
         recipe: Recipe,
         source: str,
         target: str,
-        criterion: Callable[[Tensor, Mapping], Tensor],
+        loss: str = "focal",
+        temp_coef: int = 1,
         alpha_trans: float = 1.0,
         alpha_contrast: float = 1.0,
         alpha_distance: float = 0.001,
@@ -188,19 +189,20 @@ class RebuildTask(Task):
         mix: str = "real",
         fixed_norms: bool = True,
         faithful: bool = False,
+        scenarios: Sequence[int] = SCENARIOS,
     ):
         if form not in FORMS or mix not in ("real", "filled") or not 0 <= rebuilt_share <= 1:
             raise ValueError(
                 f"form={form!r} ({', '.join(FORMS)}), mix={mix!r} (real, filled) or"
                 f" rebuilt_share={rebuilt_share} (0 to 1): out of range"
             )
-        super().__init__(model, recipe)
+        super().__init__(model, recipe, loss, temp_coef, scenarios=scenarios)
         self.rebuild = Rebuilder(source, target, model.config["width"], faithful)
         absent = set(self.rebuild.source + self.rebuild.target) - set(model.modalities)
         if absent:
             raise ValueError(f"the network has no {' or '.join(sorted(absent))} to rebuild from")
         self.base = copy.deepcopy(model).requires_grad_(False).eval()
-        self.criterion, self.lr_fusion, self.form = criterion, lr_fusion, form
+        self.lr_fusion, self.form = lr_fusion, form
         self.rebuilt_share, self.mix, self.fixed_norms = rebuilt_share, mix, fixed_norms
         self.alphas = {"trans": alpha_trans, "contrast": alpha_contrast}
         self.alphas |= {"distance": alpha_distance, "fusion": alpha_fusion}
@@ -260,7 +262,7 @@ class RebuildTask(Task):
             ).mean(),
             "contrast": lambda: over_pairs(lambda a, b: contrast_loss(a, b, size, form), shared),
             "distance": lambda: over_pairs(lambda a, b: distance_loss(a, b, form), own),
-            "fusion": lambda: self.criterion(logits, batch),
+            "fusion": lambda: self.loss_of(logits, batch),
             "distil": lambda: distil_loss(logits, self.teach(batch)),
         }
         return {n: term() for n, term in terms.items() if self.alphas[n]}, logits
@@ -270,15 +272,18 @@ class RebuildTask(Task):
         with torch.no_grad():
             return self.base(batch)
 
-    def step(self, batch: Mapping) -> tuple[Tensor, dict]:
-        terms, _ = self.losses(batch, self.rebuilt_share)
+    def weigh(self, batch: Mapping, share: float) -> tuple[Tensor, dict]:
+        """The sum of the weighted losses; each before its weight, and what is scored."""
+        terms, logits = self.losses(batch, share)
         total = sum(self.alphas[name] * value for name, value in terms.items())
-        return total, {name: value.detach() for name, value in terms.items()}
+        kept = {name: value.detach() for name, value in terms.items()}
+        return total, kept | {"scores": (logits, batch["beam"], batch["scenario"])}
+
+    def step(self, batch: Mapping) -> tuple[Tensor, dict]:
+        return self.weigh(batch, self.rebuilt_share)
 
     def valid_step(self, batch: Mapping) -> tuple[Tensor, dict]:
-        terms, logits = self.losses(batch, 1.0)
-        total = sum(self.alphas[name] * value for name, value in terms.items())
-        return total, terms | {"beams": (logits, batch["beam"])}
+        return self.weigh(batch, 1.0)
 
     def forward(self, batch: Mapping) -> Tensor:
         """The logits of a batch whose target sensors are rebuilt, whatever it holds of them."""

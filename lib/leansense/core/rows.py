@@ -120,7 +120,7 @@ _COMMON = {"seeds", "params", "cores", "needs"}
 _WORDS = {
     "file": {"title", "headline", "notebook", "tables", "scales"} | _COMMON,
     "scale": {"real"} | _COMMON,
-    "table": {"notebook", "scales", "rows", "grid", "only"} | _COMMON,
+    "table": {"notebook", "scales", "rows", "grid", "only", "holds"} | _COMMON,
     "row": {"label", "scales", "claim"} | _COMMON,
 }
 
@@ -320,6 +320,13 @@ def _blocks(block: object, kind: str, where: str) -> tuple[dict, list[str]]:
     return found, wrong
 
 
+def _left_out(block: dict, data: str) -> bool:
+    """Whether a table is not for these data: `only` says so, or nothing is there that it `holds`."""
+    if block.get("only") == ("standin" if data else "real"):
+        return True
+    return bool(data and block.get("holds")) and not any(place(data).glob(str(block["holds"])))
+
+
 def read_rows(system: str, scale: str = "demo", data: str = "") -> list[Row]:
     """All rows of a system in the file's order; RowsError with all complaints if one cannot run."""
     _check_request(scale, data)
@@ -329,7 +336,7 @@ def read_rows(system: str, scale: str = "demo", data: str = "") -> list[Row]:
     wrong += more
     for table, block in tables.items():
         wrong += _foreign(block, "table", f"{here}: {table}")
-        if not isinstance(block, dict) or block.get("only") == ("standin" if data else "real"):
+        if not isinstance(block, dict) or _left_out(block, data):
             continue
         rows, more = _blocks(block.get("rows"), "row", f"{here}: {table}")
         grid, worse = _gridded(block.get("grid"), f"{here}: {table}")
