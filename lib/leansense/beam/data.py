@@ -376,7 +376,7 @@ def _recipe(params: dict) -> dict:
     longer = reading.seq_len > 5 or reading.pred_len > 1
     return {
         "sequences": int(params.get("standin") or 20),
-        "frames": reading.seq_len + 10 if longer else 12,
+        "frames": reading.seq_len + 10 if longer else 8,
     }
 
 
