@@ -26,28 +26,39 @@ def find_columns(width: int, opening: float = 100.0) -> np.ndarray:
     return width / 2 * (1 - sines)
 
 # %% ../../../nbs/beam/30_draw.ipynb #3bc835b0
-def draw_picture(axes: Axes, image: np.ndarray, beam: int, tried: dict[int, float]) -> None:
-    """A picture (3, H, W) uint8 with beams in it; tried: {beam: strength from 0 to 1}."""
+def draw_picture(
+    axes: Axes, image: np.ndarray, beam: int, tried: dict[int, float], opening: float = 100.0
+) -> None:
+    """A picture (3, H, W) uint8 with beams in it; tried: {beam: strength from 0 to 1}.
+
+    beam: the best one; -1: unknown.
+    """
     axes.imshow(np.moveaxis(np.asarray(image), 0, -1), aspect="auto")
     height, width = image.shape[-2:]
-    columns = find_columns(width)
+    columns = find_columns(width, opening)
     for k, strength in tried.items():
         axes.axvline(columns[k], color=TRIED, alpha=0.25 + 0.75 * strength)
-    axes.axvline(columns[beam], color=TRUTH, ls="--")
+    if beam >= 0:
+        axes.axvline(columns[beam], color=TRUTH, ls="--")
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
 def draw_lidar(
     axes: Axes, cells: np.ndarray, scenario: int, beam: int, tried: dict[int, float]
 ) -> None:
-    """A lidar map (H, W) of a scenario's field of view with beams in it, the base at the bottom."""
+    """A lidar map (H, W) of a scenario's field of view with beams in it, the base at the bottom.
+
+    beam: the best one; -1: unknown.
+    """
     (x0, x1), (y0, y1) = find_field(scenario)
     axes.imshow(np.asarray(cells) ** 0.5, extent=(y0, y1, x1, x0), cmap="Greys", aspect="auto")
     angles = np.radians(Array(beams=BEAMS).angles)
     for k, strength in tried.items():
         end = (0, -60 * np.sin(angles[k])), (0, -60 * np.cos(angles[k]))
         axes.plot(*end, color=TRIED, alpha=0.25 + 0.75 * strength)
-    axes.plot((0, -60 * np.sin(angles[beam])), (0, -60 * np.cos(angles[beam])), TRUTH, ls="--")
+    if beam >= 0:
+        end = (0, -60 * np.sin(angles[beam])), (0, -60 * np.cos(angles[beam]))
+        axes.plot(*end, color=TRUTH, ls="--")
     axes.set(xlim=(y0, y1), ylim=(x1, x0))
 
 
