@@ -171,6 +171,14 @@ def test_lidar_is_short_ranged_and_night_is_dark():
     assert night.image.mean() < 0.3 * day.image.mean()
 
 
+def test_published_sizes():
+    station = make_station("960x540", "256x250", 2048)
+    shot = take_frame(make_drive(SITES[31], (0, 31, 1), 6), 3, station)
+    assert shot.image.shape == (540, 960, 3) and shot.image.dtype == np.uint8
+    assert shot.cube.shape == (4, 256, 250) and shot.cube.dtype == np.complex64
+    assert shot.power.shape == (64,) and len(shot.points) > 2000
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_change_one_file(fault, root, tmp_path):
     spoilt = plant_fault(root, tmp_path / "copy", fault)
