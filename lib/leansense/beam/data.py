@@ -372,8 +372,8 @@ def _recipe(params: dict) -> dict:
     reading = Reading(**_pick(params, Reading))
     longer = reading.seq_len > 5 or reading.pred_len > 1
     return {
-        "sequences": int(params.get("standin") or 20),
-        "frames": reading.seq_len + 10 if longer else 12,
+        "sequences": int(params.get("standin") or 80),
+        "frames": reading.seq_len + 10 if longer else 8,
     }
 
 
