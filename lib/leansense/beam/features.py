@@ -135,7 +135,10 @@ def _read_vertices(content: bytes) -> np.ndarray:
         columns = None if table is None else [table[:, names.index(n)] for n in "xy"]
     else:
         kind = np.dtype([(name, _ORDERS[encoding] + code) for name, code in fields])
-        whole = len(content) - start >= count * kind.itemsize
+        rest = len(content) - start - count * kind.itemsize
+        if rest > 0 and b"\nelement" not in content[:start].split(b"element vertex")[1]:
+            raise ValueError(f"has {rest} bytes more than its {count} binary points")
+        whole = rest >= 0
         table = np.frombuffer(content, kind, count, start) if whole else None
         columns = None if table is None else [table["x"], table["y"]]
     if columns is None:
