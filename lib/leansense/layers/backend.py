@@ -9,7 +9,6 @@ __all__ = ['VARIABLE', 'INSTRUCTIONS', 'MEASURED', 'TUNED', 'log', 'OPERATORS', 
 
 # %% ../../../nbs/layers/00_backend.ipynb #8bc20c10
 import contextlib
-import difflib
 import functools
 import importlib.util
 import logging
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ..core.parameters import nearest
 from ..core.record import note_backend
 
 # %% ../../../nbs/layers/00_backend.ipynb #85d28fc5
@@ -144,8 +144,7 @@ def pick(operator: str, wanted: str, order: Mapping[str, Callable[[], str]]) -> 
     """
     chosen = _automatic(operator, order) if wanted == "auto" else wanted
     if chosen not in order:
-        near = difflib.get_close_matches(wanted, ["auto", *order], n=1, cutoff=0.4)
-        advice = f"nearest is '{near[0]}'" if near else f"known: auto, {', '.join(order)}"
+        advice = nearest(wanted, ["auto", *order])
         raise ValueError(f"{operator}: unknown backend '{wanted}'; {advice}")
     if wanted != "auto" and (why := order[wanted]()):
         raise RuntimeError(f"{operator}: backend '{wanted}' cannot run here: {why}")
