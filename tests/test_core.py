@@ -76,12 +76,12 @@ def matrix(house, text):
     ],
 )
 def test_int_is_strict(value, wrong):
-    lines = parameters.complaints({"epochs": value}, parameters.parse(CELL))
+    lines = parameters.find_faults({"epochs": value}, parameters.parse(CELL))
     assert (lines == []) if not wrong else wrong in lines[0]
 
 
 def test_yaml_exponent_trap_is_named():
-    [line] = parameters.complaints({"lr": "1e-3"}, parameters.parse(CELL))
+    [line] = parameters.find_faults({"lr": "1e-3"}, parameters.parse(CELL))
     assert "must be float" in line and "1.0e-3" in line
 
 
@@ -91,11 +91,11 @@ def test_missing_or_doubled_tag(house):
     cells["cells"][0]["metadata"] = {}
     path.write_text(json.dumps(cells))
     with pytest.raises(ValueError, match="0 cells tagged 'parameters'"):
-        parameters.declared(path)
+        parameters.read_parameters(path)
     cells["cells"] = [cells["cells"][0] | {"metadata": {"tags": ["parameters"]}}] * 2
     path.write_text(json.dumps(cells))
     with pytest.raises(ValueError, match="2 cells tagged 'parameters'"):
-        parameters.declared(path)
+        parameters.read_parameters(path)
 
 
 GOOD = """

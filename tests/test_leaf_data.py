@@ -769,9 +769,9 @@ def test_a_split_made_anew_has_three_parts(copy, split_name):
 
 def test_declared_parameters_are_those_that_decide_the_data(copy):
     """Each row parameter that changes the data or its fingerprint is in PARAMETERS, no other."""
-    from leansense.core.parameters import declared
+    from leansense.core.parameters import read_parameters
 
-    base = {name: p.default for name, p in declared("nbs/leaf/80_row.ipynb").items()} | {
+    base = {name: p.default for name, p in read_parameters("nbs/leaf/80_row.ipynb").items()} | {
         "standin": 8
     }
 
@@ -898,7 +898,7 @@ def test_doctor_command(folder, tmp_path):
     )
     assert (
         unknown.returncode == 2
-        and "did you mean leaf?" in unknown.stderr
+        and "nearest is 'leaf'" in unknown.stderr
         and "Traceback" not in unknown.stderr
     )
 

@@ -20,7 +20,7 @@ from conftest import ROOT, run
 from leansense.core.checkpoint import load_file
 from leansense.core.claims import read_claims
 from leansense.core.loader import loader
-from leansense.core.parameters import OWNED, declared
+from leansense.core.parameters import OWNED, read_parameters
 from leansense.core.rows import read_matrix, read_rows
 from leansense.core.train import fit, seed_everything
 from leansense.leaf import use
@@ -121,7 +121,9 @@ def test_outputs_are_those_of_the_guide(trained):
 
 def test_record_says_everything(trained):
     kept = record(trained)
-    assert kept["params"].keys() == declared("nbs/leaf/80_row.ipynb").keys() - OWNED - {"seed"}
+    assert kept["params"].keys() == read_parameters("nbs/leaf/80_row.ipynb").keys() - OWNED - {
+        "seed"
+    }
     assert (
         kept["data"]["fingerprint"]
         and kept["data"]["train"] > 0
@@ -524,7 +526,9 @@ def test_eight_commands_are_there_and_spell_what_they_need():
             "schedule",
             "ema",
         }
-        assert given <= declared("nbs/leaf/80_row.ipynb").keys() and "pretrained" not in given
+        assert (
+            given <= read_parameters("nbs/leaf/80_row.ipynb").keys() and "pretrained" not in given
+        )
 
 
 @pytest.mark.parametrize("which", range(8))
@@ -691,7 +695,7 @@ def test_rows_quote_the_test_and_have_enough_of_it():
         if line.table in ("comparison", "ablation"):
             assert (
                 line.params["standin"]
-                == declared("nbs/leaf/80_row.ipynb")["standin"].default
+                == read_parameters("nbs/leaf/80_row.ipynb")["standin"].default
                 == 200
             )
     assert len(seeds["comparison"]) >= 5 and len(seeds["ablation"]) >= 3

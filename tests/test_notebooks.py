@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT, run
 from leansense.core.notebooks import find_teaching, main, with_outputs
-from leansense.core.parameters import checked
+from leansense.core.parameters import check_parameters
 
 NOTEBOOKS = sorted(
     p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
@@ -39,13 +39,13 @@ USE = "from leansense.core.record import Run\nrun = Run(globals(), 'x')\nprint(e
 
 
 def edited(folder: Path, saved: str, ran: str, known: tuple = ("patience",)) -> dict:
-    """What `checked` says of a row notebook with the cell `saved` in its file and `ran` in Lab."""
+    """What `check_parameters` says of a row notebook: `saved` in its file, `ran` in Lab."""
     cells = [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": saved}]
     cells += [{"cell_type": "code", "metadata": {}, "source": USE}]
     (folder / "80_row.ipynb").write_text(json.dumps({"cells": cells}))
     session = {"In": ["", DEFAULTS, ran], "epochs": 3, "lr": 0.1, "patience": 0}  # of an older run
     exec(ran, session)
-    return checked(session, folder / "80_row.ipynb", known)
+    return check_parameters(session, folder / "80_row.ipynb", known)
 
 
 @pytest.mark.parametrize("name, wrong", [

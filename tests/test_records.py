@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT
 from leansense.core import batch, digest, parameters, record, rows
-from leansense.core.parameters import OWNED, declared
+from leansense.core.parameters import OWNED, read_parameters
 from leansense.core.paths import write_atomic
 
 NOTEBOOKS = sorted(
@@ -79,7 +79,7 @@ def house(tmp_path, monkeypatch):
     save(tmp_path / "nbs/toy/80_row.ipynb", CELL)
     yield tmp_path
     for folder in list(record._CLAIMS):
-        record._release(folder)
+        record._CLAIMS.pop(folder)[0].close()
 
 
 def run(**more):
@@ -113,7 +113,7 @@ def other(value, kind):
 def test_every_parameter_makes_the_run(notebook, tmp_path):
     """Each parameter of each row notebook flipped: a new identity, unless it is on the list."""
     try:
-        known = declared(notebook)
+        known = read_parameters(notebook)
     except ValueError:
         pytest.skip("a teaching or results notebook without a parameters cell")
     if "out" not in known or notebook.endswith("90_results.ipynb"):
@@ -424,7 +424,7 @@ def test_a_half_written_cell_is_one_line(house, cell, capsys):
 def test_a_half_written_parameters_cell_is_one_line(house):
     save(house / "nbs/toy/80_row.ipynb", "epochs: int = (3  # passes")
     with pytest.raises(ValueError, match=r"80_row.ipynb, line 1: not Python"):
-        parameters.declared("nbs/toy/80_row.ipynb")
+        parameters.read_parameters("nbs/toy/80_row.ipynb")
 
 
 def test_scheduler_side_does_not_load_ipython():
@@ -711,13 +711,13 @@ def test_back_ends_and_instructions_are_recorded(house):
     ],
 )
 def test_numbers_are_finite(values):
-    [line] = parameters.complaints(values, parameters.parse(CELL))
+    [line] = parameters.find_faults(values, parameters.parse(CELL))
     assert f"parameter '{next(iter(values))}' must be finite" in line
 
 
 @pytest.mark.parametrize("value", [2024, 2024.5, True, None])
 def test_text_that_looks_like_a_number(value):
-    [line] = parameters.complaints({"data": value}, parameters.parse(CELL))
+    [line] = parameters.find_faults({"data": value}, parameters.parse(CELL))
     assert "'data' must be str" in line and "quote it; with papermill use -r data value" in line
 
 

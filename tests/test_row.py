@@ -10,18 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from conftest import ROOT
 from leansense.core.checkpoint import MARK, read_checkpoint
-from leansense.core.loader import EpochSampler, Indexed, loader, sample_rng
-from leansense.core.parameters import declared
+from leansense.core.loader import EpochSampler, Indexed, loader
+from leansense.core.parameters import read_parameters
 from leansense.core.paths import write_atomic
-from leansense.core.row import SHARED, Row, differing, settings_of
+from leansense.core.row import SHARED, Row, find_differing, settings_of
 from leansense.core.schedule import Recipe
 from leansense.core.task import NonFiniteLoss, Task, samples_of
 from leansense.core.train import Settings, fit, seed_everything, weights_digest
+from sixth import Clouds
 
 CELL = """
 data: str = "standin"  # clouds are drawn
@@ -38,22 +39,6 @@ seed: int = 0  # every random draw
 folder: str = ""  # where checkpoints, logs, results go; empty: below runs/by-hand
 out: str = ""  # path of the record; empty: show it only
 """.strip()
-
-
-class Clouds(Dataset):
-    """Clouds of three to eight points: on which side of the axis their centre lies."""
-
-    def __init__(self, size, first):
-        self.size, self.first = size, first
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, key):
-        draw = sample_rng(7, 0, self.first + key[1])
-        centre = draw.normal(size=2)
-        cloud = centre + 0.5 * draw.normal(size=(draw.integers(3, 9), 2))
-        return torch.tensor(cloud, dtype=torch.float32), int(centre[0] > 0)
 
 
 def collate(samples):
@@ -103,7 +88,7 @@ def notebook(tmp_path):
 
 
 def begin(notebook, folder, **more):
-    given = {name: one.default for name, one in declared(notebook).items()}
+    given = {name: one.default for name, one in read_parameters(notebook).items()}
     run = Row(given | {"folder": str(folder)} | more, notebook)
     run.data(DATA)
     seed_everything(run.seed)
@@ -132,13 +117,15 @@ def test_every_setting_comes_from_the_parameters():
 
 
 def test_a_wrong_setting_stops_before_the_data(notebook, tmp_path):
-    given = {name: one.default for name, one in declared(notebook).items()}
+    given = {name: one.default for name, one in read_parameters(notebook).items()}
     with pytest.raises(ValueError, match="ema=1.5: must be at least 0 and below 1"):
         Row(given | {"ema": 1.5, "folder": str(tmp_path / "run")}, notebook)
     assert not (tmp_path / "run").exists()
 
 
-ROWS = [path for path in sorted(ROOT.glob("nbs/*/80_row.ipynb")) if "resume" in declared(path)]
+ROWS = [
+    path for path in sorted(ROOT.glob("nbs/*/80_row.ipynb")) if "resume" in read_parameters(path)
+]
 
 
 def test_data_need_a_parameter(tmp_path):
@@ -156,15 +143,15 @@ def test_data_need_a_parameter(tmp_path):
 
 @pytest.mark.parametrize("path", ROWS, ids=[path.parent.name for path in ROWS])
 def test_shared_parameters_mean_the_same_everywhere(path):
-    assert differing(path) == []
-    assert len(SHARED.keys() & declared(path)) >= 8
+    assert find_differing(path) == []
+    assert len(SHARED.keys() & read_parameters(path)) >= 8
 
 
 def test_a_parameter_that_means_something_else_is_found(tmp_path):
     cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}}
     cell["source"] = "amp: bool = True  # mixed precision\nema: float = 0.9  # something else"
     path = write_atomic(tmp_path / "row.ipynb", json.dumps({"cells": [cell]}))
-    assert [line.split("'")[1] for line in differing(path)] == ["amp", "ema"]
+    assert [line.split("'")[1] for line in find_differing(path)] == ["amp", "ema"]
 
 
 # --- stages and frozen parts ----------------------------------------------------------------------
@@ -351,9 +338,9 @@ def test_two_processes_score_lists_like_one(notebook, tmp_path):
     code = f"""
         import sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
-        from test_row import DATA, Row, Side, declared, seed_everything
+        from test_row import DATA, Row, Side, read_parameters, seed_everything
         notebook = {notebook!r}
-        given = {{name: one.default for name, one in declared(notebook).items()}}
+        given = {{name: one.default for name, one in read_parameters(notebook).items()}}
         for devices, strategy in ((1, "auto"), (2, "ddp_fork")):
             more = {{"devices": devices, "lr": 0.0, "folder": f"{tmp_path}/{{devices}}"}}
             run = Row(given | more, notebook)

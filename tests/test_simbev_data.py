@@ -18,7 +18,7 @@ from PIL import Image
 
 from conftest import message
 from leansense.core.loader import loader
-from leansense.core.parameters import declared
+from leansense.core.parameters import read_parameters
 from leansense.core.paths import data_root
 from leansense.core.rows import read_rows
 from leansense.layers.conventions import (
@@ -471,7 +471,7 @@ def test_rows_read_any_layout(folders, layout):
 
 
 def test_parameters_of_the_data_are_the_rows_own():
-    names = declared("nbs/simbev/80_row.ipynb").keys()
+    names = read_parameters("nbs/simbev/80_row.ipynb").keys()
     assert set(simbev.PARAMETERS) <= names and {
         "data",
         "layout",

@@ -502,7 +502,7 @@ def test_files_that_are_no_weights(tmp_path):
         (dict(bev_dropout=-0.1), "bev_dropout=-0.1"),
         (dict(frustum_sampling="center"), "choose from cell_center, lss"),
         (dict(binning="round"), "choose from floor, lss"),
-        (dict(trunk="efficientnet_b00"), "did you mean 'efficientnet_b0'"),
+        (dict(trunk="efficientnet_b00"), "nearest is 'efficientnet_b0'"),
         (dict(trunk="vit_tiny_patch16_224"), "no feature map at stride 32"),
         (dict(grid_conf={"xbound": [0, 1, 1]}), "grid_conf has"),
         (

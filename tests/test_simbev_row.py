@@ -16,7 +16,7 @@ from torch import nn
 from conftest import ROOT, run
 from leansense.core.checkpoint import MARK, read_checkpoint
 from leansense.core.loader import loader
-from leansense.core.parameters import OWNED, declared
+from leansense.core.parameters import OWNED, read_parameters
 from leansense.core.train import fit
 from leansense.layers import bev_metrics
 from leansense.layers.bev_loss import bev_loss
@@ -104,7 +104,7 @@ def test_files_and_record(trained):
     assert {"model_state_dict", "optimizer_state_dict", "counter", "epoch", "val_iou"} <= set(kept)
     assert kept["counter"] == 6
     record = json.loads(same(trained))
-    assert record["params"].keys() == declared("nbs/simbev/80_row.ipynb").keys() - OWNED
+    assert record["params"].keys() == read_parameters("nbs/simbev/80_row.ipynb").keys() - OWNED
     assert [step for step, *_ in record["metrics"]["validations"]] == [3, 4, 6, 8, 9, 12]
     assert [record["data"][part] for part in ("train", "valid", "test")] == [16, 2, 2]
     assert len(record["metrics"]["panels"]) == 2 and record["metrics"]["steps"] == 12

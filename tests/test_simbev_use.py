@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from leansense.core.parameters import declared
+from leansense.core.parameters import read_parameters
 from leansense.simbev.data import dataset, loaders
 from leansense.simbev.model import DEMO, build
 from leansense.simbev.task import stage_resume
@@ -171,7 +171,7 @@ PRINTED = re.findall(
 
 def given(line: str) -> dict:
     """The parameters of a printed papermill line, as the notebook would have them."""
-    words, known = shlex.split(line), declared("nbs/simbev/80_row.ipynb")
+    words, known = shlex.split(line), read_parameters("nbs/simbev/80_row.ipynb")
     pairs = [words[k + 1 : k + 3] for k, word in enumerate(words) if word == "-p"]
     assert all(name in known for name, _ in pairs)
     return {name: p.default for name, p in known.items()} | {

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,11 +26,11 @@ from leansense.core.checkpoint import (
     load_file,
     load_weights,
     metric_state,
-    own_folder,
     read_checkpoint,
     set_metric_state,
 )
 from leansense.core.loader import EpochSampler, Indexed, loader, sample_rng
+from leansense.core.lock import hold_folder
 from leansense.core.schedule import Group, Recipe, param_groups, rates, scheduler
 from leansense.core.train import (
     Average,
@@ -120,6 +121,7 @@ def same(one, two):
     )
 
 
+ONCE = dict(epochs=1, seed=0, mode="min", device="cpu", progress=False)
 ADAM = Recipe(lr=0.02, weight_decay=0.01, schedule="cosine", per="step")
 SGD = Recipe("sgd", lr=0.05, schedule="warmup_cosine", per="step", warmup=3, floor=1e-4)
 PLATEAU = Recipe("adam", lr=0.02, schedule="plateau", plateau_patience=0, gamma=0.5)
@@ -507,8 +509,8 @@ def test_best_of_another_run_is_refused_after_training(tmp_path):
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     text = f"""
-    from leansense.core.checkpoint import own_folder
-    own_folder({str(tmp_path)!r}, "nbs/other.ipynb")
+    from leansense.core.lock import hold_folder
+    hold_folder({str(tmp_path)!r}, "nbs/other.ipynb")
     print("held", flush=True)
     input()
     """
@@ -516,22 +518,26 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     try:
-        with pytest.raises(RuntimeError, match=rf"process {other.pid}, nbs/other.ipynb") as error:
+        with pytest.raises(
+            RuntimeError, match=rf"process {other.pid} on .* \(nbs/other.ipynb\)"
+        ) as error:
             run(tmp_path, epochs=1)
         assert "\n" not in str(error.value) and not (tmp_path / "last.ckpt").exists()
     finally:
         other.kill()
         other.wait()
-    with own_folder(
+    with hold_folder(
         tmp_path, "a notebook"
     ):  # free after the holder's death; held by this process: fit may
         run(tmp_path, epochs=1)
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()} a notebook\n"
+        assert re.fullmatch(
+            rf"process {os.getpid()} on \S+ \(a notebook\)", (tmp_path / ".lock").read_text()
+        )
     assert not (tmp_path / ".lock").exists()
 
 
 def test_forked_processes_do_not_keep_the_folder(tmp_path):
-    held = own_folder(tmp_path)
+    held = hold_folder(tmp_path)
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -540,7 +546,7 @@ def test_forked_processes_do_not_keep_the_folder(tmp_path):
         os._exit(0)
     held.close()
     try:
-        with own_folder(tmp_path, "again") as again:
+        with hold_folder(tmp_path, "again") as again:
             assert again.folder == tmp_path.resolve()
     finally:
         os.close(write)
@@ -843,13 +849,9 @@ def test_epoch_loss_is_weighted_by_size(tmp_path):
         Given(),
         train,
         loader(data, 2, seed=0, shuffle=False),
-        epochs=1,
         folder=tmp_path,
-        seed=0,
         monitor="valid_loss",
-        mode="min",
-        device="cpu",
-        progress=False,
+        **ONCE,
     )
     assert result.history["train_loss"] == pytest.approx([0.5337138], abs=1e-6)
     assert result.history["valid_loss"] == pytest.approx([0.5337138], abs=1e-6)
@@ -928,18 +930,7 @@ def test_non_finite_loss_names_the_samples_in_any_batch(tmp_path, form):
     with pytest.raises(
         NonFiniteLoss, match=r"validation loss is nan .* samples \['field_0', .*'field_3'\]"
     ):
-        fit(
-            Breaking(),
-            *made,
-            epochs=1,
-            folder=tmp_path,
-            seed=0,
-            monitor="train_loss",
-            mode="min",
-            device="cpu",
-            progress=False,
-            tensorboard=False,
-        )
+        fit(Breaking(), *made, folder=tmp_path, monitor="train_loss", tensorboard=False, **ONCE)
 
 
 def test_non_finite_validation_is_an_error(tmp_path):

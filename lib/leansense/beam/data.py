@@ -80,6 +80,42 @@ def prepare_radar(path: str, size: int) -> np.ndarray:
     """(2, size, size) float16 in [0, 1]: both radar maps of a cube."""
     return make_radar(read_radar(path), size).astype(np.float16)
 
+# %% ../../../nbs/beam/00_data.ipynb #6ce5956d
+def _segmented(path: str) -> str:
+    """The segmentation of a day picture; empty at night."""
+    day = "scenario31" in path or "scenario32" in path
+    return beside(path, "camera_data_seg") if day else ""
+
+
+def _choose(kind: str, o: Options, scenario_of: dict[str, int]) -> tuple[Callable, int, str, str]:
+    """(function of a path, channels, dtype, what else decides the content) of a sensor."""
+    if kind == "image":
+        seg = o.add_seg
+        return (
+            lambda p: prepare_image(p, o.size, seg and bool(_segmented(p))),
+            3,
+            "uint8",
+            f"seg{seg}",
+        )
+    if kind == "lidar":
+        field = o.custom_FoV_lidar
+        return (
+            lambda p: prepare_lidar(p, o.size, scenario_of[p], field),
+            1,
+            "uint8",
+            f"fov{field}",
+        )
+    return lambda p: prepare_radar(p, o.size), 2, "float16", ""
+
+
+def _try(make: Callable, path: str) -> bool:
+    """Whether a frame can be prepared."""
+    try:
+        make(path)
+        return True
+    except (OSError, ValueError):
+        return False
+
 # %% ../../../nbs/beam/00_data.ipynb #8a9b0040
 class Frames:
     """The prepared frames of one sensor: `array` (R, C, S, S) and the row of each path."""
@@ -118,41 +154,28 @@ class Frames:
         rows = [self.row.get(path, -1) for path in paths]
         return [r if r < 0 or self.good is None or self.good[r] else -1 for r in rows]
 
+# %% ../../../nbs/beam/00_data.ipynb #f2f3959f
+def _read_gps(samples: Sequence[Sample], o: Options) -> np.ndarray:
+    """(N, 2, 2) float32 features of the positions of each sample."""
+    known = {}
 
-def _segmented(path: str) -> str:
-    """The segmentation of a day picture; empty at night."""
-    day = "scenario31" in path or "scenario32" in path
-    return beside(path, "camera_data_seg") if day else ""
+    def place(path: str) -> np.ndarray:
+        if path not in known:
+            known[path] = read_place(path)
+        return known[path]
 
-
-def _choose(kind: str, o: Options, scenario_of: dict[str, int]) -> tuple[Callable, int, str, str]:
-    """(function of a path, channels, dtype, what else decides the content) of a sensor."""
-    if kind == "image":
-        seg = o.add_seg
-        return (
-            lambda p: prepare_image(p, o.size, seg and bool(_segmented(p))),
-            3,
-            "uint8",
-            f"seg{seg}",
-        )
-    if kind == "lidar":
-        field = o.custom_FoV_lidar
-        return (
-            lambda p: prepare_lidar(p, o.size, scenario_of[p], field),
-            1,
-            "uint8",
-            f"fov{field}",
-        )
-    return lambda p: prepare_radar(p, o.size), 2, "float16", ""
-
-
-def _try(make: Callable, path: str) -> bool:
-    """Whether a frame can be prepared."""
-    try:
-        make(path)
-        return True
-    except (OSError, ValueError):
-        return False
+    return np.stack(
+        [
+            make_gps(
+                np.stack([place(path) for path in s.car]),
+                place(s.base),
+                s.scenario,
+                o.angle_norm,
+                o.angle,
+            )
+            for s in samples
+        ]
+    )
 
 # %% ../../../nbs/beam/00_data.ipynb #2be5a613
 class BeamDataset:
@@ -294,29 +317,6 @@ class BeamDataset:
         """A batch of one window, for shapes and costs."""
         return self.batch([0])
 
-
-def _read_gps(samples: Sequence[Sample], o: Options) -> np.ndarray:
-    """(N, 2, 2) float32 features of the positions of each sample."""
-    known = {}
-
-    def place(path: str) -> np.ndarray:
-        if path not in known:
-            known[path] = read_place(path)
-        return known[path]
-
-    return np.stack(
-        [
-            make_gps(
-                np.stack([place(path) for path in s.car]),
-                place(s.base),
-                s.scenario,
-                o.angle_norm,
-                o.angle,
-            )
-            for s in samples
-        ]
-    )
-
 # %% ../../../nbs/beam/00_data.ipynb #f3b153ef
 def collate(items: Sequence[dict] | dict) -> dict:
     """A batch of items: every tensor stacked, `id` a list; a batch stays as it is."""
@@ -372,8 +372,8 @@ def _recipe(params: dict) -> dict:
     reading = Reading(**_pick(params, Reading))
     longer = reading.seq_len > 5 or reading.pred_len > 1
     return {
-        "sequences": int(params.get("standin") or 20),
-        "frames": reading.seq_len + 10 if longer else 12,
+        "sequences": int(params.get("standin") or 80),
+        "frames": reading.seq_len + 10 if longer else 8,
     }
 
 
@@ -455,7 +455,7 @@ def _look(kind: str, path: str):
         return str(error).removeprefix(f"{path}: ")
 
 
-def _check_group(key: tuple, paths: Sequence[str], missing: int, report: Report) -> str:
+def _check_group(key: tuple, paths: Sequence[str], known: Counter, report: Report) -> str:
     """Report the faults of some files of one kind; a line that counts them."""
     part, scenario, kind = key
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -473,30 +473,23 @@ def _check_group(key: tuple, paths: Sequence[str], missing: int, report: Report)
         odd = next(p for p, look in zip(paths, looks) if isinstance(look, tuple) and look != usual)
         report.add(odd, f"radar has another shape than {usual}", "record it again or leave it out")
     nan = sum("nan" in said.lower() for said in bad.values())
-    found = {"damaged": len(bad) - nan, "NaN": nan, "missing": missing}
+    found = Counter({"damaged": len(bad) - nan, "NaN": nan}) + known
     said = ", ".join(f"{count} {what}" for what, count in found.items() if count)
     return f"{kind} {len(paths)}" + f" ({said})" * bool(said)
 
 # %% ../../../nbs/beam/00_data.ipynb #71c18127
-def _count_missing(data: Beam) -> Counter:
-    """{(part, scenario, kind): frames that a table names and that are not there}, once a row's."""
-    found = Counter()
-    for s in data.samples:
-        for kind in KINDS:
-            found[s.part, s.scenario, kind] += sum(not path for path in getattr(s, kind))
-    return found
-
-
 def check(folder: str | Path) -> Report:
     """Everything that is wrong with the data set in `folder`; opens every file."""
     root = resolve(folder)
     data, report = scan(root, Reading(damaged="error"))
     whole, _ = scan(root, Reading(damaged="absent"))  # rows with a missing frame are in it too
-    missing, groups = _count_missing(whole), _group_files(whole)
+    known, groups = defaultdict(Counter), _group_files(whole)
+    for part, scenario, kind, _, what in whole.faults:
+        known[part, scenario, kind][what] += 1
     kinds = (*KINDS, "position", "power")
     for part, scenario in sorted({key[:2] for key in groups}):
         keys = [(part, scenario, kind) for kind in kinds if groups.get((part, scenario, kind))]
-        said = [_check_group(key, groups[key], missing[key], report) for key in keys]
+        said = [_check_group(key, groups[key], known[key], report) for key in keys]
         report.facts.append(f"{part}, scenario {scenario}: {', '.join(said)}")
     drives = len({(s.part, s.sequence) for s in data.samples})
     report.facts.append(f"{drives} drives" + " (guessed)" * any(_guessed(s) for s in data.samples))

@@ -50,7 +50,7 @@ class Sample:
     split: str = ""  # train, valid, test; empty: not used
     variant: tuple[int, int, int] = (0, 0, 0)  # which augmented copy: of image, lidar, radar
 
-
+# %% ../../../nbs/beam/02_layouts.ipynb #32461541
 @dataclass(frozen=True)
 class Beam:
     """A data set: its samples, read but not opened."""
@@ -59,6 +59,7 @@ class Beam:
     folder: str
     samples: tuple[Sample, ...]
     left_out: dict[str, int] = field(default_factory=dict)  # reason: rows
+    faults: tuple[tuple, ...] = ()  # (part, scenario, kind, file, missing | damaged | NaN)
 
     def part(self, split: str) -> list[Sample]:
         """The samples of a split."""
@@ -189,7 +190,7 @@ class _Reader:
         folder, table = PARTS[part]
         self.part, self.options, self.report = part, options, report
         self.table, self.files = root / folder / table, _Folder(root / folder)
-        self.left_out, self.owner = Counter(), {}
+        self.left_out, self.owner, self.faults = Counter(), {}, set()
 
     def fault(self, row: int, what: str, fix: str, kind: type[Exception] = ValueError) -> None:
         """Report what is wrong in a row, counted as an editor counts lines."""
@@ -228,8 +229,11 @@ class _Reader:
             columns = _columns(kind, self.names)[-o.seq_len :]
             named = [str(entry[column] or "") for column in columns]
             if kind in folders:
-                named = [beside(n, folders[kind]) if n else n for n in named]
+                new = folders[kind]
+                named = [n if Path(n).parent.name in (new, "") else beside(n, new) for n in named]
             found[kind] = tuple(self.find(row, c, n) for c, n in zip(columns, named))
+            gone = [name for name, path in zip(named, found[kind]) if not path]
+            self.faults |= {(self.part, scenario, kind, name, "missing") for name in gone}
         return found
 
 # %% ../../../nbs/beam/02_layouts.ipynb #42d3cbcf
@@ -268,7 +272,7 @@ def _read_row(reader: _Reader, row: int, entry: dict) -> Sample | None:
 
 # %% ../../../nbs/beam/02_layouts.ipynb #99892264
 def _rebuild(reader: _Reader, sample: Sample) -> Sample | None:
-    """The window of `seq_len` frames and `pred_len` beams that ends where `sample` does, or None."""
+    """The window of seq_len frames and pred_len beams that ends where `sample` does, or None."""
     o, places = reader.options, {kind: Path(getattr(sample, kind)[-1]) for kind in KINDS}
     last = number_of(sample.image[-1])
     step = last - number_of(sample.image[-2]) if len(sample.image) > 1 else 2
@@ -335,6 +339,8 @@ def _check_power(reader: _Reader, sample: Sample) -> bool:
             row = int(sample.id.rpartition("/")[2]) + 2
             reader.report.add(where, f"{what} (row {row} of {reader.table.name})", fix)
         reader.left_out["power"] += 1
+        said = "NaN" if "nan" in str(error).lower() else "damaged"
+        reader.faults.add((reader.part, sample.scenario, "power", str(error), said))
         return False
     return True
 
@@ -359,7 +365,7 @@ def _read_part(reader: _Reader) -> list[Sample]:
 def scan(folder: str | Path, options: Options = Options()) -> tuple[Beam, Report]:
     """All samples of a folder that can be used, and everything wrong with its tables."""
     root = resolve(folder)
-    report, samples, left_out = Report("beam", str(root)), [], Counter()
+    report, samples, left_out, faults = Report("beam", str(root)), [], Counter(), set()
     there = [part for part, names in PARTS.items() if root.joinpath(*names).is_file()]
     if not there:
         wanted = "/".join(PARTS["development"])
@@ -368,7 +374,7 @@ def scan(folder: str | Path, options: Options = Options()) -> tuple[Beam, Report
     for part in there:
         reader = _Reader(root, part, options, report)
         found = _read_part(reader)
-        samples += found
+        samples, faults = samples + found, faults | reader.faults
         left_out.update({k: n for k, n in reader.left_out.items() if n})
         named = Counter(s.scenario for s in found)
         said = ", ".join(f"{named[k]} of scenario {k}" for k in sorted(named))
@@ -376,7 +382,8 @@ def scan(folder: str | Path, options: Options = Options()) -> tuple[Beam, Report
     if left_out:
         said = ", ".join(f"{n} for their {reason}" for reason, n in left_out.items())
         report.facts.append(f"rows left out: {said}")
-    return Beam(root.name, str(root), tuple(guess_sequences(samples)), dict(left_out)), report
+    samples = tuple(guess_sequences(samples))
+    return Beam(root.name, str(root), samples, dict(left_out), tuple(sorted(faults))), report
 
 
 def load(folder: str | Path, **options) -> Beam:

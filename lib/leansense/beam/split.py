@@ -16,10 +16,9 @@ from itertools import product
 from .layouts import Beam, Sample
 from ..core.parameters import nearest
 
+# %% ../../../nbs/beam/06_split.ipynb #b6e3e663
 NAMES = ("sequence", "published", "dev_80_20", "finetune")
 SEED = 100  # of every published split
-
-# %% ../../../nbs/beam/06_split.ipynb #b6e3e663
 VARIANTS = tuple(v for v in product(range(8), range(3), range(2)) if any(v))  # 47
 
 
@@ -76,13 +75,13 @@ def assign_drives(samples: Sequence[Sample], test: float = TEST) -> dict[tuple, 
 
 def drop_shared(samples: Sequence[Sample]) -> list[Sample]:
     """The samples without windows that share a frame with a more guarded part."""
-    kept, seen = {}, set()
+    kept, seen = set(), set()
     for part in ("test", "valid", "train"):
-        members = [s for s in samples if s.split == part]
-        for s in members:
-            kept[id(s)] = seen.isdisjoint(name for name in s.image + s.lidar + s.radar if name)
-        seen.update(name for s in members for name in s.image + s.lidar + s.radar)
-    return [s for s in samples if kept.get(id(s))]
+        frames = {id(s): s.image + s.lidar + s.radar for s in samples if s.split == part}
+        free = {k: names for k, names in frames.items() if seen.isdisjoint(filter(None, names))}
+        kept |= free.keys()
+        seen.update(name for names in free.values() for name in names)
+    return [s for s in samples if id(s) in kept]
 
 
 def split_by_drive(samples: Sequence[Sample], without: int = 0) -> list[Sample]:

@@ -29,7 +29,7 @@ from pathlib import Path
 import psutil
 
 from .digest import digest
-from .parameters import Parameter, declared, nearest
+from .parameters import Parameter, nearest, read_parameters
 from .paths import root, run_folder, write_atomic
 from .process import PARENT, end_with, lives, mark, stop, stoppable
 from .readme import update
@@ -112,7 +112,7 @@ def _committed(notebook: str) -> dict[str, Parameter]:
     with tempfile.NamedTemporaryFile(suffix=".ipynb") as file:
         try:
             subprocess.run(show, stdout=file, stderr=subprocess.DEVNULL, check=True)
-            return declared(file.name)
+            return read_parameters(file.name)
         except (OSError, subprocess.CalledProcessError, ValueError):
             return {}
 
@@ -123,7 +123,7 @@ def edited_defaults(steps: list[Step]) -> str:
     rows = [step.row for step in steps if step.reason.startswith("changed ")]
     head = {notebook: _committed(notebook) for notebook in {row.notebook for row in rows}}
     for row in rows:
-        now, then = declared(row.notebook), head[row.notebook]
+        now, then = read_parameters(row.notebook), head[row.notebook]
         edited = {n for n in then.keys() & now.keys() if then[n].default != now[n].default}
         edited = {
             name for name in edited & set(row.params) if row.params[name] == now[name].default

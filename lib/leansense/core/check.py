@@ -8,7 +8,6 @@ __all__ = ['Problem', 'Report', 'content_digest', 'file_digests', 'fingerprint',
 # %% ../../../nbs/core/60_check.ipynb #641ad5e6
 import argparse
 import contextlib
-import difflib
 import hashlib
 import importlib
 import json
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import leansense
+from .parameters import nearest
 from .paths import data_root, write_atomic
 
 # %% ../../../nbs/core/60_check.ipynb #6aeae978
@@ -160,9 +160,7 @@ def systems() -> list[str]:
 def check(system: str, folder: str) -> Report:
     """Run the doctor of one system on a folder; ValueError with the nearest name if unknown."""
     if system not in systems():
-        near = difflib.get_close_matches(system, systems(), 1, 0.4)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(systems())}"
-        raise ValueError(f"no system named {system!r}: {hint}")
+        raise ValueError(f"no system named {system!r}; {nearest(system, systems())}")
     return importlib.import_module(f"leansense.{system}.data").check(folder)
 
 # %% ../../../nbs/core/60_check.ipynb #3955c274

@@ -8,14 +8,12 @@ __all__ = ['SCHEMA', 'PLACES', 'CONTENT', 'RUNNER', 'VOUCHER', 'without_paths', 
            'vouchers', 'vouched', 'find_added', 'stale']
 
 # %% ../../../nbs/core/14_record.ipynb #f3104574
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -24,7 +22,8 @@ from importlib import metadata
 from pathlib import Path
 
 from .digest import code_key, digest
-from .parameters import MEMORY, OWNED, checked, declared, rebound
+from .lock import hold_folder
+from .parameters import MEMORY, OWNED, check_parameters, find_rebound, read_parameters
 from .paths import resolve, root, write_atomic
 
 # %% ../../../nbs/core/14_record.ipynb #231ed21e
@@ -190,66 +189,6 @@ def _instructions() -> str:
     )
     return ", ".join(part for part in (own, "C " + "/".join(builds) if builds else "") if part)
 
-# %% ../../../nbs/core/14_record.ipynb #e4696f28
-_CLAIMS: dict[Path, tuple] = {}  # folder -> its open lock file, and the notebook
-
-
-@lru_cache(maxsize=1)
-def _let_go_in_children() -> None:
-    """From now on, a forked process lets go of all folders that its parent holds."""
-    os.register_at_fork(after_in_child=lambda: [_release(held) for held in list(_CLAIMS)])
-
-
-def _release(folder: Path) -> None:
-    """Let go of a folder that this process holds."""
-    file, _ = _CLAIMS.pop(folder, (None, ""))
-    if file:
-        file.close()
-
-
-def _lock(file) -> str:
-    """Lock an open file for this process; who has it already, else nothing."""
-    for _ in range(50):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return ""
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-        except OSError as error:  # a network disk without locks
-            print(f"{file.name}: cannot be locked here ({error.strerror}); let no other run use it")
-            return ""
-        holder = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())} .*", who)
-        try:
-            os.kill(int(holder[1]) if holder else os.getpid(), 0)
-            return who
-        except ProcessLookupError:  # dead, and a child that it had just forked has not let go yet
-            time.sleep(0.1)
-    return who
-
-# %% ../../../nbs/core/14_record.ipynb #325b637c
-def _hold(folder: Path, notebook: str) -> Path:
-    """Make and lock `folder` for this process; RuntimeError naming the process that has it."""
-    _let_go_in_children()
-    if folder in _CLAIMS:
-        return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".claim", "a+", encoding="utf-8")
-    except OSError as error:
-        raise OSError(
-            f"folder={folder}: cannot be written ({error.strerror}); name another one"
-        ) from None
-    who = _lock(file)
-    if who:
-        file.close()
-        raise RuntimeError(f"{folder}: in use by {who}; wait for it, or name another folder")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} ({notebook})\n")
-    file.flush()
-    _CLAIMS[folder] = (file, notebook)
-    return folder
-
 # %% ../../../nbs/core/14_record.ipynb #65ec5216
 _PACKAGES = ("torch", "torchvision", "timm", "lightning", "torchmetrics", "numpy", "papermill")
 _PLACE = re.compile(
@@ -379,13 +318,16 @@ def _ancestors(parents: dict[str, Path]) -> dict[str, str]:
     return found
 
 # %% ../../../nbs/core/14_record.ipynb #4a5340b0
+_CLAIMS: dict[Path, tuple] = {}  # folder -> the claim, and the notebook that made it
+
+
 class Run:
     """One execution of a row notebook: its checked parameters now, its record at the end."""
 
     known = OWNED  # parameters that are read here, not in the notebook
 
     def __init__(self, namespace: dict, notebook: str):
-        self.params = checked(namespace, notebook, self.known)
+        self.params = check_parameters(namespace, notebook, self.known)
         self.code = digest(notebook)
         self.notebook, self.namespace = str(notebook), namespace
         self.name = next(iter(self.code))
@@ -400,7 +342,7 @@ class Run:
 
     def _steady(self) -> None:
         """ValueError when a parameter was changed by hand after this run began."""
-        for name in self.given.keys() & self.namespace.keys() - rebound(self.notebook):
+        for name in self.given.keys() & self.namespace.keys() - find_rebound(self.notebook):
             was, now = self.given[name], self.namespace[name]
             if repr(was) != repr(now):
                 raise ValueError(
@@ -425,7 +367,7 @@ class Run:
 
         default: what its name begins with, below runs/by-hand/<system>, where no parameter says.
         """
-        logdir = declared(self.notebook)["logdir"].default if "logdir" in self.params else ""
+        logdir = read_parameters(self.notebook)["logdir"].default if "logdir" in self.params else ""
         given = self.params.get("folder") or (
             self.params.get("logdir") != logdir and self.params.get("logdir")
         )
@@ -441,10 +383,17 @@ class Run:
                 {"params": portable(self.params, own=True), "seed": self.seed, "where": where}
             )[:8]
             folder = root() / "runs" / "by-hand" / Path(self.name).parent.name / f"{default}-{key}"
-        for other, (_, notebook) in list(_CLAIMS.items()):
-            if notebook == self.name and other != folder.resolve():  # an earlier turn of this cell
-                _release(other)
-        return _hold(folder.resolve(), self.name)
+        self._release(but=folder.resolve())  # what an earlier turn of this cell named
+        if folder.resolve() not in _CLAIMS or not _CLAIMS[folder.resolve()][0].lasts:
+            _CLAIMS[folder.resolve()] = (hold_folder(folder, self.name), self.name)
+        return folder.resolve()
+
+    def _release(self, but: Path | None = None) -> None:
+        """Let go of the folders of this notebook, all but one."""
+        for folder, (held, notebook) in list(_CLAIMS.items()):
+            if notebook == self.name and folder != but:
+                del _CLAIMS[folder]
+                held.close()
 
     def finish(self, metrics: dict, cost: dict, data: dict, env: dict) -> dict:
         """The record as a dict, written to `out` unless that is empty; `cost` gains its seconds."""
@@ -477,9 +426,7 @@ class Run:
         if self.out:
             _ready(self.out)
             write_atomic(self.out, text(record))
-        for folder, (_, notebook) in list(_CLAIMS.items()):
-            if notebook == self.name:
-                _release(folder)
+        self._release()
         return record
 
 # %% ../../../nbs/core/14_record.ipynb #81eef512
@@ -553,7 +500,7 @@ def find_added(was: dict, now: dict, code: dict) -> set[str]:
     notebook = next((name for name in code if name.endswith(".ipynb")), "")
     if not added or not resolve(notebook).is_file():
         return set()
-    known = {name: parameter.default for name, parameter in declared(notebook).items()}
+    known = {name: parameter.default for name, parameter in read_parameters(notebook).items()}
     return {n for n in added if n in known and portable({n: known[n]}) == {n: now[n]}}
 
 

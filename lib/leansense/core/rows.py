@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 
 from .digest import digest
-from .parameters import complaints, declared, nearest
+from .parameters import find_faults, nearest, read_parameters
 from .paths import resolve, root, write_atomic
 from .process import PARENT, end_with
 from .record import RUNNER, is_noted, note_checkpoint, stale, without_paths
@@ -172,13 +172,13 @@ def _expand(
     settings, params = _merge(layers, scale, bool(data))
     notebook = f"nbs/{system}/{settings.get('notebook', '80_row')}.ipynb"
     try:
-        parameters = declared(notebook)
+        parameters = read_parameters(notebook)
     except (ValueError, OSError) as error:
         return [], [f"{where}: {error}"]
     needs = {word: row for word, row in settings.get("needs", {}).items() if row}
-    wrong = [f"{where}: {line}" for line in complaints(params, parameters)]
+    wrong = [f"{where}: {line}" for line in find_faults(params, parameters)]
     wrong += [
-        f"{where}: needs: {line}" for line in complaints(dict.fromkeys(needs, ""), parameters)
+        f"{where}: needs: {line}" for line in find_faults(dict.fromkeys(needs, ""), parameters)
     ]
     wrong += [
         f"{where}: parameter '{word}' is set by `needs`; leave it out of params"
@@ -482,7 +482,7 @@ def run_row(row: Row, threads: int = 1, progress: bool = False) -> Path:
         os.environ.update({name: str(threads) for name in _THREADS})
         code, data = digest(row.notebook), fingerprint(row)
         try:
-            known = declared(row.notebook)
+            known = read_parameters(row.notebook)
             execute(
                 row.notebook,
                 Path(f"{row.folder}.ipynb"),

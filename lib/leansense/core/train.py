@@ -51,10 +51,10 @@ from leansense.core.checkpoint import (
     copy_checkpoint,
     load_file,
     naming_file,
-    own_folder,
     read_checkpoint,
 )
 from .loader import EpochSampler
+from .lock import hold_folder
 from .parameters import nearest
 from .paths import write_atomic
 from .schedule import Group, Recipe, horizon, param_groups
@@ -947,7 +947,7 @@ def fit(task: Task, train_loader: DataLoader, valid_loader: DataLoader | None = 
     run, began = Settings(**settings), time.perf_counter()
     _require_sampler(train_loader)
     parts = find_parts(task, run.freeze)
-    with own_folder(run.folder, str(run.config.get("notebook", "fit"))), frozen(task, parts):
+    with hold_folder(run.folder, str(run.config.get("notebook", "fit"))), frozen(task, parts):
         keeper, outcome, best = _run(task, run, (train_loader, valid_loader))
     task.seen = outcome["seen"]
     speed = outcome["seen"] / outcome["seconds"] if outcome["seconds"] else 0.0

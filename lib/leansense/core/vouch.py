@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .digest import code_key, digest
-from .parameters import OWNED, declared
+from .parameters import OWNED, read_parameters
 from .paths import root, write_atomic
 from leansense.core.record import (
     PLACES,
@@ -61,7 +61,7 @@ def smoke_rows(system: str) -> dict[str, list[Row]]:
         tables.setdefault(row.table, []).append(row)
     for row in _real(system, "smoke"):
         if row.table not in tables or tables[row.table][0].data == "open":
-            data = declared(row.notebook)["data"].default if "data" in row.params else ""
+            data = read_parameters(row.notebook)["data"].default if "data" in row.params else ""
             params = row.params | ({"data": data} if "data" in row.params else {})
             tables.setdefault(row.table, []).append(replace(row, data="open", params=params))
     return tables
@@ -161,7 +161,7 @@ def _job(row: Row, notebook: Path, folder: Path) -> tuple[Job, Path]:
     out = folder / f"papers/{row.system}/records/smoke/{row.table}/{row.name}.s{row.seed}.json"
     values = row.params | {"seed": row.seed, "progress": False, "out": str(out)}
     values |= {"folder": str(folder / "runs" / row.system / row.table / f"{row.name}.s{row.seed}")}
-    known, today = declared(notebook), declared(row.notebook)
+    known, today = read_parameters(notebook), read_parameters(row.notebook)
     unknown = sorted(
         name
         for name in set(row.params) - set(known) - OWNED

@@ -7,7 +7,6 @@ __all__ = ['PACKAGES', 'frozen_statistics', 'recompute', 'hub_weights', 'package
 
 # %% ../../../nbs/layers/50_trunk.ipynb #79020f98
 import contextlib
-import difflib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.images import MEAN, STD
+from ..core.parameters import nearest
 from .input_range import InputRange
 from .norm_act import fuse
 
@@ -125,8 +125,7 @@ def create(name: str, strides: tuple[int, ...] = (16, 32), **settings) -> nn.Mod
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 1, 0)[0]
-        raise ValueError(f"trunk={name!r} is unknown to timm: did you mean {near!r}?")
+        raise ValueError(f"trunk={name!r} is unknown to timm; {nearest(name, timm.list_models())}")
     try:
         whole = timm.create_model(name, features_only=True)
         reductions = whole.feature_info.reduction()

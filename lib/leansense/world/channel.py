@@ -29,9 +29,13 @@ class Array:
 
     def __post_init__(self):
         if min(self.elements, self.beams, self.span, self.carrier) <= 0 or self.span >= 180:
-            raise ValueError(f"{self}: elements, beams, span and carrier must be positive, span < 180")
+            raise ValueError(
+                f"{self}: elements, beams, span and carrier must be positive, span < 180"
+            )
         if self.floor <= 0 or self.jitter < 0:
-            raise ValueError(f"floor={self.floor:g} must be positive, jitter={self.jitter:g} not below 0")
+            raise ValueError(
+                f"floor={self.floor:g} must be positive, jitter={self.jitter:g} not below 0"
+            )
 
     @property
     def angles(self) -> np.ndarray:
@@ -53,7 +57,7 @@ def codebook(array: Array) -> np.ndarray:
 
 
 def find_beam(angle: np.ndarray, array: Array = Array()) -> np.ndarray:
-    """The beam whose direction is nearest to an angle in degrees to the left; the end ones beyond."""
+    """The beam nearest to an angle in degrees to the left; beyond the span the end ones."""
     step = array.span / (array.beams - 1)
     return np.rint((array.span / 2 - np.asarray(angle)) / step).astype(int).clip(0, array.beams - 1)
 
@@ -70,7 +74,7 @@ class Paths:
     length: np.ndarray  # (n,) metres
     amplitude: np.ndarray  # (n,) relative to a free path of 10 m
 
-
+# %% ../../../nbs/world/40_channel.ipynb #305b60fc
 def _mirrors(objects: Objects) -> tuple[np.ndarray, ...]:
     """Owner, centre (k, 3), outward normal (k, 2), half length and kept share of upright sides."""
     owners, share = [], []
@@ -96,7 +100,7 @@ def _shade(start, ends: np.ndarray, objects: Objects, but: np.ndarray) -> np.nda
     inside[row, but[row, column]] = 0
     return (BLOCKED + (1 - BLOCKED) * np.exp(-inside / DEPTH)).prod(1)
 
-
+# %% ../../../nbs/world/40_channel.ipynb #10b52ed1
 def find_paths(snapshot: Snapshot, place, array: Array = Array(), own: int = -1) -> Paths:
     """The paths from a transmitter at `place` (3,) in the ego frame; `own`: its vehicle's row."""
     here, place = np.array(array.centre, float), np.asarray(place, float)

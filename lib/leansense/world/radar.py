@@ -35,7 +35,9 @@ class Radar:
     def __post_init__(self):
         positive = (self.antennas, self.samples, self.chirps, self.bandwidth, self.carrier)
         if min(*positive, self.spacing, self.interval) <= 0 or self.noise < 0:
-            raise ValueError(f"{self}: all but centre and noise must be positive, noise not below 0")
+            raise ValueError(
+                f"{self}: all but centre and noise must be positive, noise not below 0"
+            )
 
     @property
     def wavelength(self) -> float:
@@ -62,13 +64,13 @@ class Radar:
         """Metres per second beyond which speeds alias."""
         return self.wavelength / (4 * self.interval)
 
-
+# %% ../../../nbs/world/30_radar.ipynb #05ec30d4
 def resize_radar(radar: Radar, samples: int, chirps: int) -> Radar:
     """The radar with a cube of another size: same reach and speed limit, other steps."""
     bandwidth = radar.bandwidth * samples / radar.samples
     return replace(radar, samples=samples, chirps=chirps, bandwidth=bandwidth)
 
-# %% ../../../nbs/world/30_radar.ipynb #3a6a3086
+# %% ../../../nbs/world/30_radar.ipynb #a6bea56b
 @dataclass(frozen=True, eq=False)
 class Scatterers:
     """n points as a radar hears them."""
@@ -101,7 +103,8 @@ def mix(points: Scatterers, radar: Radar) -> np.ndarray:
     antenna = turn(radar.spacing * sine, radar.antennas) * start[:, None].astype(np.complex64)
     sample = turn(distance / radar.reach, radar.samples)
     still = np.einsum("na,ns->as", antenna[~moving], sample[~moving])
-    fast = (antenna[moving, :, None] * sample[moving, None]).reshape(moving.sum(), -1).T
+    fast = antenna[moving, :, None] * sample[moving, None]
+    fast = fast.reshape(len(fast), radar.antennas * radar.samples).T
     chirp = turn(2 * speed[moving] * radar.interval / radar.wavelength, radar.chirps)
     shape = (radar.antennas, radar.samples, radar.chirps)
     return np.ascontiguousarray((fast @ chirp).reshape(shape) + still[..., None])
@@ -113,7 +116,9 @@ def cross_boxes(start, ends: np.ndarray, objects: Objects) -> np.ndarray:
     c, s = np.cos(objects.yaw), np.sin(objects.yaw)
 
     def turn(v):  # into the boxes' own axes
-        return np.stack([c * v[..., 0] + s * v[..., 1], c * v[..., 1] - s * v[..., 0], v[..., 2]], -1)
+        return np.stack(
+            [c * v[..., 0] + s * v[..., 1], c * v[..., 1] - s * v[..., 0], v[..., 2]], -1
+        )
 
     origin = turn(start - objects.centre)  # (n, 3)
     way = turn(np.broadcast_to((ends - start)[:, None], (len(ends), len(objects), 3)))
@@ -125,7 +130,7 @@ def cross_boxes(start, ends: np.ndarray, objects: Objects) -> np.ndarray:
     length = np.linalg.norm(ends - start, axis=-1)
     return np.maximum(leave - enter, 0) * length[:, None]
 
-# %% ../../../nbs/world/30_radar.ipynb #30606f6c
+# %% ../../../nbs/world/30_radar.ipynb #7d0cbff6
 REFLECTIVITY: dict[str, float] = {  # of kinds, relative to a car's side
     "car": 1.0,
     "truck": 1.2,
@@ -137,7 +142,7 @@ REFLECTIVITY: dict[str, float] = {  # of kinds, relative to a car's side
     "barrier": 0.5,
 }
 OTHERS, HIDDEN = 0.1, 0.15  # reflectivity of all other kinds; amplitude left of what is hidden
-KERB = 0.02  # reflectivity of a metre of kerb
+KERB = 0.05  # reflectivity of a metre of kerb
 
 
 def _grain(instance: np.ndarray, count: int) -> np.ndarray:
@@ -158,7 +163,9 @@ def box_points(snapshot: Snapshot, radar: Radar) -> Scatterers:
     unit = side[:, None] + along[:, None] * side[:, None, ::-1]  # (4, 3, 2) on the unit box
     c, s = np.cos(objects.yaw)[:, None, None], np.sin(objects.yaw)[:, None, None]
     local = unit * objects.size[:, None, None, :2] / 2
-    place = np.stack([c * local[..., 0] - s * local[..., 1], s * local[..., 0] + c * local[..., 1]], -1)
+    place = np.stack(
+        [c * local[..., 0] - s * local[..., 1], s * local[..., 0] + c * local[..., 1]], -1
+    )
     place = place + objects.centre[:, None, None, :2] - here[:2]  # (n, 4, 3, 2)
     normal = np.stack([c * side[:, :1] - s * side[:, 1:], s * side[:, :1] + c * side[:, 1:]], -1)
     facing = -(place * normal).sum(-1) / np.linalg.norm(place, axis=-1)  # cosine of incidence
@@ -180,7 +187,7 @@ def box_points(snapshot: Snapshot, radar: Radar) -> Scatterers:
     kept = (distance, -place[..., 1] / distance, speed, amplitude)
     return Scatterers(*(v[wanted] for v in kept))
 
-
+# %% ../../../nbs/world/30_radar.ipynb #c9d8b5b0
 def ground_points(snapshot: Snapshot, radar: Radar) -> Scatterers:
     """Echoes of kerbs and edges: where rays along the ground meet another kind of ground."""
     angle = np.radians(np.arange(-60, 61, 4.0))[:, None]
