@@ -105,6 +105,18 @@ def run(
     )
 
 
+def run_triton(code: str, last: str, interpret: bool, **env: str) -> None:
+    """Python with Triton kernels, in a process of its own, must end by printing `last`.
+
+    interpret: on the CPU, by Triton's interpreter; else its compiler is there, for any GPU.
+    """
+    pytest.importorskip("triton")
+    places = os.pathsep.join(str(ROOT / name) for name in ("lib", "tests"))
+    env |= {"TRITON_INTERPRET": str(int(interpret)), "PYTHONPATH": places}
+    done = run(ROOT, "python", "-c", code, **env)
+    assert done.returncode == 0 and done.stdout.strip().endswith(last), done.stderr[-2000:]
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], None]], Path]:
     """shared(name, make): a folder made once by make(folder) for all workers; only to be read."""

@@ -1,5 +1,29 @@
 """A sixth system, as a newcomer would add it: four notebooks, results and rows.yaml."""
 
+from inspect import getsource
+
+import torch
+from torch.utils.data import Dataset
+
+from leansense.core.loader import sample_rng
+
+
+class Clouds(Dataset):
+    """Clouds of three to eight points: on which side of the axis their centre lies."""
+
+    def __init__(self, size, first):
+        self.size, self.first = size, first
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, key):
+        draw = sample_rng(7, 0, self.first + key[1])
+        centre = draw.normal(size=2)
+        cloud = centre + 0.5 * draw.normal(size=(draw.integers(3, 9), 2))
+        return torch.tensor(cloud, dtype=torch.float32), int(centre[0] > 0)
+
+
 DATA = [
     "#| default_exp clouds.data",
     "# Clouds: data\n> Clouds of points; on which side of an axis does each lie?",
@@ -24,21 +48,9 @@ def identify(params):
     return f"clouds-{params['count']}-1"
 
 
-class Clouds(Dataset):
-    \"\"\"Clouds of three to eight points.\"\"\"
-
-    def __init__(self, size, first):
-        self.size, self.first = size, first
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, key):
-        draw = sample_rng(7, 0, self.first + key[1])
-        centre = draw.normal(size=2)
-        cloud = centre + 0.5 * draw.normal(size=(draw.integers(3, 9), 2))
-        return torch.tensor(cloud, dtype=torch.float32), int(centre[0] > 0)
-
+"""
+    + getsource(Clouds)
+    + """
 
 def collate(samples):
     \"\"\"A list of clouds, which differ in size, and their labels.\"\"\"

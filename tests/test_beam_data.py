@@ -45,6 +45,7 @@ from leansense.beam.split import (
     make_split,
     split_by_drive,
 )
+from leansense.beam.standin import FAULTS, plant_fault, standin
 
 pytestmark = pytest.mark.usefixtures("own_data_root")
 STEP, FRAMES = 2, 20  # numbers between frames of a window, as in the challenge; windows' frames
@@ -600,6 +601,40 @@ def test_scan_lists_every_fault(small):
     data, report = scan(small)
     assert len(report.errors) == 3 and len(data.samples) == len(rows) - 3
     assert "(and 2 more problems" in message(ValueError, report.raise_if_bad)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """The smallest stand-in that has all three parts."""
+    return standin(tmp_path_factory.mktemp("standin"), sequences=3, frames=5, rays=64)
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_every_planted_fault_is_one_line(drawn, tmp_path, fault):
+    """It stops a run, and the doctor names it, with the file and what to do."""
+    where = plant_fault(drawn, tmp_path / "copy", fault)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        data = make_split(load(tmp_path / "copy"))
+        for part in ("train", "valid", "test"):
+            BeamDataset(data, part, size=16)
+    report = check(tmp_path / "copy")
+    assert not report.ok
+    for text in (str(caught.value), str(report.errors[0])):
+        assert "\n" not in text and where.name in text and "; " in text
+
+
+def test_standin_batches(drawn):
+    params = {"data": str(drawn), "size": 16, "batch_size": 2, "angle": "atan2"}
+    parts = loaders(dataset(params), params)
+    assert {k: len(part.dataset) for k, part in parts.items()} == {
+        "train": 6, "valid": 4, "test": 4,
+    }  # fmt: skip
+    for batch in (next(iter(part)) for part in parts.values()):
+        assert batch["image"].float().std() > 10 and batch["radar"].amax() == 1
+        assert (batch["lidar"] > 0).any() and batch["present"].all()
+        assert batch["gps"].norm(dim=2).allclose(torch.ones(2, 2))
+    few = {"standin": 3, "seq_len": 1}
+    assert identify(few).startswith("standin-3x8-") and identify(few).endswith("-sequence-1to1")
 
 
 def test_the_module_is_light():

@@ -155,6 +155,11 @@ def test_ply(tmp_path, encoding):
 
 def test_ply_faults(tmp_path):
     path = tmp_path / "a.ply"
+    lines = HEADER.split("element face")[0] + "end_header\n"
+    rows = "".join(" ".join(f"{v:.9f}" for v in row) + "\n" for row in ROWS * 9)
+    path.write_text(lines.format("binary_little_endian", 27) + rows)  # a tool's wrong header
+    assert "bytes more than its 27 binary points" in message(ValueError, read_points, path)
+    path.unlink()
     assert "lidar is missing" in message(FileNotFoundError, read_points, path)
     for text, said in [
         ("pcd\n", "is not a PLY file"),

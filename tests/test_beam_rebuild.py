@@ -1,4 +1,4 @@
-"""Rebuilding a missing sensor: stated counts and vectors, both forms, what moves and what does not."""
+"""Rebuilding a missing sensor: stated counts and vectors, both forms, what moves, what stays."""
 
 import copy
 import math
@@ -162,7 +162,13 @@ def test_every_direction_trains(source, target, faithful):
     batch = example(task.model, 3)
     loss, terms = task.step(batch)
     scored = terms.pop("scores")
-    assert scored[0].shape == (3, 64) and set(terms) == {"trans", "contrast", "distance", "fusion", "distil"}
+    assert scored[0].shape == (3, 64) and set(terms) == {
+        "trans",
+        "contrast",
+        "distance",
+        "fusion",
+        "distil",
+    }
     total = sum(task.alphas[name] * value for name, value in terms.items())
     assert loss.item() == pytest.approx(total.item())
     loss.backward()

@@ -1,4 +1,4 @@
-"""The rows of beam end to end: printed invocations, checkpoints that others start from, bad input."""
+"""The rows of beam: printed invocations, checkpoints that others start from, bad input."""
 
 import json
 import re
@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from leansense.core.parameters import OWNED, find_faults, read_parameters
-from leansense.core.rows import data_values, fingerprint, read_rows
 from leansense.beam import data as beam
 from leansense.beam import positions
+from leansense.core.parameters import OWNED, find_faults, read_parameters
+from leansense.core.rows import data_values, fingerprint, read_rows
 
 TINY = {
     "standin": 3,
@@ -25,7 +25,9 @@ TINY = {
     "device": "cpu",
     "progress": False,
 }
-ROW, REBUILD, POSITIONS = (f"nbs/beam/{name}.ipynb" for name in ("80_row", "82_rebuild", "86_positions"))
+ROW, REBUILD, POSITIONS = (
+    f"nbs/beam/{name}.ipynb" for name in ("80_row", "82_rebuild", "86_positions")
+)
 
 
 def cells(notebook: str) -> list[str]:
@@ -58,7 +60,7 @@ def invocations(notebook: str) -> list[dict]:
     for line in re.findall(r"^papermill .+$", text, re.M):
         _, given, _, *words = shlex.split(line)
         assert given == notebook and words[::3] == ["-p"] * (len(words) // 3), line
-        floats = re.compile(r"[+-]?\d+e[+-]?\d+")  # papermill reads 1e-4 as a number, YAML as a text
+        floats = re.compile(r"[+-]?\d+e[+-]?\d+")  # numbers to papermill, text to YAML
         found.append(
             {
                 name: float(value) if floats.fullmatch(value) else yaml.safe_load(value)
@@ -86,17 +88,23 @@ def test_training_leaves_the_published_files_and_a_record(base):
     record, metrics = found["record"], found["record"]["metrics"]
     assert record["params"].keys() == read_parameters(ROW).keys() - OWNED
     for part in ("valid", "test"):
-        assert {f"{part}_{key}" for key in ("dba", "top1", "top2", "top3", "dba_31", "dba_34")} <= metrics.keys()
+        assert {
+            f"{part}_{key}" for key in ("dba", "top1", "top2", "top3", "dba_31", "dba_34")
+        } <= metrics.keys()
     assert sum(map(sum, metrics["test_confusion"])) == record["data"]["test"]
     assert len(metrics["panels"]) == 2 and len(metrics["panels"][0]["top"]) == 5
     assert metrics["finite"] is True and len(metrics["signal"]) == 4
-    assert {f"without_{name}_dba" for name in ("image", "lidar", "radar", "lidar_radar")} <= metrics.keys()
+    assert {
+        f"without_{name}_dba" for name in ("image", "lidar", "radar", "lidar_radar")
+    } <= metrics.keys()
     assert all(metrics["heard"][name] > 0 for name in ("image", "lidar", "radar", "gps"))
     assert len(metrics["history"]["valid_dba"]) == 1 and str(ROOT) not in json.dumps(record)
 
 
 def test_the_published_exchange_hears_nothing(tmp_path):
-    found = execute(ROW, **TINY | {"n_layer": 8}, faithful=True, signal=True, folder=str(tmp_path / "f"))
+    found = execute(
+        ROW, **TINY | {"n_layer": 8}, faithful=True, signal=True, folder=str(tmp_path / "f")
+    )
     metrics = found["record"]["metrics"]
     assert metrics["heard"]["gps"] == 0 and metrics["heard"]["image"] > 0
     assert max(row["gradient"] for row in metrics["signal"]) == 0
@@ -116,14 +124,27 @@ def test_evaluation_of_a_checkpoint_without_a_sensor(base, tmp_path):
 
 def test_rebuilding_starts_from_a_row(base, tmp_path):
     folder, found = base
-    given = {"pretrain_weight": str(folder / "best_model.pth"), "source": "image", "target": "lidar radar"}
+    given = {
+        "pretrain_weight": str(folder / "best_model.pth"),
+        "source": "image",
+        "target": "lidar radar",
+    }
     metrics = execute(REBUILD, **TINY, **given, folder=str(tmp_path / "r"))["record"]["metrics"]
     assert metrics["test_base_dba"] == found["measured"]["test_dba"]
     assert metrics["test_filled_zero_dba"] == found["without"]["without_lidar_radar_dba"]
     for name in ("filled_rand", "rebuilt", "full"):
         assert 0 <= metrics[f"test_{name}_dba"] <= 1 and f"test_{name}_top3" in metrics
-    assert {f"train_{name}" for name in ("trans", "contrast", "distance", "fusion")} <= metrics["history"].keys()
-    kept = execute(REBUILD, **TINY, **given, Val=1, load_model_dir=str(tmp_path / "r"), folder=str(tmp_path / "v"))
+    assert {f"train_{name}" for name in ("trans", "contrast", "distance", "fusion")} <= metrics[
+        "history"
+    ].keys()
+    kept = execute(
+        REBUILD,
+        **TINY,
+        **given,
+        Val=1,
+        load_model_dir=str(tmp_path / "r"),
+        folder=str(tmp_path / "v"),
+    )
     assert kept["record"]["metrics"]["test_rebuilt_dba"] == metrics["test_rebuilt_dba"]
 
 
@@ -131,23 +152,31 @@ def test_a_loss_that_is_not_finite_is_an_error_or_a_record(tmp_path, monkeypatch
     from leansense.beam.task import BeamTask
 
     plain = BeamTask.loss_of
-    monkeypatch.setattr(BeamTask, "loss_of", lambda self, *given: plain(self, *given) * float("nan"))
+    monkeypatch.setattr(
+        BeamTask, "loss_of", lambda self, *given: plain(self, *given) * float("nan")
+    )
     with pytest.raises(RuntimeError, match="loss is nan at step 0"):
         execute(ROW, **TINY, folder=str(tmp_path / "stop"))
-    metrics = execute(ROW, **TINY, diverge="record", folder=str(tmp_path / "note"))["record"]["metrics"]
-    assert metrics["finite"] is False and metrics["stopped_epoch"] == 0 and "test_dba" not in metrics
+    metrics = execute(ROW, **TINY, diverge="record", folder=str(tmp_path / "note"))["record"][
+        "metrics"
+    ]
+    assert (
+        metrics["finite"] is False and metrics["stopped_epoch"] == 0 and "test_dba" not in metrics
+    )
 
 
 @pytest.mark.parametrize("split", ["sequence", "random"])
 def test_positions(tmp_path, split):
-    metrics = execute(POSITIONS, epochs=2, split=split, progress=False, folder=str(tmp_path / "p"))["record"]["metrics"]
+    metrics = execute(POSITIONS, epochs=2, split=split, progress=False, folder=str(tmp_path / "p"))[
+        "record"
+    ]["metrics"]
     assert metrics["nearest_dba"] > 0.5 and metrics["mlp_dba"] > 0.2
-    assert {f"{who}_top{k}_{s}" for who in ("nearest", "mlp") for k in (1, 3, 5) for s in (1, 2)} <= metrics.keys()
+    assert {
+        f"{who}_top{k}_{s}" for who in ("nearest", "mlp") for k in (1, 3, 5) for s in (1, 2)
+    } <= metrics.keys()
 
 
-@pytest.mark.parametrize(
-    "notebook, count", [(ROW, 14), (REBUILD, 26)]
-)
+@pytest.mark.parametrize("notebook, count", [(ROW, 14), (REBUILD, 26)])
 def test_every_printed_invocation_is_sound(notebook, count):
     found = invocations(notebook)
     assert len(found) == count
@@ -164,7 +193,12 @@ def test_printed_invocations_run(base, tmp_path, number):
         small["load_model_path"] = str(base[0] / "best_model.pth")
     values |= small | {"logdir": str(tmp_path / values.get("logdir", "log"))}
     found = execute(ROW, **values)
-    wanted = {1: "log", 5: "img_lidar-ms_radar-zerolike", 9: "ablation", 10: "missing-ms_image-zerolike_val"}
+    wanted = {
+        1: "log",
+        5: "img_lidar-ms_radar-zerolike",
+        9: "ablation",
+        10: "missing-ms_image-zerolike_val",
+    }
     assert found["run"].name == ROW and str(found["run"].params["folder"]).endswith(wanted[number])
 
 

@@ -3,10 +3,7 @@ fall-backs, errors.
 """
 
 import math
-import os
-import subprocess
 import sys
-import textwrap
 import warnings
 
 import numpy as np
@@ -16,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import run_triton
 from leansense.layers import bev_pool as module
 from leansense.layers import bev_pool_native as native
 from leansense.layers.backend import triton_why_not
@@ -668,20 +666,8 @@ print("agree")
 """  # noqa: E501
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
-    )
-
-
 def test_triton_kernels_interpreted():
-    pytest.importorskip("triton")
-    done = python(INTERPRETED, TRITON_INTERPRET="1")
-    assert done.returncode == 0 and done.stdout.strip() == "agree", done.stderr[-2000:]
+    run_triton(INTERPRETED, "agree", interpret=True)
 
 
 COMPILED = """
@@ -706,9 +692,7 @@ print("compiled")
 
 def test_triton_kernels_compile_for_a_gpu(tmp_path):
     """To machine code of an H100, which needs none to be there; and without atomics."""
-    pytest.importorskip("triton")
-    done = python(COMPILED, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0 and done.stdout.strip() == "compiled", done.stderr[-2000:]
+    run_triton(COMPILED, "compiled", interpret=False, TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.cuda

@@ -45,6 +45,16 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not left
 
 
+def kill_all(head: subprocess.Popen) -> None:
+    """kill -9 of a process and all below it, and wait until they are gone."""
+    everyone = family(head)
+    for each in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    head.wait()
+    wait(lambda: gone(everyone), 30)
+
+
 def kernels(head: subprocess.Popen) -> list[psutil.Process]:
     found = []
     for each in family(head):
@@ -249,12 +259,7 @@ def drill(clone: Path, moments: list) -> None:
             "record": lambda: len(list(records.rglob("*.json"))) > before,
         }.get(moment, lambda: time.monotonic() - begun > moment)
         wait(lambda: reached() or main.poll() is not None)
-        everyone = family(main)
-        for each in everyone:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        main.wait()
-        wait(lambda: gone(everyone), 30)
+        kill_all(main)
         assert broken(clone) == [], f"killed at {moment}"
     end = toy.tables(clone)
     assert end.returncode == 0, end.stdout + end.stderr

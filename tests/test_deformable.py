@@ -2,10 +2,6 @@
 the layer, cost.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import run_triton
 from leansense.core.cost import peak_memory, ratio, set_threads, throughput
 from leansense.layers import deformable as module
 from leansense.layers import deformable_native as native
@@ -385,8 +382,7 @@ def test_flops_and_double_backward():
 
 
 TRITON = """
-import sys, torch
-sys.path.insert(0, {tests!r})
+import torch
 from test_deformable import agree, draw, run
 from leansense.layers import deformable_triton as kernels
 for shapes in ([(5, 4)], [(1, 3), (4, 1), (1, 1)]):
@@ -421,16 +417,7 @@ print("kernels agree")
 
 
 def test_triton_interpreted():
-    pytest.importorskip("triton")
-    code = TRITON.format(tests=os.path.dirname(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0 and "kernels agree" in done.stdout, done.stderr[-2000:]
+    run_triton(TRITON, "kernels agree", interpret=True)
 
 
 COMPILE = """
@@ -461,15 +448,7 @@ print("compiled")
 
 def test_triton_compiles_for_a_gpu():
     """All the way to machine code for a Hopper GPU, which needs no GPU."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-2000:]
+    run_triton(COMPILE, "compiled", interpret=False)
 
 
 def test_layer_counts_names_and_star():

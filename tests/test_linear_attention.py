@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
+from conftest import run_triton
 from leansense.layers import linear_attention as module
 from leansense.layers import linear_attention_native as native
 from leansense.layers.attention_peers import OPERATOR
@@ -688,8 +688,6 @@ def test_import_is_light():
 
 
 TRITON = """
-import sys
-sys.path.insert(0, {tests!r})
 import torch
 from test_linear_attention import agree, draw, qkv
 from leansense.layers.linear_attention import linear_attention
@@ -715,16 +713,7 @@ print("kernels agree")
 
 
 def test_triton_in_the_interpreter():
-    pytest.importorskip("triton")
-    code = TRITON.format(tests=os.path.dirname(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0 and "kernels agree" in done.stdout, done.stderr[-2000:]
+    run_triton(TRITON, "kernels agree", interpret=True)
 
 
 COMPILE = """
@@ -753,15 +742,7 @@ print("compiled")
 
 def test_triton_compiles_for_a_gpu_that_is_not_here():
     """All the way to machine code for a Hopper GPU, which needs no GPU."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-    )
-    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-2000:]
+    run_triton(COMPILE, "compiled", interpret=False)
 
 
 def test_every_contender_computes_its_function():

@@ -163,25 +163,26 @@ def damage(path: Path, how: str) -> None:
         path.with_suffix(".hash").write_bytes(b"\xff\xfe")
 
 
+def load_afresh(first: str = "") -> subprocess.CompletedProcess:
+    """Load the example in a process of its own, which does `first` before all else."""
+    code = (
+        f"import os, sys; {first}\nfrom leansense.layers.native import library\n"
+        "print(library('lanes', sys.argv[1]).lanes())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT
+    )
+
+
 @has_compiler
 @pytest.mark.parametrize("how", ["cut", "bit", "empty", "no note", "other note", "binary note"])
 def test_damaged_cache_is_rebuilt(tmp_path, how):
     """In a process of its own: a library that is in use must not be written over."""
-    code = (
-        "from leansense.layers.native import library; import sys; "
-        "print(library('lanes', sys.argv[1]).lanes())"
-    )
-
-    def load():
-        return subprocess.run(
-            [sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT
-        )
-
-    first = load()
+    first = load_afresh()
     (path,) = cached(tmp_path)
     whole = path.read_bytes()
     damage(path, how)
-    second = load()
+    second = load_afresh()
     assert second.returncode == 0 and second.stdout == first.stdout
     assert cached(tmp_path) == [path] and path.read_bytes() == whole
     assert path.with_suffix(".hash").read_text() == native._hash(whole)
@@ -301,17 +302,7 @@ def test_second_start_where_groups_may_write(tmp_path):
     """Under the umask of many systems: what the first start writes, the second must not refuse as
     open to others.
     """
-    code = (
-        "import os, sys; os.umask(0o002); from leansense.layers.native import library\n"
-        "print(library('lanes', sys.argv[1]).lanes())"
-    )
-
-    def load():
-        return subprocess.run(
-            [sys.executable, "-c", code, SOURCE], capture_output=True, text=True, cwd=ROOT
-        )
-
-    first, second = load(), load()
+    first, second = (load_afresh("os.umask(0o002)") for _ in range(2))
     assert second.returncode == 0 and second.stdout == first.stdout, second.stderr
     (path,) = cached(tmp_path)
     modes = [stat.S_IMODE(p.stat().st_mode) for p in (path.parent, path, path.with_suffix(".hash"))]

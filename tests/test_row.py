@@ -10,18 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from conftest import ROOT
 from leansense.core.checkpoint import MARK, read_checkpoint
-from leansense.core.loader import EpochSampler, Indexed, loader, sample_rng
+from leansense.core.loader import EpochSampler, Indexed, loader
 from leansense.core.parameters import read_parameters
 from leansense.core.paths import write_atomic
 from leansense.core.row import SHARED, Row, find_differing, settings_of
 from leansense.core.schedule import Recipe
 from leansense.core.task import NonFiniteLoss, Task, samples_of
 from leansense.core.train import Settings, fit, seed_everything, weights_digest
+from sixth import Clouds
 
 CELL = """
 data: str = "standin"  # clouds are drawn
@@ -38,22 +39,6 @@ seed: int = 0  # every random draw
 folder: str = ""  # where checkpoints, logs, results go; empty: below runs/by-hand
 out: str = ""  # path of the record; empty: show it only
 """.strip()
-
-
-class Clouds(Dataset):
-    """Clouds of three to eight points: on which side of the axis their centre lies."""
-
-    def __init__(self, size, first):
-        self.size, self.first = size, first
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, key):
-        draw = sample_rng(7, 0, self.first + key[1])
-        centre = draw.normal(size=2)
-        cloud = centre + 0.5 * draw.normal(size=(draw.integers(3, 9), 2))
-        return torch.tensor(cloud, dtype=torch.float32), int(centre[0] > 0)
 
 
 def collate(samples):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import ROOT, run
+from conftest import ROOT, run, run_triton
 from leansense.layers import backend as choosing
 from leansense.layers import scan, scan_mamba_ssm, scan_native
 from leansense.layers.scan import (
@@ -652,7 +652,6 @@ def test_order_of_preference():
 
 
 INTERPRETED = """
-import sys; sys.path.insert(0, "tests")
 import torch
 from test_scan import EVERYTHING, check, choose, draw
 from leansense.layers import scan_triton
@@ -673,9 +672,7 @@ print("interpreted")
 
 
 def test_triton_in_its_interpreter():
-    pytest.importorskip("triton")
-    done = run(ROOT, "python", "-c", INTERPRETED, TRITON_INTERPRET="1")
-    assert done.stdout.strip().endswith("interpreted"), done.stderr[-2000:]
+    run_triton(INTERPRETED, "interpreted", interpret=True)
 
 
 ASSEMBLED = """

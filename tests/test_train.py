@@ -121,6 +121,7 @@ def same(one, two):
     )
 
 
+ONCE = dict(epochs=1, seed=0, mode="min", device="cpu", progress=False)
 ADAM = Recipe(lr=0.02, weight_decay=0.01, schedule="cosine", per="step")
 SGD = Recipe("sgd", lr=0.05, schedule="warmup_cosine", per="step", warmup=3, floor=1e-4)
 PLATEAU = Recipe("adam", lr=0.02, schedule="plateau", plateau_patience=0, gamma=0.5)
@@ -848,13 +849,9 @@ def test_epoch_loss_is_weighted_by_size(tmp_path):
         Given(),
         train,
         loader(data, 2, seed=0, shuffle=False),
-        epochs=1,
         folder=tmp_path,
-        seed=0,
         monitor="valid_loss",
-        mode="min",
-        device="cpu",
-        progress=False,
+        **ONCE,
     )
     assert result.history["train_loss"] == pytest.approx([0.5337138], abs=1e-6)
     assert result.history["valid_loss"] == pytest.approx([0.5337138], abs=1e-6)
@@ -933,18 +930,7 @@ def test_non_finite_loss_names_the_samples_in_any_batch(tmp_path, form):
     with pytest.raises(
         NonFiniteLoss, match=r"validation loss is nan .* samples \['field_0', .*'field_3'\]"
     ):
-        fit(
-            Breaking(),
-            *made,
-            epochs=1,
-            folder=tmp_path,
-            seed=0,
-            monitor="train_loss",
-            mode="min",
-            device="cpu",
-            progress=False,
-            tensorboard=False,
-        )
+        fit(Breaking(), *made, folder=tmp_path, monitor="train_loss", tensorboard=False, **ONCE)
 
 
 def test_non_finite_validation_is_an_error(tmp_path):

@@ -244,6 +244,19 @@ def test_rows_that_start_from_others_are_run_behind_them(house):
     assert found["toy more/three.s0"]["score"] == 30 + 2 and found["toy main/two.s0"]["score"] == 20
 
 
+def test_files_outside_git_are_read_where_they_are(house):
+    """Weights lie in this checkout, not in the one of the old code that is unpacked beside it."""
+    body = BODY.replace("value, seed)", "value, seed) + int(open(weights).read())")
+    save(house / "nbs/toy/80_row.ipynb", CELL + '\nweights: str = "data/w.txt"  # start', body)
+    write_atomic(house / "data/w.txt", "5")
+    old = house / "runs/old"
+    for name in ("lib", "nbs"):
+        shutil.copytree(house / name, old / name)
+    shutil.copy(house / "settings.ini", old)
+    found = vouch.measure(vouch.smoke_rows("toy")["more"], old, house / "runs/side")
+    assert found["toy more/three.s0"]["score"] == 30 + 5
+
+
 def test_entries_chain(house):
     row = read_rows("toy")[0]
     here, old = digest(row.notebook), code_key(record.read(row.record)["code"])

@@ -64,6 +64,11 @@ RIGS = {
 }
 
 
+def within(**ranges: tuple[float, float]) -> dict[str, st.SearchStrategy[float]]:
+    """Numbers to draw for each name, between its two bounds."""
+    return {name: st.floats(*bounds) for name, bounds in ranges.items()}
+
+
 def pixel_centres(rig: Rig) -> np.ndarray:
     u, v = np.meshgrid(np.arange(rig.width) + 0.5, np.arange(rig.height) + 0.5)
     return np.broadcast_to(np.stack([u, v], -1), (len(rig.names), rig.height, rig.width, 2))
@@ -269,7 +274,7 @@ def test_extrinsics_are_the_inverse():
         assert np.allclose(rig.extrinsics @ pose, np.eye(4), atol=1e-12)
 
 
-@given(yaw=st.floats(-180, 180), pitch=st.floats(-80, 80))
+@given(**within(yaw=(-180, 180), pitch=(-80, 80)))
 @settings(max_examples=50, deadline=None)
 def test_quaternion_is_the_rotation(yaw, pitch):
     rotation = look_along(math.radians(yaw), math.radians(pitch))
@@ -462,12 +467,9 @@ def test_pixels_are_what_a_slow_ray_caster_sees(name):
 
 
 @given(
-    x=st.floats(-3, 12),
-    y=st.floats(-6, 6),
-    yaw=st.floats(-3.2, 3.2),
-    length=st.floats(0.3, 14),
-    width=st.floats(0.3, 3),
-    height=st.floats(0.3, 4),
+    **within(
+        x=(-3, 12), y=(-6, 6), yaw=(-3.2, 3.2), length=(0.3, 14), width=(0.3, 3), height=(0.3, 4)
+    )
 )
 @settings(max_examples=60, deadline=None)
 def test_any_box_close_to_the_camera(x, y, yaw, length, width, height):
@@ -559,13 +561,7 @@ def test_no_line_slips_between_the_cells(grid):
         assert line.any(1).all() and line.sum(1).max() <= 2
 
 
-@given(
-    x=st.floats(-30, 30),
-    y=st.floats(-30, 30),
-    yaw=st.floats(-3.2, 3.2),
-    length=st.floats(0.2, 12),
-    width=st.floats(0.2, 3),
-)
+@given(**within(x=(-30, 30), y=(-30, 30), yaw=(-3.2, 3.2), length=(0.2, 12), width=(0.2, 3)))
 @settings(max_examples=60, deadline=None)
 def test_touched_cells_are_exact(x, y, yaw, length, width):
     """Against a dense cloud: cells with a point of the box are filled, and none clear of it."""

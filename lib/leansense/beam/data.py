@@ -80,6 +80,42 @@ def prepare_radar(path: str, size: int) -> np.ndarray:
     """(2, size, size) float16 in [0, 1]: both radar maps of a cube."""
     return make_radar(read_radar(path), size).astype(np.float16)
 
+# %% ../../../nbs/beam/00_data.ipynb #6ce5956d
+def _segmented(path: str) -> str:
+    """The segmentation of a day picture; empty at night."""
+    day = "scenario31" in path or "scenario32" in path
+    return beside(path, "camera_data_seg") if day else ""
+
+
+def _choose(kind: str, o: Options, scenario_of: dict[str, int]) -> tuple[Callable, int, str, str]:
+    """(function of a path, channels, dtype, what else decides the content) of a sensor."""
+    if kind == "image":
+        seg = o.add_seg
+        return (
+            lambda p: prepare_image(p, o.size, seg and bool(_segmented(p))),
+            3,
+            "uint8",
+            f"seg{seg}",
+        )
+    if kind == "lidar":
+        field = o.custom_FoV_lidar
+        return (
+            lambda p: prepare_lidar(p, o.size, scenario_of[p], field),
+            1,
+            "uint8",
+            f"fov{field}",
+        )
+    return lambda p: prepare_radar(p, o.size), 2, "float16", ""
+
+
+def _try(make: Callable, path: str) -> bool:
+    """Whether a frame can be prepared."""
+    try:
+        make(path)
+        return True
+    except (OSError, ValueError):
+        return False
+
 # %% ../../../nbs/beam/00_data.ipynb #8a9b0040
 class Frames:
     """The prepared frames of one sensor: `array` (R, C, S, S) and the row of each path."""
@@ -118,41 +154,28 @@ class Frames:
         rows = [self.row.get(path, -1) for path in paths]
         return [r if r < 0 or self.good is None or self.good[r] else -1 for r in rows]
 
+# %% ../../../nbs/beam/00_data.ipynb #f2f3959f
+def _read_gps(samples: Sequence[Sample], o: Options) -> np.ndarray:
+    """(N, 2, 2) float32 features of the positions of each sample."""
+    known = {}
 
-def _segmented(path: str) -> str:
-    """The segmentation of a day picture; empty at night."""
-    day = "scenario31" in path or "scenario32" in path
-    return beside(path, "camera_data_seg") if day else ""
+    def place(path: str) -> np.ndarray:
+        if path not in known:
+            known[path] = read_place(path)
+        return known[path]
 
-
-def _choose(kind: str, o: Options, scenario_of: dict[str, int]) -> tuple[Callable, int, str, str]:
-    """(function of a path, channels, dtype, what else decides the content) of a sensor."""
-    if kind == "image":
-        seg = o.add_seg
-        return (
-            lambda p: prepare_image(p, o.size, seg and bool(_segmented(p))),
-            3,
-            "uint8",
-            f"seg{seg}",
-        )
-    if kind == "lidar":
-        field = o.custom_FoV_lidar
-        return (
-            lambda p: prepare_lidar(p, o.size, scenario_of[p], field),
-            1,
-            "uint8",
-            f"fov{field}",
-        )
-    return lambda p: prepare_radar(p, o.size), 2, "float16", ""
-
-
-def _try(make: Callable, path: str) -> bool:
-    """Whether a frame can be prepared."""
-    try:
-        make(path)
-        return True
-    except (OSError, ValueError):
-        return False
+    return np.stack(
+        [
+            make_gps(
+                np.stack([place(path) for path in s.car]),
+                place(s.base),
+                s.scenario,
+                o.angle_norm,
+                o.angle,
+            )
+            for s in samples
+        ]
+    )
 
 # %% ../../../nbs/beam/00_data.ipynb #2be5a613
 class BeamDataset:
@@ -294,29 +317,6 @@ class BeamDataset:
         """A batch of one window, for shapes and costs."""
         return self.batch([0])
 
-
-def _read_gps(samples: Sequence[Sample], o: Options) -> np.ndarray:
-    """(N, 2, 2) float32 features of the positions of each sample."""
-    known = {}
-
-    def place(path: str) -> np.ndarray:
-        if path not in known:
-            known[path] = read_place(path)
-        return known[path]
-
-    return np.stack(
-        [
-            make_gps(
-                np.stack([place(path) for path in s.car]),
-                place(s.base),
-                s.scenario,
-                o.angle_norm,
-                o.angle,
-            )
-            for s in samples
-        ]
-    )
-
 # %% ../../../nbs/beam/00_data.ipynb #f3b153ef
 def collate(items: Sequence[dict] | dict) -> dict:
     """A batch of items: every tensor stacked, `id` a list; a batch stays as it is."""
@@ -375,7 +375,7 @@ def _recipe(params: dict) -> dict:
     reading = Reading(**_pick(params, Reading))
     longer = reading.seq_len > 5 or reading.pred_len > 1
     return {
-        "sequences": int(params.get("standin") or 20),
+        "sequences": int(params.get("standin") or 80),
         "frames": reading.seq_len + 10 if longer else 8,
     }
 

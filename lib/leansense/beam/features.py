@@ -95,7 +95,7 @@ _TYPES = {
 }  # fmt: skip
 _ORDERS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 
-
+# %% ../../../nbs/beam/04_features.ipynb #775cffca
 def _read_header(content: bytes) -> tuple[str, int, list[tuple[str, str]], int]:
     """(encoding, vertices, [(name, type)] of a vertex, where the data begin) of a PLY file."""
     end = re.search(rb"(?m)^end_header[ \t]*\r?\n", content)
@@ -119,7 +119,7 @@ def _read_header(content: bytes) -> tuple[str, int, list[tuple[str, str]], int]:
         raise ValueError(f"is in the format {encoding!r}")
     return encoding, count, fields, end.end()
 
-
+# %% ../../../nbs/beam/04_features.ipynb #9149341b
 def _read_vertices(content: bytes) -> np.ndarray:
     """(N, 2) float64 x and y of the vertices in a PLY file's bytes; ValueError in words."""
     encoding, count, fields, start = _read_header(content)
@@ -135,7 +135,10 @@ def _read_vertices(content: bytes) -> np.ndarray:
         columns = None if table is None else [table[:, names.index(n)] for n in "xy"]
     else:
         kind = np.dtype([(name, _ORDERS[encoding] + code) for name, code in fields])
-        whole = len(content) - start >= count * kind.itemsize
+        rest = len(content) - start - count * kind.itemsize
+        if rest > 0 and b"\nelement" not in content[:start].split(b"element vertex")[1]:
+            raise ValueError(f"has {rest} bytes more than its {count} binary points")
+        whole = rest >= 0
         table = np.frombuffer(content, kind, count, start) if whole else None
         columns = None if table is None else [table["x"], table["y"]]
     if columns is None:

@@ -50,7 +50,7 @@ class Sample:
     split: str = ""  # train, valid, test; empty: not used
     variant: tuple[int, int, int] = (0, 0, 0)  # which augmented copy: of image, lidar, radar
 
-
+# %% ../../../nbs/beam/02_layouts.ipynb #32461541
 @dataclass(frozen=True)
 class Beam:
     """A data set: its samples, read but not opened."""

@@ -20,8 +20,6 @@ from .missing import MODALITIES, hide, parse_modalities, presence
 from .task import SCENARIOS, BeamTask
 from ..core.schedule import Group, Recipe
 
-FORMS = ("bounded", "faithful")
-
 # %% ../../../nbs/beam/15_rebuild.ipynb #a4b469c5
 class ProjectHead(nn.Module):
     """A layer-1 map (N, C, H, W) -> (shared, own), each (N, C, H W), of length 1 together."""
@@ -107,6 +105,9 @@ class Rebuilder(nn.Module):
         return self.guess(self.project({n: maps[n] for n in self.source})[0], first.shape)
 
 # %% ../../../nbs/beam/15_rebuild.ipynb #ba98a6e7
+FORMS = ("bounded", "faithful")
+
+
 def trans_loss(guessed: Tensor, true: Tensor, form: str = "bounded") -> Tensor:
     """Mean squared error; bounded: as a share of the mean square of `true`."""
     error = F.mse_loss(guessed, true)
@@ -148,13 +149,14 @@ def distil_loss(logits: Tensor, teacher: Tensor, temperature: float = 2.0) -> Te
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 # %% ../../../nbs/beam/15_rebuild.ipynb #0628553d
-FREEZE = {  # names for fit(freeze=)
-    "base": ("base",),
-    "encoders": ("base", "model.encoders"),
-    "fusion": ("base", "model"),  # heads alone learn
-}
+def _where_seen(guessed: Tensor, true: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (B S, C, H, W) where the true frame was there (B, S); as they are if none was."""
+    seen = seen.flatten()
+    return (guessed, true) if bool(seen.all()) or not bool(seen.any()) else (
+        guessed[seen], true[seen]
+    )  # fmt: skip
 
-
+# %% ../../../nbs/beam/15_rebuild.ipynb #3c3b4b9d
 class RebuildTask(BeamTask):
     """Training of a Rebuilder and tuning of its network; `valid_dba` is that of rebuilt input.
 
@@ -218,7 +220,7 @@ class RebuildTask(BeamTask):
         return self
 
     def load_state_dict(self, state_dict: Mapping, *args, **options):
-        """As PyTorch's; weights without a base, from the network's own training, are the base too."""
+        """As PyTorch's; weights without a base, of the network's own training, are the base."""
         found = super().load_state_dict(state_dict, *args, **options)
         if not any(name.startswith("base.") for name in state_dict):
             self.base.load_state_dict(self.model.state_dict())
@@ -290,18 +292,17 @@ class RebuildTask(BeamTask):
         maps = self.base.layer1(batch, self.rebuild.source)
         return self.replace(batch, self.rebuild(maps), 1.0)
 
-
-def _where_seen(guessed: Tensor, true: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (B S, C, H, W) where the true frame was there (B, S); as they are if none was."""
-    seen = seen.flatten()
-    return (guessed, true) if bool(seen.all()) or not bool(seen.any()) else (
-        guessed[seen], true[seen]
-    )  # fmt: skip
+# %% ../../../nbs/beam/15_rebuild.ipynb #ee7eb7bd
+FREEZE = {  # names for fit(freeze=)
+    "base": ("base",),
+    "encoders": ("base", "model.encoders"),
+    "fusion": ("base", "model"),  # heads alone learn
+}
 
 # %% ../../../nbs/beam/15_rebuild.ipynb #eacf8dba
 @torch.no_grad()
 def answers(task: RebuildTask, loader: DataLoader | Iterable[Mapping]) -> dict[str, Tensor]:
-    """{filled, rebuilt, full, base: logits (N, ...), beam: (N, ...), scenario: (N,)} of a loader."""
+    """{filled, rebuilt, full, base: logits (N, ...), beam, scenario} of all samples of a loader."""
     was, device = task.training, next(task.parameters()).device
     task.eval()
     kept: dict[str, list[Tensor]] = {}

@@ -16,10 +16,9 @@ from itertools import product
 from .layouts import Beam, Sample
 from ..core.parameters import nearest
 
+# %% ../../../nbs/beam/06_split.ipynb #b6e3e663
 NAMES = ("sequence", "published", "dev_80_20", "finetune")
 SEED = 100  # of every published split
-
-# %% ../../../nbs/beam/06_split.ipynb #b6e3e663
 VARIANTS = tuple(v for v in product(range(8), range(3), range(2)) if any(v))  # 47
 
 

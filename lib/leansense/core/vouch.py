@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .digest import code_key, digest
 from .parameters import OWNED, read_parameters
-from .paths import root, write_atomic
+from .paths import resolve, root, write_atomic
 from leansense.core.record import (
     PLACES,
     VOUCHER,
@@ -161,6 +161,9 @@ def _job(row: Row, notebook: Path, folder: Path) -> tuple[Job, Path]:
     out = folder / f"papers/{row.system}/records/smoke/{row.table}/{row.name}.s{row.seed}.json"
     values = row.params | {"seed": row.seed, "progress": False, "out": str(out)}
     values |= {"folder": str(folder / "runs" / row.system / row.table / f"{row.name}.s{row.seed}")}
+    for name, value in row.params.items():  # files outside git are in today's checkout only
+        if isinstance(value, str) and "/" in value and resolve(value).is_file():
+            values[name] = str(resolve(value))
     known, today = read_parameters(notebook), read_parameters(row.notebook)
     unknown = sorted(
         name

@@ -15,8 +15,7 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from .backend import load, triton_why_not
-from .bench import Contender, Operator, Problem, compiled
+from .bench import Contender, Operator, Problem, in_c, in_triton
 from .linear_attention import linear_attention_qkv, softmax_attention
 
 # %% ../../../nbs/layers/71_attention_peers.ipynb #fcd52d52
@@ -186,24 +185,8 @@ OPERATOR = Operator(
         "torch": Contender(
             "ours, PyTorch", True, _ours("torch"), note="channels first, backward by hand"
         ),
-        **compiled(
-            Contender(
-                "ours in C",
-                True,
-                _ours("cc"),
-                lambda: load("linear_attention", "cc").why_not(),
-                "one head at a time, in cache",
-                ("cpu",),
-            )
-        ),
-        "triton": Contender(
-            "ours, Triton",
-            True,
-            _ours("triton"),
-            lambda: triton_why_not("cuda"),
-            "two kernels forward, two backward",
-            ("cuda",),
-        ),
+        **in_c("linear_attention", _ours, "one head at a time, in cache"),
+        "triton": in_triton(_ours, "two kernels forward, two backward"),
     },
     work,
 )

@@ -99,19 +99,13 @@ def use_isa(name: str) -> Iterator[None]:
 
 # %% ../../../nbs/layers/00_backend.ipynb #9eae402b
 MEASURED = {  # operator: {instruction set: times faster than PyTorch, at the least}
-    "selective_scan": {"v3": 6.4, "v4": 6.4},
-    "causal_conv1d": {"v3": 0.5, "v4": 0.6},
-    "bev_pool": {"v3": 1.16, "v4": 1.2},
-    "bev_pool plan": {"v3": 2.2, "v4": 2.7},
-    "deformable_attention": {"v3": 2.7, "v4": 2.9},
-    "linear_attention": {"v3": 1.14, "v4": 1.15},
-    "upsample_conv": {"v3": 1.3, "v4": 1.3},
-    "conv2d": {"v3": 1.1, "v4": 0.9},
-    "norm_act/identity": {"v3": 0.7, "v4": 0.7},
-    "norm_act/relu": {"v3": 1.1, "v4": 1.1},
-    "norm_act/silu": {"v3": 1.2, "v4": 1.2},
-    "norm_act/hardswish": {"v3": 1.1, "v4": 1.1},
-}
+    "selective_scan": {"v3": 6.4, "v4": 6.4}, "causal_conv1d": {"v3": 0.5, "v4": 0.6},
+    "bev_pool": {"v3": 1.16, "v4": 1.2}, "bev_pool plan": {"v3": 2.2, "v4": 2.7},
+    "deformable_attention": {"v3": 2.7, "v4": 2.9}, "linear_attention": {"v3": 1.14, "v4": 1.15},
+    "upsample_conv": {"v3": 1.3, "v4": 1.3}, "conv2d": {"v3": 1.1, "v4": 0.9},
+    "norm_act/identity": {"v3": 0.7, "v4": 0.7}, "norm_act/relu": {"v3": 1.1, "v4": 1.1},
+    "norm_act/silu": {"v3": 1.2, "v4": 1.2}, "norm_act/hardswish": {"v3": 1.1, "v4": 1.1},
+}  # fmt: skip
 
 
 TUNED = ("cc", "products")  # back ends that do not win everywhere

@@ -89,14 +89,9 @@ class BevEncoder(nn.Module):
     """Splatted map (B, C, X, Y) -> logits (B, K, X, Y); X and Y must be multiples of 8."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        width: int = 64,
-        dropout: float = 0.0,
-        checkpointing: bool = False,
-        upsample: str = "auto",
-    ):
+        self, in_channels: int, out_channels: int, width: int = 64, dropout: float = 0.0,
+        checkpointing: bool = False, upsample: str = "auto",
+    ):  # fmt: skip
         super().__init__()
         self.conv1 = Conv2d(in_channels, width, 7, 2)
         self.bn1 = nn.BatchNorm2d(width)

@@ -374,12 +374,10 @@ def _wide_rows(depth: torch.Tensor, feat: torch.Tensor) -> list[torch.Tensor]:
 
 register(
     "bev_pool",
-    triton="leansense.layers.bev_pool_triton",
-    cc="leansense.layers.bev_pool_native",
+    triton="leansense.layers.bev_pool_triton", cc="leansense.layers.bev_pool_native",
     torch=Backend(lambda *_: "", _wide_rows, _torch_forward, _torch_backward),
-    index_add=_multiply_out,
-    reference=_reference,
-)
+    index_add=_multiply_out, reference=_reference,
+)  # fmt: skip
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #c8c36081
 def _forward(

@@ -259,13 +259,9 @@ def forward(
 
 
 def backward(
-    gradient: torch.Tensor,
-    depth: torch.Tensor,
-    feat: torch.Tensor,
-    arrays: Sequence[torch.Tensor],
-    need_depth: bool = True,
-    need_feat: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tensor,
+    arrays: Sequence[torch.Tensor], need_depth: bool = True, need_feat: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """Gradients of the rows of depths and features from that of the cells (B X Y Z, C).
 
     None where not needed.

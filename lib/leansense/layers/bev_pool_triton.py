@@ -17,18 +17,10 @@ from .triton_jit import jit, on_device, tl, triton
 # %% ../../../nbs/layers/32_bev_pool_triton.ipynb #c44fc0a1
 @jit
 def _sum_cells(
-    depth,
-    feat,
-    points,
-    pixels,
-    offsets,
-    out,
-    cells,
-    C,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    depth, feat, points, pixels, offsets, out,
+    cells, C,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """out (cells, C): each row the weighted sum of the feature rows that `offsets` says belong to
     it.
     """
@@ -89,38 +81,20 @@ def forward(
     ROWS, BLOCK = 16, min(128, triton.next_power_of_2(C))
     with on_device(feat):
         _sum_cells[(triton.cdiv(cells, ROWS), triton.cdiv(C, BLOCK))](
-            depth,
-            feat,
-            points,
-            pixels,
-            offsets,
-            out,
-            cells,
-            C,
-            ROWS=ROWS,
-            BLOCK=BLOCK,
-            ACC=_accumulator(depth, feat),
-        )
+            depth, feat, points, pixels, offsets, out,
+            cells, C,
+            ROWS=ROWS, BLOCK=BLOCK, ACC=_accumulator(depth, feat),
+        )  # fmt: skip
     return out
 
 # %% ../../../nbs/layers/32_bev_pool_triton.ipynb #6f3fbe1e
 @jit
 def _differentiate_pixels(
-    gradient,
-    depth,
-    feat,
-    targets,
-    to_depth,
-    to_feat,
-    outside,
-    D,
-    C,
-    NEED_DEPTH: tl.constexpr,
-    NEED_FEAT: tl.constexpr,
-    DEPTHS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    gradient, depth, feat, targets, to_depth, to_feat,
+    outside, D, C,
+    NEED_DEPTH: tl.constexpr, NEED_FEAT: tl.constexpr, DEPTHS: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
-):
+):  # fmt: skip
     """to_depth (pixels, D) and to_feat (pixels, C) from the gradient of the cells (cells, C)."""
     pixel = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -149,36 +123,19 @@ def _differentiate_pixels(
 
 # %% ../../../nbs/layers/32_bev_pool_triton.ipynb #64cac30f
 def backward(
-    gradient: torch.Tensor,
-    depth: torch.Tensor,
-    feat: torch.Tensor,
-    arrays: Sequence[torch.Tensor],
-    need_depth: bool = True,
-    need_feat: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the rows of depths and features from that of the cells (B X Y Z, C).
-
-    None where not needed.
-    """
+    gradient: torch.Tensor, depth: torch.Tensor, feat: torch.Tensor,
+    arrays: Sequence[torch.Tensor], need_depth: bool = True, need_feat: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Gradients, or None where not needed, of the rows of depths and features."""
     (pixels, D), C = depth.shape, feat.shape[1]
     to_depth, to_feat = torch.empty_like(depth), torch.empty_like(feat)
     BLOCK = triton.next_power_of_2(C)
     DEPTHS = max(1, min(triton.next_power_of_2(D), 4096 // BLOCK))
     with on_device(feat):
         _differentiate_pixels[(pixels,)](
-            gradient,
-            depth,
-            feat,
-            arrays[0],
-            to_depth,
-            to_feat,
-            gradient.shape[0],
-            D,
-            C,
-            NEED_DEPTH=need_depth,
-            NEED_FEAT=need_feat,
-            DEPTHS=DEPTHS,
-            BLOCK=BLOCK,
+            gradient, depth, feat, arrays[0], to_depth, to_feat,
+            gradient.shape[0], D, C,
+            NEED_DEPTH=need_depth, NEED_FEAT=need_feat, DEPTHS=DEPTHS, BLOCK=BLOCK,
             ACC=_accumulator(depth, feat),
-        )
+        )  # fmt: skip
     return to_depth if need_depth else None, to_feat if need_feat else None

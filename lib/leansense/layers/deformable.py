@@ -18,14 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from leansense.layers.backend import (
-    Backend,
-    choose,
-    is_traced,
-    load,
-    register,
-    without_autocast,
-)
+from .backend import Backend, choose, is_traced, load, register, without_autocast
 
 # %% ../../../nbs/layers/40_deformable.ipynb #f7cba47c
 def _reference(
@@ -291,11 +284,10 @@ def _as_they_are(*tensors: Tensor) -> list[Tensor]:
 
 register(
     "deformable_attention",
-    triton="leansense.layers.deformable_triton",
-    cc="leansense.layers.deformable_native",
+    triton="leansense.layers.deformable_triton", cc="leansense.layers.deformable_native",
     torch=Backend(lambda *_: "", _as_they_are, _torch_forward, _torch_backward),
     reference=_reference,
-)
+)  # fmt: skip
 
 # %% ../../../nbs/layers/40_deformable.ipynb #98a1e049
 def _forward(

@@ -12,8 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .backend import load, triton_why_not
-from .bench import Contender, Operator, Problem, compiled
+from .bench import Contender, Operator, Problem, in_c, in_triton
 from .deformable import deformable_attention
 
 # %% ../../../nbs/layers/73_deformable_peers.ipynb #3fb01b44
@@ -169,47 +168,19 @@ def work(size: dict) -> dict:
 
 # %% ../../../nbs/layers/73_deformable_peers.ipynb #ec038ad0
 OPERATOR = Operator(
-    "deformable",
-    problem,
-    reference,
+    "deformable", problem, reference,
     {
-        "grid_sample": Contender(
-            "grid_sample, as in mmcv",
-            False,
-            _formula(grid_sample),
-            note="the usual formula (arXiv:2010.04159), what packages run on a CPU",
-        ),
-        "gather": Contender(
-            "gather of rows", False, _formula(gather), note="four gathers a level, summed"
-        ),
-        "hf": Contender(
-            "transformers' module",
-            False,
-            _prepare_hf,
-            _hf_why_not,
-            "Hugging Face's grid_sample formula",
-        ),
-        "torch": Contender(
-            "ours, PyTorch", True, _ours("torch"), note="bags of rows, sampled products and a sort"
-        ),
-        **compiled(
-            Contender(
-                "ours in C",
-                True,
-                _ours("cc"),
-                lambda: load("deformable_attention", "cc").why_not(),
-                "planes that fit the cache, sorted backward",
-                ("cpu",),
-            )
-        ),
-        "triton": Contender(
-            "ours, Triton",
-            True,
-            _ours("triton"),
-            lambda: triton_why_not("cuda"),
-            "atomics in the value's gradient",
-            ("cuda",),
-        ),
+        "grid_sample": Contender("grid_sample, as in mmcv", False, _formula(grid_sample),
+                                 note="the usual formula (arXiv:2010.04159), "
+                                      "what packages run on a CPU"),
+        "gather": Contender("gather of rows", False, _formula(gather),
+                            note="four gathers a level, summed"),
+        "hf": Contender("transformers' module", False, _prepare_hf, _hf_why_not,
+                        "Hugging Face's grid_sample formula"),
+        "torch": Contender("ours, PyTorch", True, _ours("torch"),
+                           note="bags of rows, sampled products and a sort"),
+        **in_c("deformable_attention", _ours, "planes that fit the cache, sorted backward"),
+        "triton": in_triton(_ours, "atomics in the value's gradient"),
     },
     work,
-)
+)  # fmt: skip

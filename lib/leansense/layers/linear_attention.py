@@ -15,14 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from leansense.layers.backend import (
-    Backend,
-    choose,
-    is_traced,
-    load,
-    register,
-    without_autocast,
-)
+from .backend import Backend, choose, is_traced, load, register, without_autocast
 
 # %% ../../../nbs/layers/20_linear_attention.ipynb #d0b91452
 FEATURE_MAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -79,14 +72,9 @@ def _torch_forward(
 
 # %% ../../../nbs/layers/20_linear_attention.ipynb #632e3270
 def _torch_backward(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kept: Kept,
-    feature_map: str,
-    into: Sequence[torch.Tensor | None],
-) -> None:
+    gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    kept: Kept, feature_map: str, into: Sequence[torch.Tensor | None],
+) -> None:  # fmt: skip
     """Write the gradients of q, k, v into the three tensors `into`; None: not wanted."""
     kv, z, r = kept
     dq, dk, dv = (None if x is None else x.flatten(0, 1) for x in into)
@@ -169,15 +157,9 @@ def _token_rows(x: torch.Tensor) -> torch.Tensor:
 
 # %% ../../../nbs/layers/20_linear_attention.ipynb #7e240b22
 def _run_backward(
-    backend: str,
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kept: Kept,
-    feature_map: str,
-    into: Sequence[torch.Tensor | None],
-) -> None:
+    backend: str, gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    kept: Kept, feature_map: str, into: Sequence[torch.Tensor | None],
+) -> None:  # fmt: skip
     """A back end's backward without autocast.
 
     PyTorch's operators when somebody wants to see them.
@@ -439,12 +421,9 @@ class _Attention2d(nn.Module):
     """Projections and position code common to both kinds of attention over a feature map."""
 
     def __init__(
-        self,
-        channels: int,
-        heads: int = 4,
-        pos: str = "sincos_qk",
+        self, channels: int, heads: int = 4, pos: str = "sincos_qk",
         size: tuple[int, int] | None = None,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if heads < 1 or channels % heads:
             legal = [n for n in range(1, channels + 1) if channels % n == 0]
@@ -481,13 +460,9 @@ class SoftmaxAttention2d(_Attention2d):
     """
 
     def __init__(
-        self,
-        channels: int,
-        heads: int = 4,
-        pos: str = "sincos_qk",
-        size: tuple[int, int] | None = None,
-        matrix: bool = False,
-    ):
+        self, channels: int, heads: int = 4, pos: str = "sincos_qk",
+        size: tuple[int, int] | None = None, matrix: bool = False,
+    ):  # fmt: skip
         super().__init__(channels, heads, pos, size)
         self.matrix = matrix
 
@@ -505,14 +480,9 @@ class LinearAttention2d(_Attention2d):
     """
 
     def __init__(
-        self,
-        channels: int,
-        heads: int = 4,
-        pos: str = "sincos_qk",
-        feature_map: str = "relu",
-        eps: float = 1e-6,
-        backend: str = "torch",
-    ):
+        self, channels: int, heads: int = 4, pos: str = "sincos_qk",
+        feature_map: str = "relu", eps: float = 1e-6, backend: str = "torch",
+    ):  # fmt: skip
         if pos == "relative":
             raise ValueError(
                 "pos='relative' adds a term to each of the N x N logits, which linear attention "

@@ -342,14 +342,9 @@ def forward(
 
 
 def backward(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kept: Kept,
-    feature_map: str,
-    into: Sequence[torch.Tensor | None],
-) -> None:
+    gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    kept: Kept, feature_map: str, into: Sequence[torch.Tensor | None],
+) -> None:  # fmt: skip
     """Write the gradients of q, k, v into the three tensors `into`; None: not wanted."""
     relu = feature_map == "relu"
     if not q.numel():

@@ -64,26 +64,11 @@ def times_slope(gradient, x, ELU: tl.constexpr):
 # %% ../../../nbs/layers/22_linear_attention_triton.ipynb #7e785ecc
 @jit
 def collect(
-    k,
-    v,
-    kv,
-    z,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    heads,
-    tokens,
-    d,
-    splits,
-    steps,
-    ELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
+    k, v, kv, z,
+    k_batch, k_head, k_row, v_batch, v_head, v_row,
+    heads, tokens, d, splits, steps,
+    ELU: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """kv (B*heads, splits, d, d), z (B*heads, splits, d): the sums over each program's tokens."""
     program, c = tl.program_id(0), tl.arange(0, BD)
     head, split = program // splits, program % splits
@@ -101,25 +86,11 @@ def collect(
 
 @jit
 def spread(
-    q,
-    kv,
-    z,
-    r,
-    out,
-    q_batch,
-    q_head,
-    q_row,
-    heads,
-    tokens,
-    d,
-    splits,
-    steps,
-    eps,
-    ELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
+    q, kv, z, r, out,
+    q_batch, q_head, q_row,
+    heads, tokens, d, splits, steps, eps,
+    ELU: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """out (B, heads, d, N) and r (B*heads, N)."""
     program, c = tl.program_id(0), tl.arange(0, BD)
     head, split = (program // splits).to(tl.int64), program % splits
@@ -207,34 +178,12 @@ def forward(
 # %% ../../../nbs/layers/22_linear_attention_triton.ipynb #335d8f5a
 @jit
 def queries(
-    q,
-    g,
-    kv,
-    z,
-    r,
-    dq,
-    dkv,
-    dz,
-    q_batch,
-    q_head,
-    q_row,
-    g_batch,
-    g_head,
-    g_row,
-    o_batch,
-    o_head,
-    o_row,
-    heads,
-    tokens,
-    d,
-    splits,
-    steps,
-    WANTED: tl.constexpr,
-    ELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BD: tl.constexpr,
+    q, g, kv, z, r, dq, dkv, dz,
+    q_batch, q_head, q_row, g_batch, g_head, g_row, o_batch, o_head, o_row,
+    heads, tokens, d, splits, steps,
+    WANTED: tl.constexpr, ELU: tl.constexpr, PRECISION: tl.constexpr, BD: tl.constexpr,
     BN: tl.constexpr,
-):
+):  # fmt: skip
     """dq, if WANTED, and dkv (B*heads, splits, d, d), dz (B*heads, splits, d) of each program's
     tokens.
     """
@@ -263,36 +212,12 @@ def queries(
 # %% ../../../nbs/layers/22_linear_attention_triton.ipynb #5bb8f57c
 @jit
 def keys(
-    k,
-    v,
-    dkv,
-    dz,
-    dk,
-    dv,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    a_batch,
-    a_head,
-    a_row,
-    b_batch,
-    b_head,
-    b_row,
-    heads,
-    tokens,
-    d,
-    splits,
-    steps,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    ELU: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
+    k, v, dkv, dz, dk, dv,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, a_batch, a_head, a_row, b_batch, b_head, b_row,
+    heads, tokens, d, splits, steps,
+    DK: tl.constexpr, DV: tl.constexpr, ELU: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """dk, with strides a, and dv, with strides b, as far as wanted."""
     program, c = tl.program_id(0), tl.arange(0, BD)
     head, split = program // splits, program % splits
@@ -322,14 +247,9 @@ def keys(
 
 # %% ../../../nbs/layers/22_linear_attention_triton.ipynb #f142e662
 def backward(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kept: Kept,
-    feature_map: str,
-    into: Sequence[torch.Tensor | None],
-) -> None:
+    gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    kept: Kept, feature_map: str, into: Sequence[torch.Tensor | None],
+) -> None:  # fmt: skip
     """Write the gradients of q, k, v into the three tensors `into`; None: not wanted."""
     (_, heads, d, n), count = q.shape, q.shape[0] * q.shape[1]
     if not q.numel() or d > WIDEST:
@@ -352,37 +272,13 @@ def backward(
     grid, strides = (count * splits,), lambda *tensors: [s for x in tensors for s in x.stride()[:3]]
     with on_device(q):
         queries[grid](
-            q,
-            g,
-            kv,
-            z,
-            r,
-            targets[0],
-            dkv,
-            dz,
-            *strides(q, g, targets[0]),
-            heads,
-            n,
-            d,
-            splits,
-            steps,
-            WANTED=into[0] is not None,
-            **constants,
-        )
+            q, g, kv, z, r, targets[0], dkv, dz,
+            *strides(q, g, targets[0]), heads, n, d, splits, steps,
+            WANTED=into[0] is not None, **constants,
+        )  # fmt: skip
         if into[1] is not None or into[2] is not None:
             keys[grid](
-                k,
-                v,
-                dkv.sum(1),
-                dz.sum(1),
-                *targets[1:],
-                *strides(k, v, *targets[1:]),
-                heads,
-                n,
-                d,
-                splits,
-                steps,
-                DK=into[1] is not None,
-                DV=into[2] is not None,
-                **constants,
-            )
+                k, v, dkv.sum(1), dz.sum(1), *targets[1:],
+                *strides(k, v, *targets[1:]), heads, n, d, splits, steps,
+                DK=into[1] is not None, DV=into[2] is not None, **constants,
+            )  # fmt: skip

@@ -12,8 +12,7 @@ import random
 
 import torch
 
-from .backend import load, triton_why_not
-from .bench import Contender, Operator, Problem, compiled
+from .bench import Contender, Operator, Problem, in_c, in_triton
 from .bev_pool import Grid, PoolPlan, bev_pool
 from leansense.layers.lift_splat import (
     Rig,
@@ -211,49 +210,20 @@ def work(size: dict) -> dict:
 
 # %% ../../../nbs/layers/72_pool_peers.ipynb #32dd674d
 OPERATOR = Operator(
-    "bev_pool",
-    problem,
-    reference,
+    "bev_pool", problem, reference,
     {
-        "lss": Contender(
-            "LSS, cumulative sum",
-            False,
-            _each_call(lss_cumsum),
-            note="sorted in every call (arXiv:2008.05711)",
-        ),
-        "index_add": Contender(
-            "multiply out, index_add", False, _each_call(scatter), note="the usual port"
-        ),
-        "bev_pool_v2": Contender(
-            "BEVPoolv2, in PyTorch",
-            False,
-            prepare_cached_ranks,
-            note="cached ranks (arXiv:2211.17111), without its CUDA kernel",
-        ),
-        "torch": Contender(
-            "ours, plan held", True, _ours("torch"), note="embedding_bag and sampled_addmm"
-        ),
-        **compiled(
-            Contender(
-                "ours in C, plan held",
-                True,
-                _ours("cc"),
-                lambda: load("bev_pool", "cc").why_not(),
-                "gradients are read once",
-                ("cpu",),
-            )
-        ),
-        "rebuilt": Contender(
-            "ours, plan built in each call", True, _rebuilt, note="as under image augmentation"
-        ),
-        "triton": Contender(
-            "ours, Triton",
-            True,
-            _ours("triton"),
-            lambda: triton_why_not("cuda"),
-            "plan held",
-            ("cuda",),
-        ),
+        "lss": Contender("LSS, cumulative sum", False, _each_call(lss_cumsum),
+                         note="sorted in every call (arXiv:2008.05711)"),
+        "index_add": Contender("multiply out, index_add", False, _each_call(scatter),
+                               note="the usual port"),
+        "bev_pool_v2": Contender("BEVPoolv2, in PyTorch", False, prepare_cached_ranks,
+                                 note="cached ranks (arXiv:2211.17111), without its CUDA kernel"),
+        "torch": Contender("ours, plan held", True, _ours("torch"),
+                           note="embedding_bag and sampled_addmm"),
+        **in_c("bev_pool", _ours, "gradients are read once", "ours in C, plan held"),
+        "rebuilt": Contender("ours, plan built in each call", True, _rebuilt,
+                             note="as under image augmentation"),
+        "triton": in_triton(_ours, "plan held"),
     },
     work,
-)
+)  # fmt: skip

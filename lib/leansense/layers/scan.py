@@ -97,16 +97,9 @@ def _time_first(part: slice, *tensors: Tensor) -> list[Tensor]:
 
 
 def _sweep(
-    delta: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    first: Tensor,
-    tile: int,
-    reverse: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor, tile: int,
+    reverse: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, last state, states at the chunks' starts (chunks, b, N, D)).
 
     A: (N, D), first: (b, N, D).
@@ -149,16 +142,9 @@ def _adjoint(a: Sequence[Tensor], g: Sequence[Tensor], arriving: Tensor, order: 
 
 # %% ../../../nbs/layers/10_scan.ipynb #2390e3cc
 def _sums(
-    a: Tensor,
-    g: Tensor,
-    before: Tensor,
-    after: Tensor,
-    delta: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    dy: Tensor,
-) -> tuple[Tensor, ...]:
+    a: Tensor, g: Tensor, before: Tensor, after: Tensor, delta: Tensor, x: Tensor, A: Tensor,
+    B: Tensor, dy: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """A chunk's (dA, dx, ddelta, dB, dC); a, g and before are used up: g becomes e."""
     flat_g, column = g.flatten(0, 1), lambda v: v.flatten(0, 1).unsqueeze(2)
     dC = torch.bmm(after.flatten(0, 1), column(dy)).view(B.shape)
@@ -170,18 +156,9 @@ def _sums(
 
 # %% ../../../nbs/layers/10_scan.ipynb #917b250c
 def _sweep_back(
-    dy: Tensor,
-    arriving: Tensor,
-    delta: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    saved: Tensor,
-    tile: int,
-    reverse: bool,
-    again: bool,
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor, arriving: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    saved: Tensor, tile: int, reverse: bool, again: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dx, ddelta, dA, dB, dC, y) for the gradients of y and of the last state.
 
     Y only if `again`.
@@ -247,17 +224,9 @@ def _carry(own: Tensor, decay: Tensor, first: Tensor, parts: int, reverse: bool)
 
 # %% ../../../nbs/layers/10_scan.ipynb #23adba02
 def _parallel(
-    delta: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    first: Tensor,
-    tile: int,
-    reverse: bool,
-    save: bool,
-    parts: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, first: Tensor, tile: int,
+    reverse: bool, save: bool, parts: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """_sweep with the sequence in `parts` that run at the same time."""
     length = x.shape[1]
     delta, x, B, C = (_fold(v, parts, reverse) for v in (delta, x, B, C))
@@ -269,19 +238,9 @@ def _parallel(
 
 
 def _parallel_back(
-    dy: Tensor,
-    arriving: Tensor,
-    delta: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    saved: Tensor,
-    tile: int,
-    reverse: bool,
-    again: bool,
-    parts: int,
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor, arriving: Tensor, delta: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    saved: Tensor, tile: int, reverse: bool, again: bool, parts: int,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """_sweep_back with the sequence in `parts` that run at the same time."""
     length = x.shape[1]
     dy, delta, x, B, C = (_fold(v, parts, reverse) for v in (dy, delta, x, B, C))
@@ -372,20 +331,9 @@ register(
 
 # %% ../../../nbs/layers/10_scan.ipynb #3c748bfd
 def _forward(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    bias,
-    softplus: bool,
-    reverse: bool,
-    backend: str,
-    tile: int,
-    save: bool,
-):
+    u, delta, A, B, C, D, z, bias,
+    softplus: bool, reverse: bool, backend: str, tile: int, save: bool,
+):  # fmt: skip
     """(y, last, saved, plain) from one back end; saved and plain are for its backward pass."""
     tensors, empty = (u, delta, A, B, C, D, z, bias), torch.empty(0, device=u.device)
     if u.numel() == 0:
@@ -400,23 +348,9 @@ def _forward(
 
 # %% ../../../nbs/layers/10_scan.ipynb #dbe74347
 def _backward(
-    dy,
-    dlast,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    bias,
-    saved,
-    plain,
-    softplus: bool,
-    reverse: bool,
-    backend: str,
-    tile: int,
-) -> list[Tensor | None]:
+    dy, dlast, u, delta, A, B, C, D, z, bias, saved, plain,
+    softplus: bool, reverse: bool, backend: str, tile: int,
+) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the eight tensors in their own types, None where there is no input."""
     tensors = (u, delta, A, B, C, D, z, bias)
     if u.numel() == 0:
@@ -457,21 +391,10 @@ class _SelectiveScan(torch.autograd.Function):
 # %% ../../../nbs/layers/10_scan.ipynb #cbc79ed8
 @torch.library.custom_op("leansense::selective_scan", mutates_args=())
 def _operator(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    backend: str,
-    tile: int,
-    save: bool,
-    last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    softplus: bool, reverse: bool, backend: str, tile: int, save: bool, last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = (u, delta, A, B, C, D, z, bias)
     chosen = choose("selective_scan", backend, *tensors, last)
     return _forward(*tensors, softplus, reverse, chosen, tile, save)
@@ -498,24 +421,11 @@ def _(u, delta, A, B, C, D, z, bias, softplus, reverse, backend, tile, save, las
 # %% ../../../nbs/layers/10_scan.ipynb #523ef719
 @torch.library.custom_op("leansense::selective_scan_backward", mutates_args=())
 def _operator_backward(
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    saved: Tensor,
-    plain: Tensor,
-    softplus: bool,
-    reverse: bool,
-    backend: str,
-    tile: int,
+    dy: Tensor | None, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+    C: Tensor, D: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    saved: Tensor, plain: Tensor, softplus: bool, reverse: bool, backend: str, tile: int,
     last: bool,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     tensors = (u, delta, A, B, C, D, z, bias)
     chosen = choose("selective_scan", backend, *tensors, last)
     found = _backward(dy, dlast, *tensors, saved, plain, softplus, reverse, chosen, tile)
@@ -615,19 +525,11 @@ def _check(u, delta, A, B, C, D, z, bias) -> None:
 
 # %% ../../../nbs/layers/10_scan.ipynb #92a0b8bf
 def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None = None, z: Tensor | None = None, delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
-    reverse: bool = False,
-    backend: str = "auto",
-    return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    reverse: bool = False, backend: str = "auto", return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Scan, channel-last: h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t, y_t = C_t h_t + D u_t.
 
     Any length, 0 and 1 too; the state is fp32 (float64 for float64). Source: arXiv:2312.00752.
@@ -663,17 +565,10 @@ def selective_scan(
 
 # %% ../../../nbs/layers/10_scan.ipynb #184453b0
 def selective_scan_step(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
+    state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None = None, z: Tensor | None = None, delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of `selective_scan`: (y (B, D), new state (B, D, N)) for one token u, delta, z (B,
     D), B, C (B, N).
 
@@ -752,7 +647,8 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, silu, reverse, backend):
-        y, kept = load("causal_conv1d", backend).forward(x, weight, bias, silu, reverse)
+        kernels = load("causal_conv1d", backend)
+        y, kept = kernels.forward(x, weight, bias, silu, reverse)
         ctx.save_for_backward(x, weight, bias, *kept)
         ctx.options = silu, reverse, backend
         return y

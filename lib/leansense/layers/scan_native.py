@@ -537,19 +537,10 @@ def _run(function: str, parts: list[tuple[_Call, int, int, int, int]]) -> None:
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #11f56669
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    save: bool,
-    tile: int = 0,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    softplus: bool, reverse: bool, save: bool, tile: int = 0,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """(y, last state (B, D, N), [checkpoints]) of the scan of prepared tensors, none of them empty.
 
     tile: for PyTorch's version; C has its own.
@@ -569,21 +560,10 @@ def forward(
 
 # %% ../../../nbs/layers/11_scan_native.ipynb #5a3466a6
 def backward(
-    dy: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    kept: list[Tensor],
-    softplus: bool,
-    reverse: bool,
-    tile: int = 0,
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    kept: list[Tensor], softplus: bool, reverse: bool, tile: int = 0,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (u, delta, A, B, C, D, z, bias) for those of y and the last state.
 
     None where there is no input. kept, the options: from and as in `forward`.

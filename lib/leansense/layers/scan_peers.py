@@ -12,8 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .backend import load, triton_why_not
-from .bench import Contender, Operator, Problem, compiled
+from .backend import load
+from .bench import Contender, Operator, Problem, in_c, in_triton
 from .scan import selective_scan, selective_scan_flops
 
 # %% ../../../nbs/layers/70_scan_peers.ipynb #9857533f
@@ -198,23 +198,7 @@ CONTENDERS = {
         _ours("torch"),
         note="Chunks in cache, one operation per step, own backward.",
     ),
-    **compiled(
-        Contender(
-            "ours, C",
-            True,
-            _ours("cc"),
-            lambda: load("selective_scan", "cc").why_not(),
-            "States in registers; needs a C compiler.",
-            ("cpu",),
-        )
-    ),
-    "triton": Contender(
-        "ours, Triton",
-        True,
-        _ours("triton"),
-        lambda: triton_why_not("cuda"),
-        "Chunks in parallel, a tree inside each.",
-        ("cuda",),
-    ),
+    **in_c("selective_scan", _ours, "States in registers; needs a C compiler.", "ours, C"),
+    "triton": in_triton(_ours, "Chunks in parallel, a tree inside each."),
 }
 OPERATOR = Operator("scan", problem, lambda p: loop_unbind(*p.inputs.values()), CONTENDERS, work)

@@ -74,10 +74,7 @@ def sigmoid(x):
 @jit
 def projection(pointer, row, row_ok, stride, n, states):
     """A (T, BN) tile of B or C in fp32, zero outside."""
-    mask = row_ok[:, None] & (n < states)[None, :]
-    return tl.load(
-        pointer + row.to(tl.int64)[:, None] * stride + n[None, :], mask=mask, other=0.0
-    ).to(tl.float32)
+    return tile(pointer, row, row_ok, stride, n, states)
 
 
 @jit
@@ -99,30 +96,13 @@ def put_matrix(pointer, values, d, channels, n, states):
 # %% ../../../nbs/layers/12_scan_triton.ipynb #7d0c8d47
 @jit
 def summary(
-    x,
-    delta,
-    A,
-    P,
-    bias,
-    z,
-    own,
-    total,
-    length,
-    channels,
-    states,
-    x_row,
-    delta_row,
-    p_row,
-    z_row,
-    BACK: tl.constexpr,
-    GATE: tl.constexpr,
-    BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    x, delta, A, P, bias, z, own, total,
+    length, channels, states,
+    x_row, delta_row, p_row, z_row,
+    BACK: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
-    T: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
+    T: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """own (B, K, D, N): each chunk's result from zero; total (B, K, D): its sum of delta.
 
     X, P: u, B or dy, C.
@@ -155,18 +135,10 @@ def summary(
 # %% ../../../nbs/layers/12_scan_triton.ipynb #d173f417
 @jit
 def carry(
-    own,
-    total,
-    A,
-    slots,
-    chunks,
-    channels,
-    states,
-    BACK: tl.constexpr,
-    G: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
+    own, total, A, slots,
+    chunks, channels, states,
+    BACK: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """Fill slots (B, K + 1, D, N) from each chunk's own result and its sum of delta."""
     b = tl.program_id(1).to(tl.int64)
     d, n, group = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, G)
@@ -201,33 +173,13 @@ def carry(
 # %% ../../../nbs/layers/12_scan_triton.ipynb #b66078b9
 @jit
 def output(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    bias,
-    slots,
-    y,
-    length,
-    channels,
-    states,
-    u_row,
-    delta_row,
-    b_row,
-    c_row,
-    z_row,
-    SKIP: tl.constexpr,
-    GATE: tl.constexpr,
-    BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    u, delta, A, B, C, D, z, bias, slots, y,
+    length, channels, states,
+    u_row, delta_row, b_row, c_row, z_row,
+    SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
-    T: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
+    T: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """y (B, L, D) from the state in which each chunk begins."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     d, n, t = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, T)
@@ -296,116 +248,62 @@ def _inputs(u, delta, A, B, C, D, z, bias) -> tuple[list[Tensor], list[int]]:
     tensors = [u, delta, A, B, C, fixed[0], varying[4], fixed[1]]
     return tensors, [x.stride(1) for x in varying]
 
+
+def _between(
+    x, P, delta, A, z, bias, slots, back: bool, gate: bool, flags
+) -> tuple[Tensor, Tensor]:
+    """Fill `slots`, the states between chunks: every chunk from zero, then one after the other.
+
+    x, P: u, B or dy, C; slots holds the state at the end that time starts from. Returns what the
+    chunks left behind, own and total, both free to be written over.
+    """
+    (batch, length, channels), states = x.shape, A.shape[1]
+    grid, chunks, padded = _plan(x, A)
+    own = slots.new_empty(batch, chunks, channels, states)
+    total = slots.new_empty(batch, chunks, channels)
+    strides = [v.stride(1) for v in (x, delta, P, z)]
+    summary[grid](
+        x, delta, A, P, bias, z, own, total,
+        length, channels, states, *strides, back, gate, *flags,
+        T=T, BD=BD, BN=padded, num_warps=4,
+    )  # fmt: skip
+    carry[grid[1:]](
+        own, total, A, slots, chunks, channels, states, back,
+        G=GROUP, BD=BD, BN=padded, num_warps=4,
+    )  # fmt: skip
+    return own, total
+
 # %% ../../../nbs/layers/12_scan_triton.ipynb #2076e868
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    save: bool,
-    tile: int = 0,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    softplus: bool, reverse: bool, save: bool, tile: int = 0,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """(y, last state (B, D, N) in fp32, [states between chunks]) of the scan of prepared tensors.
 
     None of them is empty. tile: for PyTorch's version; the kernels have their own.
     """
-    batch, length, channels = u.shape
-    states, (grid, chunks, padded) = A.shape[1], _plan(u, A)
+    grid, _, padded = _plan(u, A)
     (u_, delta_, A_, B_, C_, D_, z_, bias_), strides = _inputs(u, delta, A, B, C, D, z, bias)
     slots = torch.empty(saved_shape(u, A), device=u.device, dtype=torch.float32)
     slots[:, 0] = 0
-    own, total = (
-        torch.empty_like(slots[:, 1:]).contiguous(),
-        slots.new_empty(batch, chunks, channels),
-    )
+    flags = bias is not None, softplus, reverse
+    _between(u_, B_, delta_, A_, z_, bias_, slots, False, False, flags)
     y = torch.empty(u.shape, device=u.device, dtype=u.dtype)
-    sizes, flags = (length, channels, states), (bias is not None, softplus, reverse)
-    summary[grid](
-        u_,
-        delta_,
-        A_,
-        B_,
-        bias_,
-        z_,
-        own,
-        total,
-        *sizes,
-        *strides[:3],
-        strides[4],
-        False,
-        False,
-        *flags,
-        T=T,
-        BD=BD,
-        BN=padded,
-        num_warps=4,
-    )
-    carry[grid[1:]](
-        own,
-        total,
-        A_,
-        slots,
-        chunks,
-        channels,
-        states,
-        False,
-        G=GROUP,
-        BD=BD,
-        BN=padded,
-        num_warps=4,
-    )
     output[grid](
-        u_,
-        delta_,
-        A_,
-        B_,
-        C_,
-        D_,
-        z_,
-        bias_,
-        slots,
-        y,
-        *sizes,
-        *strides,
-        D is not None,
-        z is not None,
-        *flags,
-        T=T,
-        BD=BD,
-        BN=padded,
-        num_warps=4,
-    )
+        u_, delta_, A_, B_, C_, D_, z_, bias_, slots, y,
+        *u.shape[1:], A.shape[1], *strides, D is not None, z is not None, *flags,
+        T=T, BD=BD, BN=padded, num_warps=4,
+    )  # fmt: skip
     return y, slots[:, -1].clone(), [slots if save else slots.new_empty(0)]
 
 # %% ../../../nbs/layers/12_scan_triton.ipynb #c7b7020c
 @jit
 def states_before(
-    u,
-    delta,
-    rate,
-    B,
-    bias,
-    begin,
-    chunk,
-    length,
-    d,
-    channels,
-    n,
-    states,
-    u_row,
-    delta_row,
-    b_row,
-    BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    T: tl.constexpr,
-):
+    u, delta, rate, B, bias, begin,
+    chunk, length, d, channels, n, states, u_row, delta_row, b_row,
+    BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """The state before each step of a chunk, (T, BD, BN); begin: (BD, BN)."""
     t = tl.arange(0, T)
     row, exists = rows(chunk, -1, length, REVERSE, T)
@@ -418,22 +316,10 @@ def states_before(
 
 @jit
 def derivative(
-    delta,
-    rate,
-    bias,
-    arriving,
-    dy,
-    Ct,
-    chunk,
-    length,
-    d,
-    channels,
-    delta_row,
-    BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    REVERSE: tl.constexpr,
-    T: tl.constexpr,
-):
+    delta, rate, bias, arriving, dy, Ct,
+    chunk, length, d, channels, delta_row,
+    BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """g of each step, (T, BD, BN).
 
     dy: (T, BD), Ct: (T, BN), arriving: (BD, BN), from later chunks.
@@ -451,36 +337,11 @@ def derivative(
 # %% ../../../nbs/layers/12_scan_triton.ipynb #1d66220f
 @jit
 def store_gradients(
-    g,
-    grad,
-    value,
-    raw,
-    size,
-    before,
-    after,
-    decay,
-    rate,
-    Bt,
-    skip,
-    du,
-    ddelta,
-    dA,
-    dB,
-    dC,
-    dD,
-    dbias,
-    b,
-    chunk,
-    block,
-    row,
-    exists,
-    length,
-    d,
-    channels,
-    n,
-    states,
+    g, grad, value, raw, size, before, after, decay, rate, Bt, skip,
+    du, ddelta, dA, dB, dC, dD, dbias,
+    b, chunk, block, row, exists, length, d, channels, n, states,
     SOFTPLUS: tl.constexpr,
-):
+):  # fmt: skip
     """From g, states and decays of a chunk, (T, BD, BN), to everything that is stored.
 
     grad: dy, value: u, (T, BD).
@@ -511,43 +372,13 @@ def store_gradients(
 # %% ../../../nbs/layers/12_scan_triton.ipynb #dcf910a3
 @jit
 def _gradient(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    bias,
-    slots,
-    arrivals,
-    dy,
-    du,
-    ddelta,
-    dA,
-    dB,
-    dC,
-    dD,
-    dz,
-    dbias,
-    length,
-    channels,
-    states,
-    u_row,
-    delta_row,
-    b_row,
-    c_row,
-    z_row,
-    dy_row,
-    SKIP: tl.constexpr,
-    GATE: tl.constexpr,
-    BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
+    u, delta, A, B, C, D, z, bias,
+    slots, arrivals, dy, du, ddelta, dA, dB, dC, dD, dz, dbias,
+    length, channels, states, u_row, delta_row, b_row, c_row, z_row, dy_row,
+    SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     REVERSE: tl.constexpr,
-    T: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-):
+    T: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
     """Gradients of one chunk, BD channels and all states."""
     chunk, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     d, n = block * BD + tl.arange(0, BD), tl.arange(0, BN)
@@ -570,26 +401,10 @@ def _gradient(
     begin = matrix(slots + at, d, channels, n, states)
     arriving = matrix(arrivals + at + channels * states, d, channels, n, states)
     before = states_before(
-        u,
-        delta,
-        rate,
-        B,
-        bias,
-        begin,
-        chunk,
-        length,
-        d,
-        channels,
-        n,
-        states,
-        u_row,
-        delta_row,
-        b_row,
-        BIAS,
-        SOFTPLUS,
-        REVERSE,
-        T,
-    )
+        u, delta, rate, B, bias, begin,
+        chunk, length, d, channels, n, states, u_row, delta_row, b_row,
+        BIAS, SOFTPLUS, REVERSE, T,
+    )  # fmt: skip
     decay = tl.exp(size[:, :, None] * rate[None, :, :])
     after = decay * before + (size * value)[:, :, None] * Bt[:, None, :]
     skip = tl.zeros([BD], tl.float32)
@@ -606,121 +421,34 @@ def _gradient(
         )
         grad *= gate * slope
     g = derivative(
-        delta,
-        rate,
-        bias,
-        arriving,
-        grad,
-        Ct,
-        chunk,
-        length,
-        d,
-        channels,
-        delta_row,
-        BIAS,
-        SOFTPLUS,
-        REVERSE,
-        T,
-    )
+        delta, rate, bias, arriving, grad, Ct,
+        chunk, length, d, channels, delta_row,
+        BIAS, SOFTPLUS, REVERSE, T,
+    )  # fmt: skip
     store_gradients(
-        g,
-        grad,
-        value,
-        raw,
-        size,
-        before,
-        after,
-        decay,
-        rate,
-        Bt,
-        skip,
-        du,
-        ddelta,
-        dA,
-        dB,
-        dC,
-        dD,
-        dbias,
-        b,
-        chunk,
-        block,
-        row,
-        exists,
-        length,
-        d,
-        channels,
-        n,
-        states,
+        g, grad, value, raw, size, before, after, decay, rate, Bt, skip,
+        du, ddelta, dA, dB, dC, dD, dbias,
+        b, chunk, block, row, exists, length, d, channels, n, states,
         SOFTPLUS,
-    )
+    )  # fmt: skip
 
 # %% ../../../nbs/layers/12_scan_triton.ipynb #435c0b2f
 def backward(
-    dy: Tensor,
-    dlast: Tensor | None,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    kept: list[Tensor],
-    softplus: bool,
-    reverse: bool,
-    tile: int = 0,
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor, dlast: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None, z: Tensor | None, bias: Tensor | None,
+    kept: list[Tensor], softplus: bool, reverse: bool, tile: int = 0,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (u, delta, A, B, C, D, z, bias) for those of y and the last state.
 
-    None where there is no input. kept, the options: from and as in `forward`.
+    None where there is no input. kept: the states between chunks, from `forward`.
     """
-    saved = kept[0]
-    batch, length, channels = u.shape
-    states, (grid, chunks, padded) = A.shape[1], _plan(u, A)
+    saved, (grid, _, padded) = kept[0], _plan(u, A)
+    (batch, length, channels), states = u.shape, A.shape[1]
     (u_, delta_, A_, B_, C_, D_, z_, bias_), strides = _inputs(u, delta, A, B, C, D, z, bias)
     arrivals = torch.empty_like(saved)
     arrivals[:, -1] = 0 if dlast is None else dlast
-    own, total = (
-        saved.new_empty(batch, chunks, channels, states),
-        saved.new_empty(batch, chunks, channels),
-    )
-    sizes, flags = (length, channels, states), (bias is not None, softplus, reverse)
-    summary[grid](
-        dy,
-        delta_,
-        A_,
-        C_,
-        bias_,
-        z_,
-        own,
-        total,
-        *sizes,
-        dy.stride(1),
-        strides[1],
-        *strides[3:],
-        True,
-        z is not None,
-        *flags,
-        T=T,
-        BD=BD,
-        BN=padded,
-        num_warps=4,
-    )
-    carry[grid[1:]](
-        own,
-        total,
-        A_,
-        arrivals,
-        chunks,
-        channels,
-        states,
-        True,
-        G=GROUP,
-        BD=BD,
-        BN=padded,
-        num_warps=4,
-    )
+    flags = bias is not None, softplus, reverse
+    own, total = _between(dy, C_, delta_, A_, z_, bias_, arrivals, True, z is not None, flags)
     made = {
         name: torch.empty(u.shape, device=u.device, dtype=x.dtype)
         for name, x in (("u", u), ("delta", delta))
@@ -733,29 +461,11 @@ def backward(
         "bias": total,
     }
     _gradient[grid](
-        u_,
-        delta_,
-        A_,
-        B_,
-        C_,
-        D_,
-        z_,
-        bias_,
-        saved,
-        arrivals,
-        dy,
-        *made.values(),
-        *sizes,
-        *strides,
-        dy.stride(1),
-        D is not None,
-        z is not None,
-        *flags,
-        T=T,
-        BD=BD,
-        BN=padded,
-        num_warps=4,
-    )
+        u_, delta_, A_, B_, C_, D_, z_, bias_, saved, arrivals, dy,
+        *made.values(), length, channels, states, *strides, dy.stride(1),
+        D is not None, z is not None, *flags,
+        T=T, BD=BD, BN=padded, num_warps=4,
+    )  # fmt: skip
 
     def over(name, x, axes):
         return None if x is None else made[name].sum(axes)

@@ -80,6 +80,11 @@ void NAME(gather)(const T *restrict z, T *restrict y, T *restrict t, const int *
 
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #8c67430d
 _SCATTER = r"""
+/* to += a from, n numbers. */
+static inline void NAME(add)(T *restrict to, const T *restrict from, T a, long n) {
+    for (long i = 0; i < n; i++) to[i] += a * from[i];
+}
+
 /* z(h, w, k, k, O) = the adjoint of gather applied to y(fh, fw, O), coarse rows first..last; t: fw O numbers. */
 void NAME(scatter)(const T *restrict y, T *restrict z, T *restrict t, const int *rs, const int *ri, const double *rw,
                    const int *cs, const int *ci, const double *cw, long w, long fh, long fw, long k, long O, long first,
@@ -91,9 +96,7 @@ void NAME(scatter)(const T *restrict y, T *restrict z, T *restrict t, const int 
             for (long n = rs[r]; n < rs[r + 1]; n++) {
                 long R = ri[n] - ky + p;
                 if (R < 0 || R >= fh || rw[n] == 0) continue;
-                T a = (T)rw[n];
-                const T *yr = y + R * row;
-                for (long o = 0; o < row; o++) t[o] += a * yr[o];
+                NAME(add)(t, y + R * row, (T)rw[n], row);
             }
             for (long c = 0; c < w; c++)
                 for (long kx = 0; kx < k; kx++) {
@@ -102,9 +105,7 @@ void NAME(scatter)(const T *restrict y, T *restrict z, T *restrict t, const int 
                     for (long n = cs[c]; n < cs[c + 1]; n++) {
                         long C = ci[n] - kx + p;
                         if (C < 0 || C >= fw || cw[n] == 0) continue;
-                        T a = (T)cw[n];
-                        const T *tc = t + C * O;
-                        for (long o = 0; o < O; o++) zc[o] += a * tc[o];
+                        NAME(add)(zc, t + C * O, (T)cw[n], O);
                     }
                 }
         }
@@ -118,46 +119,36 @@ SOURCE = (
 )
 
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #3ec0e7a8
-def _by_rows(run, rows: int, scratch: int, like: torch.Tensor) -> None:
-    """run(pointer to scratch, first, last) over all rows, in as many parts as there are threads."""
+def _over_rows(name: str, source, target, tables, sizes, rows: int, scratch: int) -> None:
+    """Call the C function `name` over all rows, in as many parts as there are threads.
+
+    tables: the tensors of `axis_weights` or `axis_adjoint`; scratch: numbers that a part needs.
+    """
+    function = getattr(library("upsample_conv", SOURCE), f"{name}_{str(source.dtype)[6:]}")
     parts = max(min(torch.get_num_threads(), rows), 1)
     edges = [rows * n // parts for n in range(parts + 1)]
-    buffers = like.new_empty(parts, scratch)
-    parallel(
-        [functools.partial(run, pointer(buffers[n]), edges[n], edges[n + 1]) for n in range(parts)]
-    )
+    buffers = source.new_empty(parts, scratch)
+    fixed = (*map(pointer, tables), *map(ctypes.c_long, sizes))
+
+    def run(n: int) -> None:
+        bounds = ctypes.c_long(edges[n]), ctypes.c_long(edges[n + 1])
+        function(pointer(source), pointer(target), pointer(buffers[n]), *fixed, *bounds)
+
+    parallel([functools.partial(run, n) for n in range(parts)])
 
 
 def _gather(z: torch.Tensor, y: torch.Tensor, corners: bool) -> None:
     """Add to y (H, W, O) the interpolated, shifted sum of z (h, w, k, k, O)."""
     (h, w, k, _, O), (H, W, _) = z.shape, y.shape
-    function = getattr(library("upsample_conv", SOURCE), f"gather_{str(z.dtype)[6:]}")
-    tables = [pointer(t) for t in (*axis_weights(h, H, corners), *axis_weights(w, W, corners))]
-    sizes = [ctypes.c_long(n) for n in (w, H, W, k, O)]
-    _by_rows(
-        lambda t, first, last: function(
-            pointer(z), pointer(y), t, *tables, *sizes, ctypes.c_long(first), ctypes.c_long(last)
-        ),
-        H,
-        w * k * O,
-        z,
-    )
+    tables = (*axis_weights(h, H, corners), *axis_weights(w, W, corners))
+    _over_rows("gather", z, y, tables, (w, H, W, k, O), H, w * k * O)
 
 
 def _scatter(y: torch.Tensor, z: torch.Tensor, corners: bool) -> None:
     """Write to z (h, w, k, k, O) the adjoint of _gather applied to y (H, W, O)."""
     (h, w, k, _, O), (H, W, _) = z.shape, y.shape
-    function = getattr(library("upsample_conv", SOURCE), f"scatter_{str(z.dtype)[6:]}")
-    tables = [pointer(t) for t in (*axis_adjoint(h, H, corners), *axis_adjoint(w, W, corners))]
-    sizes = [ctypes.c_long(n) for n in (w, H, W, k, O)]
-    _by_rows(
-        lambda t, first, last: function(
-            pointer(y), pointer(z), t, *tables, *sizes, ctypes.c_long(first), ctypes.c_long(last)
-        ),
-        h,
-        W * O,
-        z,
-    )
+    tables = (*axis_adjoint(h, H, corners), *axis_adjoint(w, W, corners))
+    _over_rows("scatter", y, z, tables, (w, H, W, k, O), h, W * O)
 
 # %% ../../../nbs/layers/46_upsample_conv.ipynb #3cd7bebe
 class _AddUpsampled(torch.autograd.Function):
