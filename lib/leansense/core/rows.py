@@ -301,6 +301,13 @@ def _linked(rows: list[Row], where: str) -> tuple[list[Row], list[str]]:
         wrong.append(f"{where}: needs: a circle, {' ← '.join(error.args[1])}; cut it")
     return found, list(dict.fromkeys(wrong))
 
+# %% ../../../nbs/core/10_rows.ipynb #b1d7e2a4
+def _left_out(block: dict, data: str) -> bool:
+    """Whether `only` says that a table is not for these data, or what it `holds` is not there."""
+    if block.get("only") == ("standin" if data else "real"):
+        return True
+    return bool(data and block.get("holds")) and not any(place(data).glob(str(block["holds"])))
+
 # %% ../../../nbs/core/10_rows.ipynb #71faa544
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -318,13 +325,6 @@ def _blocks(block: object, kind: str, where: str) -> tuple[dict, list[str]]:
     if not isinstance(block or {}, dict):
         wrong.append(f"{where}: expected `name: ...` lines, got {block!r}")
     return found, wrong
-
-
-def _left_out(block: dict, data: str) -> bool:
-    """Whether a table is not for these data: `only` says so, or nothing is there that it `holds`."""
-    if block.get("only") == ("standin" if data else "real"):
-        return True
-    return bool(data and block.get("holds")) and not any(place(data).glob(str(block["holds"])))
 
 
 def read_rows(system: str, scale: str = "demo", data: str = "") -> list[Row]:
