@@ -32,7 +32,7 @@ def run_cell(text: str, space: dict, until: str = "") -> dict:
 def tools() -> dict:
     space = {"pd": pd, "np": np, "math": math, "DBA": "metrics.test_dba"}
     run_cell("def pick(", space, "PLACES = (")
-    return run_cell("PUBLISHED = {", space, "counted = {}")
+    return run_cell("PUBLISHED = {", space, "whole = done")
 
 
 def records(*lines: dict) -> pd.DataFrame:
