@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_is_an_error_or_a_record(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("split", ["sequence", "random"])
 def test_positions(tmp_path, split):
-    metrics = execute(POSITIONS, epochs=2, split=split, progress=False, folder=str(tmp_path / "p"))[
+    metrics = execute(POSITIONS, epochs=8, split=split, progress=False, folder=str(tmp_path / "p"))[
         "record"
     ]["metrics"]
     assert metrics["nearest_dba"] > 0.5 and metrics["mlp_dba"] > 0.2
