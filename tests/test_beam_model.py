@@ -411,6 +411,9 @@ def test_dropping_at_random_keeps_a_sensor():
     assert abs(float(single.float().mean()) - 0.75) < 0.02
     never = {**batch, "present": torch.zeros_like(left)}
     assert not bool(drop_at_random(never, 0.5)["present"].any())  # absent stays absent
+    batch["present"][:, 0] = False  # and is not what is left
+    left = drop_at_random(batch, 0.5)["present"]
+    assert bool(left.any(2).any(1).all()) and not bool(left[:, 0].any())
 
 
 def test_fill_leaves_present_frames_alone():

@@ -10,7 +10,6 @@ from leansense.beam.task import (
     BeamScores,
     BeamTask,
     ce_loss,
-    drop_modalities,
     evaluate,
     focal_loss,
     name_rebuilding,
@@ -265,29 +264,9 @@ def test_task_trains(tmp_path, steps, loss, temp_coef):
 
 def test_task_settings():
     assert "nearest is 'focal'" in message(ValueError, BeamTask, Tiny(), recipe(3), "focl")
-    said = message(ValueError, BeamTask, Tiny(), recipe(3), modality_dropout=1.0)
-    assert "modality_dropout=1.0" in said
-
-
-def test_dropped_modalities():
-    torch.manual_seed(0)
-    batch = {
-        "present": torch.ones(2000, 3, 2, dtype=torch.bool),
-        "image": torch.ones(2000, 2, 3, 2, 2, dtype=torch.uint8),
-        "radar": torch.ones(2000, 2, 2, 2, 2),
-    }
-    batch["present"][:500, 0] = False  # absent already: it cannot be the last one left
-    found = drop_modalities(batch, 0.4)
-    kept = found["present"].all(2)
-    assert kept.any(1).all() and not kept[:500, 0].any()
-    assert (kept == found["present"].any(2)).all(), "all frames or none"
-    assert 0.6 < kept[500:, 1].float().mean() < 0.7
-    assert found["image"].dtype == torch.uint8
-    for k, name in ((0, "image"), (2, "radar")):
-        there = found[name].flatten(1).any(1)
-        assert (there == kept[:, k])[500:].all()
-    assert batch["present"][500:].all() and batch["image"].all(), "the batch given is as it was"
-    assert torch.equal(drop_modalities(batch, 0.0)["present"], batch["present"])
+    for name in ("modality_dropout", "frame_dropout"):
+        said = message(ValueError, BeamTask, Tiny(), recipe(3), **{name: 1.0})
+        assert f"{name}=1.0" in said
 
 
 def test_validation_drops_nothing():

@@ -59,7 +59,7 @@ def hide(batch: Mapping, names: str | Iterable[str], frames: Iterable[int] | Non
 def drop_at_random(
     batch: Mapping, share: float, frame_share: float = 0.0, generator: torch.Generator | None = None
 ) -> dict:
-    """The batch without modalities, each of a sample with probability `share`, never all of them.
+    """The batch without modalities, each of a sample with probability `share`, never its last one.
 
     Args:
         frame_share: probability that a single frame of a modality goes
@@ -70,10 +70,9 @@ def drop_at_random(
             raise ValueError(f"{name}={value}: give a probability from 0 to below 1")
     present = presence(batch)
     size, kinds, frames = present.shape
-    kept = torch.rand(size, kinds, generator=generator) >= share
-    spared = torch.randint(kinds, (size,), generator=generator)  # drawn always: one stream of draws
-    lost = ~kept.any(1)
-    kept[lost, spared[lost]] = True
+    there = present.any(2).cpu()
+    drawn = torch.rand(size, kinds, generator=generator).masked_fill(~there, -1.0)
+    kept = (drawn >= share) | (drawn == drawn.max(1, keepdim=True).values)
     single = torch.rand(size, kinds, frames, generator=generator) >= frame_share
     kept = (kept[:, :, None] & single).to(present.device)
     return {**batch, "present": present & kept}
