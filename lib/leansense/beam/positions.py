@@ -252,7 +252,6 @@ def build_mlp(scenarios: Sequence[int], width: int = 128):
 # %% ../../../nbs/beam/07_positions.ipynb #d82088ba
 def loaders(data: Positions, params: dict) -> dict:
     """A DataLoader for each part, by batch_size, seed and features."""
-    from leansense.beam.data import collate
     from leansense.core.loader import Indexed, loader
 
     size, seed = int(params.get("batch_size", 64)), int(params.get("seed", 0))
@@ -262,7 +261,6 @@ def loaders(data: Positions, params: dict) -> dict:
             size,
             seed=seed,
             shuffle=split == "train",
-            collate=collate,
         )
         for split, count in data.counts().items()
         if count
