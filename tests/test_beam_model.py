@@ -460,27 +460,27 @@ def test_checkpoint_of_another_network_is_named(tmp_path):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "settings, said",
-    [
-        ({"modalities": "image lider"}, "'lider' is no modality; nearest is 'lidar'"),
-        ({"modality_missing": "lidar_rader"}, "nearest is 'radar'"),
-        ({"modalities": "image image"}, "twice"),
-        ({"FFM": "csbimanba"}, "FFM='csbimanba' is unknown; nearest is 'csbimamba'"),
-        ({"TFM": "atten"}, "TFM='atten' is unknown"),
-        ({"arch": "mamba"}, "arch='mamba' is unknown"),
-        ({"modality_missing_type": "zeros"}, "modality_missing_type='zeros' is unknown"),
-        ({"modalities": "image", "modality_missing": "radar"}, "the network has no radar"),
-        ({"depth": 50}, "depth=50: choose from 18, 34"),
-        ({"width": 10}, "width=10: must be a multiple of 4"),
-        ({"dropout": 1.0}, "dropout=1.0"),
-        ({"n_layer": 0}, "n_layer=0: must be at least 1"),
-        ({"faithful": True, "norm": "token"}, "contradicts faithful=True"),
-    ],
-)
-def test_wrong_settings_are_named(settings, said):
+WRONG = {
+    "'lider' is no modality; nearest is 'lidar'": dict(modalities="image lider"),
+    "nearest is 'radar'": dict(modality_missing="lidar_rader"),
+    "twice": dict(modalities="image image"),
+    "FFM='csbimanba' is unknown; nearest is 'csbimamba'": dict(FFM="csbimanba"),
+    "TFM='atten' is unknown": dict(TFM="atten"),
+    "arch='mamba' is unknown": dict(arch="mamba"),
+    "modality_missing_type='zeros' is unknown": dict(modality_missing_type="zeros"),
+    "the network has no radar": dict(modalities="image", modality_missing="radar"),
+    "depth=50: choose from 18, 34": dict(depth=50),
+    "width=10: must be a multiple of 4": dict(width=10),
+    "dropout=1.0": dict(dropout=1.0),
+    "n_layer=0: must be at least 1": dict(n_layer=0),
+    "contradicts faithful=True": dict(faithful=True, norm="token"),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_wrong_settings_are_named(said):
     with pytest.raises(ValueError) as error:
-        tiny(**settings)
+        tiny(**WRONG[said])
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

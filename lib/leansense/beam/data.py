@@ -17,19 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from leansense.beam.features import (
-    ANGLES,
-    count_points,
-    fill_cells,
-    find_field,
-    make_gps,
-    make_radar,
-    make_target,
-    read_place,
-    read_points,
-    read_power,
-    read_radar,
-)
+from . import features
 from .layouts import KINDS, SPLITS, Beam, Sample, beside, load, scan
 from .layouts import Options as Reading
 from .split import make_split
@@ -54,8 +42,9 @@ class Options:
     def __post_init__(self):
         if not 8 <= self.size <= 2048:
             raise ValueError(f"size={self.size}: give pixels along one side, such as 256")
-        if self.angle not in ANGLES:
-            raise ValueError(f"angle={self.angle!r} is unknown: choose from {', '.join(ANGLES)}")
+        if self.angle not in features.ANGLES:
+            known = ", ".join(features.ANGLES)
+            raise ValueError(f"angle={self.angle!r} is unknown: choose from {known}")
 
 
 def prepare_image(path: str, size: int, add_seg: int = 0) -> np.ndarray:
@@ -73,12 +62,13 @@ def prepare_image(path: str, size: int, add_seg: int = 0) -> np.ndarray:
 
 def prepare_lidar(path: str, size: int, scenario: int, custom: int = 1) -> np.ndarray:
     """(1, size, size) uint8 points in each cell seen from above."""
-    return count_points(read_points(path), find_field(scenario, custom), size)[None]
+    field = features.find_field(scenario, custom)
+    return features.count_points(features.read_points(path), field, size)[None]
 
 
 def prepare_radar(path: str, size: int) -> np.ndarray:
     """(2, size, size) float16 in [0, 1]: both radar maps of a cube."""
-    return make_radar(read_radar(path), size).astype(np.float16)
+    return features.make_radar(features.read_radar(path), size).astype(np.float16)
 
 # %% ../../../nbs/beam/00_data.ipynb #6ce5956d
 def _segmented(path: str) -> str:
@@ -161,12 +151,12 @@ def _read_gps(samples: Sequence[Sample], o: Options) -> np.ndarray:
 
     def place(path: str) -> np.ndarray:
         if path not in known:
-            known[path] = read_place(path)
+            known[path] = features.read_place(path)
         return known[path]
 
     return np.stack(
         [
-            make_gps(
+            features.make_gps(
                 np.stack([place(path) for path in s.car]),
                 place(s.base),
                 s.scenario,
@@ -192,14 +182,9 @@ class BeamDataset:
 
     def __init__(
         self,
-        data: Beam,
-        split: str = "train",
-        *,
-        train: bool | None = None,
-        seed: int = 0,
-        damaged: str = "error",
-        **options,
-    ):
+        data: Beam, split: str = "train", *,
+        train: bool | None = None, seed: int = 0, damaged: str = "error", **options,
+    ):  # fmt: skip
         self.options, self.samples, self.seed = Options(**options), data.part(split), seed
         if not self.samples:
             raise ValueError(f"{data.folder}: no window in split {split!r}; use another split")
@@ -246,14 +231,14 @@ class BeamDataset:
         chosen = np.array([index for _, index in pairs])
         maps = {kind: self._gather(kind, chosen) for kind in KINDS}
         self._change(maps, pairs)
-        maps["lidar"] = fill_cells(maps["lidar"])
+        maps["lidar"] = features.fill_cells(maps["lidar"])
         maps["radar"] = maps["radar"][:, :, : 1 + bool(self.options.add_velocity)]
         found = {kind: torch.from_numpy(np.ascontiguousarray(maps[kind])) for kind in KINDS}
         found["gps"] = torch.from_numpy(self.gps[chosen])
         found["present"] = torch.from_numpy(self.present[chosen])
         if self.beams.size:
             found["beam"] = torch.from_numpy(self.beams[chosen])
-            found["target"] = torch.from_numpy(make_target(self.beams[chosen]))
+            found["target"] = torch.from_numpy(features.make_target(self.beams[chosen]))
         found["scenario"] = torch.from_numpy(self.scenarios[chosen])
         found["id"] = [self.ids[index] for index in chosen]
         return self._mirror(found, pairs) if self.train and self.options.flip else found
@@ -283,7 +268,7 @@ class BeamDataset:
 
                 pictures = torch.from_numpy(maps["image"][k])
                 maps["image"][k] = change_images(pictures, image, rng).numpy()
-            field = find_field(s.scenario, self.options.custom_FoV_lidar)
+            field = features.find_field(s.scenario, self.options.custom_FoV_lidar)
             maps["lidar"][k, :, 0] = change_lidar(maps["lidar"][k, :, 0], lidar, field, rng)
             maps["radar"][k] = change_radar(maps["radar"][k], radar, rng)
             for m, kind in enumerate(KINDS):
@@ -439,10 +424,10 @@ def loaders(data: Beam, params: dict) -> dict:
 SHOWN = 5  # faults of one kind that are listed by name
 _READERS = {
     "image": lambda path: open_image(path).size,
-    "lidar": lambda path: len(read_points(path)),
-    "radar": lambda path: read_radar(path).shape,
-    "position": read_place,
-    "power": read_power,
+    "lidar": lambda path: len(features.read_points(path)),
+    "radar": lambda path: features.read_radar(path).shape,
+    "position": features.read_place,
+    "power": features.read_power,
 }
 
 

@@ -454,30 +454,15 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 # %% ../../../nbs/beam/10_model.ipynb #06ffecc2
 def build(
-    arch: str = "mambafusion",
-    *,
-    FFM: str = "csbimamba",
-    TFM: str = "attenmamba",
-    faithful: bool = False,
-    norm: str = "plane",
-    seq_len: int = 5,
-    pred_len: int = 1,
-    size: int = 256,
-    anchors: int = 8,
-    n_layer: int = 8,
-    width: int = 64,
-    image_depth: int = 34,
-    depth: int = 18,
+    arch: str = "mambafusion", *,
+    FFM: str = "csbimamba", TFM: str = "attenmamba", faithful: bool = False, norm: str = "plane",
+    seq_len: int = 5, pred_len: int = 1, size: int = 256, anchors: int = 8,
+    n_layer: int = 8, width: int = 64, image_depth: int = 34, depth: int = 18,
     modalities: str = "image lidar radar",
-    modality_missing: str = "",
-    modality_missing_type: str = "zerolike",
-    add_velocity: int = 1,
-    dropout: float = 0.1,
-    noise_seed: int = 0,
-    backend: str = "auto",
-    weights: str = "",
-    map_weights: str = "",
-) -> nn.Module:
+    modality_missing: str = "", modality_missing_type: str = "zerolike",
+    add_velocity: int = 1, dropout: float = 0.1, noise_seed: int = 0,
+    backend: str = "auto", weights: str = "", map_weights: str = "",
+) -> nn.Module:  # fmt: skip
     """A network from a batch to the logits of 64 beams; ValueError for settings that are wrong.
 
     Args:

@@ -299,17 +299,10 @@ def draw_answer(
 
 # %% ../../../nbs/beam/40_use.ipynb #76bb848e
 def write_predictions(
-    checkpoint: str | Path,
-    folder: str | Path,
-    out: str | Path,
-    split: str = "",
-    limit: int = 0,
-    top: int = 3,
-    calibrate: str | Path = "",
-    absent: bool = False,
-    scenario: int = 0,
-    view: float = VIEW,
-) -> list[Path]:
+    checkpoint: str | Path, folder: str | Path, out: str | Path,
+    split: str = "", limit: int = 0, top: int = 3, calibrate: str | Path = "",
+    absent: bool = False, scenario: int = 0, view: float = VIEW,
+) -> list[Path]:  # fmt: skip
     """Write <out>/<id>.json and .png for each window; returns the JSON files.
 
     Args:
@@ -334,26 +327,30 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     import argparse
 
+    options = (
+        ("--out", "runs/predictions", "where JSON and PNG files go"),
+        ("--split", "", "part of a data set"),
+        ("--limit", 0, "windows; 0: all"),
+        ("--top", 3, "beams in an answer"),
+        ("--calibrate", "", "labelled data set; sets the temperature"),
+        ("--scenario", 0, "of a bare folder; 0: by its name"),
+        ("--view", VIEW, "degrees that the camera sees"),
+    )
     parser = argparse.ArgumentParser(
         prog="python -m leansense.beam.use", description="best beams for a folder of frames"
     )
     parser.add_argument("checkpoint", help="the best.ckpt of a row that trained a network")
     parser.add_argument("folder", help="a data set, or a scenario's folder with unit1 and unit2")
-    parser.add_argument("--out", default="runs/predictions", help="where JSON and PNG files go")
-    parser.add_argument("--split", default="", choices=("", *SPLITS), help="part of a data set")
-    parser.add_argument("--limit", type=int, default=0, help="windows; 0: all")
-    parser.add_argument("--top", type=int, default=3, help="beams in an answer")
-    parser.add_argument("--calibrate", default="", help="labelled data set; sets the temperature")
+    for name, default, said in options:
+        among = ("", *SPLITS) if name == "--split" else None
+        parser.add_argument(name, type=type(default), default=default, choices=among, help=said)
     parser.add_argument("--absent", action="store_true", help="do without frames that are missing")
-    parser.add_argument("--scenario", type=int, default=0, help="of a bare folder; 0: by its name")
-    parser.add_argument("--view", type=float, default=VIEW, help="degrees that the camera sees")
     given = vars(parser.parse_args(argv))
     try:
-        made = write_predictions(**given)
+        print(f"{len(write_predictions(**given))} windows in {given['out']}")
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{len(made)} windows in {given['out']}")
     return 0
 
 
