@@ -28,7 +28,7 @@ CHANNELS = {"image": 3, "lidar": 1, "radar": 2}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 # %% ../../../nbs/beam/10_model.ipynb #b6fae8e5
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # blocks of the four stages
+DEPTHS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # blocks of the four stages
 
 
 def _stage(inside: int, outside: int, blocks: int, stride: int) -> nn.Sequential:
@@ -43,7 +43,7 @@ def _stage(inside: int, outside: int, blocks: int, stride: int) -> nn.Sequential
 
 
 class Encoder(nn.Module):
-    """A ResNet-18 or -34 of torchvision's blocks without classifier: (N, channels, H, W) -> maps.
+    """A ResNet-10, -18 or -34 of usual blocks without classifier: (N, channels, H, W) -> maps.
 
     width: channels of the first stage; the others have 2, 4 and 8 times as many.
     """
