@@ -173,17 +173,17 @@ def make_drive(site: Site, seed: tuple[int, ...], frames: int) -> Drive:
     start = np.column_stack([objects.centre[:, :2], objects.yaw])
     tracks = Tracks(start, speed, np.zeros((len(objects), 3)))
     base = Tracks(np.array([site.pose]), np.zeros(1), np.zeros((1, 3)))
-    dark = replace(CONDITIONS["night"], ambient=0.1, direct=0.04)
+    dark = replace(CONDITIONS["night"], ambient=0.035, direct=0.015)
     light = dark if site.night else CONDITIONS["day"]
     return Drive(site, Scene(objects, tracks, base, site.street, ground, light, seed[0]), seed)
 
 # %% ../../../nbs/beam/05_standin.ipynb #1fdd5535
 BASE = 2.5  # metres above the ground: camera and array
 ROOF = 0.1  # metres from the user's roof to its antenna
-REACH = {31: 18.0, 32: 22.0, 33: 12.5, 34: 14.5}  # metres: of the lidar
+REACH = {31: 20.0, 32: 22.0, 33: 20.0, 34: 22.0}  # metres: of the lidar
 BRIGHTEN = 4.0  # gain of the stored night picture
 GREY, GRAIN, GLARE = 0.85, 4.0, 2.0  # at night: colour lost; noise of pixels and of patches, levels
-DRIFT = 0.25  # radians: phase error of a radar antenna, the same through a sequence
+DRIFT = 0.1  # radians: phase error of a radar antenna, the same through a sequence
 BIAS, WHITE = 0.4, 0.15  # metres: GPS error of a sequence, of one fix
 
 
