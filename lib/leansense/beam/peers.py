@@ -24,9 +24,9 @@ def published_scan(u, delta, A, B, C, D, z, bias) -> Tensor:
     decay = torch.exp(torch.einsum("bdt,dn->bdtn", delta, A))
     entry = torch.einsum("bdt,bnt,bdt->bdtn", delta, B, u)
     state, out = A.new_zeros(len(u), *A.shape), []
-    for t in range(u.shape[2]):
-        state = decay[:, :, t] * state + entry[:, :, t]
-        out.append(torch.einsum("bdn,bn->bd", state, C[:, :, t]))
+    for a, b, c in zip(*(part.unbind(2) for part in (decay, entry, C))):
+        state = a * state + b
+        out.append(torch.einsum("bdn,bn->bd", state, c))
     return (torch.stack(out, 2) + D[:, None] * u) * F.silu(z)
 
 
