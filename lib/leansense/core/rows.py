@@ -302,11 +302,13 @@ def _linked(rows: list[Row], where: str) -> tuple[list[Row], list[str]]:
     return found, list(dict.fromkeys(wrong))
 
 # %% ../../../nbs/core/10_rows.ipynb #b1d7e2a4
-def _left_out(block: dict, data: str) -> bool:
+def _left_out(block: dict, data: str, every: bool = False) -> bool:
     """Whether `only` says that a table is not for these data, or what it `holds` is not there."""
     if block.get("only") == ("standin" if data else "real"):
         return True
-    return bool(data and block.get("holds")) and not any(place(data).glob(str(block["holds"])))
+    if every or not (data and block.get("holds")):
+        return False
+    return not any(place(data).glob(str(block["holds"])))
 
 # %% ../../../nbs/core/10_rows.ipynb #71faa544
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -327,8 +329,11 @@ def _blocks(block: object, kind: str, where: str) -> tuple[dict, list[str]]:
     return found, wrong
 
 
-def read_rows(system: str, scale: str = "demo", data: str = "") -> list[Row]:
-    """All rows of a system in the file's order; RowsError with all complaints if one cannot run."""
+def read_rows(system: str, scale: str = "demo", data: str = "", every: bool = False) -> list[Row]:
+    """All rows of a system in the file's order; RowsError with all complaints if one cannot run.
+
+    every: those of tables, too, for which the folder `data` has no files.
+    """
     _check_request(scale, data)
     matrix, here = read_matrix(system), f"papers/{system}/rows.yaml"
     found, wrong = [], _foreign(matrix, "file", here)
@@ -336,7 +341,7 @@ def read_rows(system: str, scale: str = "demo", data: str = "") -> list[Row]:
     wrong += more
     for table, block in tables.items():
         wrong += _foreign(block, "table", f"{here}: {table}")
-        if not isinstance(block, dict) or _left_out(block, data):
+        if not isinstance(block, dict) or _left_out(block, data, every):
             continue
         rows, more = _blocks(block.get("rows"), "row", f"{here}: {table}")
         grid, worse = _gridded(block.get("grid"), f"{here}: {table}")

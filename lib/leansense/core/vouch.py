@@ -51,7 +51,7 @@ class Group:
 
 def _real(system: str, scale: str) -> list[Row]:
     """The rows of a matrix for a real data set; any folder will do to list them."""
-    return read_rows(system, scale, str(root() / "nbs"))
+    return read_rows(system, scale, str(root() / "nbs"), every=True)
 
 
 def smoke_rows(system: str) -> dict[str, list[Row]]:
