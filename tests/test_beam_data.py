@@ -396,7 +396,7 @@ def test_windows_share_cached_frames(whole):
     assert again.arrays["image"].filename == part.arrays["image"].filename
     other = BeamDataset(data, "valid", size=16, custom_FoV_lidar=0)
     assert other.arrays["lidar"].filename != part.arrays["lidar"].filename
-    assert len(pickle.dumps(part)) < 100_000
+    assert len(pickle.dumps(part).replace(str(whole).encode(), b"")) < 100_000  # no arrays in it
     copy = pickle.loads(pickle.dumps(part))
     assert all(torch.equal(copy[2, 3][n], part[2, 3][n]) for n in ("image", "radar", "target"))
 

@@ -469,7 +469,7 @@ WRONG = {
     "arch='mamba' is unknown": dict(arch="mamba"),
     "modality_missing_type='zeros' is unknown": dict(modality_missing_type="zeros"),
     "the network has no radar": dict(modalities="image", modality_missing="radar"),
-    "depth=50: choose from 18, 34": dict(depth=50),
+    "depth=50: choose from 10, 18, 34": dict(depth=50),
     "width=10: must be a multiple of 4": dict(width=10),
     "dropout=1.0": dict(dropout=1.0),
     "n_layer=0: must be at least 1": dict(n_layer=0),
