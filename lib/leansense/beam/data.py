@@ -320,6 +320,7 @@ def collate(items: Sequence[dict] | dict) -> dict:
 PARAMETERS = (  # those that decide what is read
     "data",
     "standin",
+    "frames",
     "split",
     "seq_len",
     "pred_len",
@@ -361,7 +362,7 @@ def _recipe(params: dict) -> dict:
     longer = reading.seq_len > 5 or reading.pred_len > 1
     return {
         "sequences": int(params.get("standin") or 80),
-        "frames": reading.seq_len + 10 if longer else 8,
+        "frames": reading.seq_len + 10 if longer else int(params.get("frames") or 8),
     }
 
 
