@@ -2963,6 +2963,6 @@ d = { 'settings': { 'branch': 'main',
                                     'leansense.xad.task.rate_groups': ('xad/task.html#rate_groups', 'leansense/xad/task.py'),
                                     'leansense.xad.task.recipe': ('xad/task.html#recipe', 'leansense/xad/task.py'),
                                     'leansense.xad.task.score_cells': ('xad/task.html#score_cells', 'leansense/xad/task.py'),
-                                    'leansense.xad.task.split_parts': ('xad/task.html#split_parts', 'leansense/xad/task.py'),
+                                    'leansense.xad.task.split_stage': ('xad/task.html#split_stage', 'leansense/xad/task.py'),
                                     'leansense.xad.task.write_pretrained': ('xad/task.html#write_pretrained', 'leansense/xad/task.py'),
                                     'leansense.xad.task.write_tags': ('xad/task.html#write_tags', 'leansense/xad/task.py')}}}

@@ -210,8 +210,12 @@ class MlpHead(nn.Module):
         self.bev_post, self.detach = post, detach
         self.action_head, self.desc_head = (
             nn.Sequential(
-                nn.Linear(features, mids[0]), nn.ReLU(inplace=True), nn.Dropout(dropouts[0]),
-                nn.Linear(mids[0], mids[1]), nn.ReLU(inplace=True), nn.Dropout(dropouts[1]),
+                nn.Linear(features, mids[0]),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropouts[0]),
+                nn.Linear(mids[0], mids[1]),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropouts[1]),
                 nn.Linear(mids[1], labels),
             )  # fmt: skip
             for labels in (ACTIONS, DESCRIPTIONS)
@@ -556,7 +560,9 @@ def _trunk(config: dict) -> nn.Module:
     if name in VOVNETS:
         every = config["ese_every_block"]
         return VoVNet(VOVNETS[name], every, config["width"], again, pretrained)
-    settings = {"drop_path_rate": 0.2} if name in EFFICIENTNETS and config["dropout"] is None else {}
+    settings = (
+        {"drop_path_rate": 0.2} if name in EFFICIENTNETS and config["dropout"] is None else {}
+    )
     if faithful and name in EFFICIENTNETS:
         name = f"tf_{EFFICIENTNETS[name]}.aa_in1k"
         return Trunk(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CELLS', 'IGNORED', 'LOSSES', 'CLASSES', 'EMPTY', 'FACTORS', 'STAGED', 'TAGS', 'LossForm', 'map_loss', 'label_loss',
            'losses_of', 'class_ious', 'score_cells', 'MapScores', 'LabelScores', 'rate_groups', 'recipe', 'inputs_of',
-           'normalise_on', 'XadTask', 'published_entries', 'publish_files', 'split_parts', 'load_pretrained',
-           'write_pretrained', 'on_device', 'answers', 'evaluate', 'blind_scores', 'write_tags']
+           'normalise_on', 'XadTask', 'published_entries', 'publish_files', 'split_stage', 'write_pretrained',
+           'load_pretrained', 'on_device', 'answers', 'evaluate', 'blind_scores', 'write_tags']
 
 # %% ../../../nbs/xad/20_task.ipynb #389e6b53
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,9 @@ from ..core.images import normalise
 from ..core.parameters import nearest
 from ..core.schedule import Group, Recipe
 from ..core.task import Tally, Task
+from ..core.weights import read_weights
 from ..layers.conventions import INPUTS, choose
+from .model import module_groups
 
 # %% ../../../nbs/xad/20_task.ipynb #b1437142
 CELLS = (1.0, 10.0, 5.0, 10.0)  # background, vehicle, drivable, divider
@@ -188,12 +190,12 @@ class LabelScores(Metric):
         start = f"{self.name}_" if self.name else ""
         return {start + name: float(value) for name, value in found.items()}
 
-# %% ../../../nbs/xad/20_task.ipynb #5f1f4063
+# %% ../../../nbs/xad/20_task.ipynb #3bbee739
 FACTORS = {"backbone": 0.1}  # published; all other parts 1
 
 
 def rate_groups(
-    parts: Mapping[str, nn.Module], lr: float, factors: Mapping[str, float] = FACTORS
+    parts: Mapping[str, Sequence[nn.Module]], lr: float, factors: Mapping[str, float] = FACTORS
 ) -> list[Group]:
     """A group for each part of a network, with `lr` times its factor (1 where none is given)."""
     for name, factor in factors.items():
@@ -201,7 +203,7 @@ def rate_groups(
             raise ValueError(f"factors: no part {name!r}; {nearest(name, parts)}")
         if not factor >= 0:
             raise ValueError(f"factors: {name} has {factor}; give a factor from 0")
-    return [Group(name, [part], lr * factors.get(name, 1.0)) for name, part in parts.items()]
+    return [Group(name, part, lr * factors.get(name, 1.0)) for name, part in parts.items()]
 
 # %% ../../../nbs/xad/20_task.ipynb #5a4e3f57
 def recipe(
@@ -260,7 +262,7 @@ class XadTask(Task):
     """Training of a network with three answers; validation measures miou and the F1 scores.
 
     Args:
-        model: six tensors -> (map, actions, descriptions); has parts() and bev_logits()
+        model: six tensors -> (map, actions, descriptions), as `xad.model` builds it
         loss: a name in LOSSES; one without labels trains the map alone
         factors: of the learning rate, by part; None: the published ones
         val_every: epochs between validations
@@ -293,14 +295,17 @@ class XadTask(Task):
             metric.reset()
 
     def groups(self) -> list[Group]:
-        return rate_groups(self.model.parts(), self.recipe.lr, self.factors)
+        return rate_groups(module_groups(self.model), self.recipe.lr, self.factors)
 
     # --- steps
 
     def answer(self, batch: Mapping) -> tuple:
-        """The map, and the labels unless the map is learnt alone."""
-        inputs = inputs_of(batch)
-        return self.model(*inputs) if self.form.action else (self.model.bev_logits(*inputs),)
+        """The three answers; ValueError: the loss asks for labels and there are none."""
+        said = self.model(*inputs_of(batch))
+        if self.form.action and said[1] is None:
+            names = [name for name, form in LOSSES.items() if not form.action]
+            raise ValueError(f"this network learns the map alone: use loss={' or '.join(names)}")
+        return said
 
     def step(self, batch: Mapping) -> tuple[torch.Tensor, dict]:
         """Loss of a batch and its parts."""
@@ -377,51 +382,47 @@ def publish_files(folder: str | Path, suffix: str = "", pretrain: bool = False) 
         copy_checkpoint(folder / source, folder / target)
     return [folder / name for name in names.values()]
 
-# %% ../../../nbs/xad/20_task.ipynb #6b0b244a
-STAGED = {  # part of the network: its entry in a published file
-    "backbone": "backbone_state_dict",
-    "depth": "depth_net_state_dict",
-    "cam_encode": "cam_encode_state_dict",
-    "bev_encoder": "bev_encoder_state_dict",
+# %% ../../../nbs/xad/20_task.ipynb #e8555f05
+STAGED = {  # a published file's entry: where its weights are in the network
+    "backbone_state_dict": "camera.trunk.",
+    "depth_net_state_dict": "camera.depth_net.",
+    "cam_encode_state_dict": "camera.",  # what else belongs to a camera
+    "bev_encoder_state_dict": "bev_encoder.",
 }
 
 
-def split_parts(model: nn.Module, version: str = "v2", miou: float = 0.0, epoch: int = 0) -> dict:
-    """What a published `best_pretrained.pth` holds, of a network that has those parts."""
-    parts = model.parts()
-    found = {key: parts[name].state_dict() for name, key in STAGED.items() if name in parts}
-    return {"epoch": epoch, "lss_version": version, "miou": float(miou), **found}
+def split_stage(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights by the entries of STAGED, under their names there; a text head's are left out."""
+    found = {entry: {} for entry in STAGED}
+    for name, value in weights.items():
+        places = [entry for entry, start in STAGED.items() if name.startswith(start)]
+        if places:
+            found[places[0]][name.removeprefix(STAGED[places[0]])] = value
+    return {entry: part for entry, part in found.items() if part}
+
+
+def write_pretrained(
+    model: nn.Module, path: str | Path, version: str = "v2", miou: float = 0.0, epoch: int = 0
+) -> Path:
+    """Write `best_pretrained.pth` in the published form: what a first stage has learnt."""
+    about = {"epoch": int(epoch), "lss_version": version, "miou": float(miou)}
+    AtomicIO().save_checkpoint(about | split_stage(model.state_dict()), path)
+    return Path(path)
 
 
 def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
-    """Load the parts that learn the map from a first stage's file; returns those left alone."""
-    content, parts = load_file(path, finite=True), model.parts()
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no weights by name: name a first stage's checkpoint")
-    whole = content.get("model_state_dict")
-    names = {id(module): name for name, module in model.named_modules()}
-    given = {}
-    for name in [name for name in STAGED if name in parts]:
-        if isinstance(whole, dict):
-            start = f"{names[id(parts[name])]}."
-            found = {n.removeprefix(start): w for n, w in whole.items() if n.startswith(start)}
-        else:
-            found = content.get(STAGED[name])
-        if isinstance(found, dict) and found:
-            given[name] = found
-    if not given:
-        raise ValueError(f"{path}: holds none of {', '.join(STAGED)}: name a first stage's file")
-    for name, weights in given.items():
-        check_weights(parts[name], weights, f"{path}, {name}")
-    for name, weights in given.items():  # only now: a misfit leaves the network as it was
-        parts[name].load_state_dict(weights)
-    return [name for name in parts if name not in given]
-
-
-def write_pretrained(model: nn.Module, path: str | Path, **about) -> Path:
-    """Write `best_pretrained.pth` in the published form; about: of `split_parts`."""
-    AtomicIO().save_checkpoint(split_parts(model, **about), path)
-    return Path(path)
+    """Load what a first stage has learnt; the entries of STAGED that were not there."""
+    content = load_file(path, finite=True)
+    published = isinstance(content, dict) and content.keys() & STAGED.keys()
+    given = content if published else split_stage(read_weights(path))
+    own, fresh = split_stage(model.state_dict()), {}
+    for entry in [entry for entry in own if isinstance(given.get(entry), dict)]:
+        fresh |= {STAGED[entry] + name: value for name, value in given[entry].items()}
+    if not fresh:
+        raise ValueError(f"{path}: holds none of {', '.join(own)}: name a first stage's file")
+    check_weights(model, model.state_dict() | fresh, path)
+    model.load_state_dict(fresh, strict=False)
+    return [entry for entry in own if entry not in given]
 
 # %% ../../../nbs/xad/20_task.ipynb #e7ed141a
 def on_device(batch: Mapping, device: torch.device) -> dict:
