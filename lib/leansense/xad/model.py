@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['GRID_CONF', 'CAMERAS', 'CLASSES', 'ACTIONS', 'DESCRIPTIONS', 'SEEN', 'NEAR', 'DOWNSAMPLE', 'VOVNETS', 'EFFICIENTNETS',
-           'DEPTHS', 'REFINERS', 'TEXT_HEADS', 'BASELINE', 'DEMO', 'DepthV1', 'DepthV2', 'JointCamera', 'TwoMapCamera',
-           'ResidualRefiner', 'BevRefiner', 'BevResNet', 'BevPost', 'MlpHead', 'SceneUnder', 'Adapter', 'BevTxtHead',
-           'OnlyBevHead', 'Pyramid', 'CameraTransformer', 'BevAttention', 'Predictor', 'UnifiedHead', 'XadNet',
-           'load_weights', 'build', 'example', 'module_groups']
+           'DEPTHS', 'REFINERS', 'TEXT_HEADS', 'BASELINE', 'GEOMETRY', 'DEMO', 'DepthV1', 'DepthV2', 'JointCamera',
+           'TwoMapCamera', 'ResidualRefiner', 'BevRefiner', 'BevResNet', 'BevPost', 'MlpHead', 'SceneUnder', 'Adapter',
+           'BevTxtHead', 'OnlyBevHead', 'Pyramid', 'CameraTransformer', 'BevAttention', 'Predictor', 'UnifiedHead',
+           'XadNet', 'convert_original', 'load_weights', 'load_pretrained', 'build', 'example',
+           'compile_model_vovnet_transformer', 'compile_model_bevtxt', 'compile_model_onlybev', 'compile_model_lss',
+           'module_groups']
 
-# %% ../../../nbs/xad/10_model.ipynb #0297a94f
+# %% ../../../nbs/xad/10_model.ipynb #b3add859
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from leansense.layers.lift_splat_shoot import (
     make_example,
 )
 from ..layers.norm_act import norm_act
-from ..layers.trunk import Trunk, recompute
+from ..layers.trunk import Trunk, from_efficientnet_pytorch, recompute
 from ..layers.vovnet import VoVNet, load_trunk, map_size, scaled
 
 # %% ../../../nbs/xad/10_model.ipynb #bb016c4c
@@ -51,8 +53,8 @@ SEEN = (  # by the baseline's text head: actions and four descriptions from the 
 NEAR = {"x": (-20.0, 20.0), "y": (-22.0, 22.0)}  # metres around the car that the text heads see
 DOWNSAMPLE = 16  # image pixels per feature pixel
 
-# %% ../../../nbs/xad/10_model.ipynb #c3d2671c
-def _conv_norm(net: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+# %% ../../../nbs/xad/10_model.ipynb #4d9ade86
+def _conv_norm(net: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """Convolution, batch norm and ReLU, the first three parts of `net`, then the others."""
     x = norm_act(net[0](x), net[1])
     for part in net[3:]:
@@ -120,7 +122,7 @@ class TwoMapCamera(nn.Module):
         fine, coarse = self.trunk(images.contiguous(memory_format=torch.channels_last))
         return self.depth_net(fine, coarse), self.feat_proj(fine), fine
 
-# %% ../../../nbs/xad/10_model.ipynb #cf9a1ab6
+# %% ../../../nbs/xad/10_model.ipynb #4ef452c9
 class ResidualRefiner(nn.Module):
     """(B, C, X, Y) -> the same shape: two 3x3 convolutions beside the identity."""
 
@@ -167,7 +169,8 @@ class BevRefiner(nn.Module):
         return self._classify(refined), refined
 
     def _classify(self, x: torch.Tensor) -> torch.Tensor:
-        return _conv_norm(self.seg_head[3:], _conv_norm(self.seg_head[:3], x))
+        first, norm, _, *rest = self.seg_head
+        return _conv_norm(rest, norm_act(first(x), norm))
 
 
 class BevResNet(BevEncoder):
@@ -177,7 +180,7 @@ class BevResNet(BevEncoder):
         logits = super().forward(x)
         return logits, logits
 
-# %% ../../../nbs/xad/10_model.ipynb #c1f0f083
+# %% ../../../nbs/xad/10_model.ipynb #ec8eb477
 class BevPost(nn.Module):
     """The map's window around the car (B, C, X, Y) -> (B, out, *size)."""
 
@@ -261,7 +264,8 @@ class Adapter(nn.Sequential):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _conv_norm(self[3:], _conv_norm(self[:3], x))
+        x = norm_act(self[0](x), self[1])
+        return norm_act(self[3](x), self[4])
 
 # %% ../../../nbs/xad/10_model.ipynb #540690ba
 class _Embedder(nn.Module):
@@ -651,19 +655,113 @@ def _assemble(config: dict) -> XadNet:
         model.register_parameter(name, value)
     return model.to(memory_format=torch.channels_last)
 
-# %% ../../../nbs/xad/10_model.ipynb #6789c2fd
+# %% ../../../nbs/xad/10_model.ipynb #155b1d87
+_ORIGINAL = {  # the beginnings of their names: ours
+    "backbone.backbone.stem_": "camera.trunk.stem.",
+    "backbone.backbone.stages_": "camera.trunk.stages.",
+    "depth_net.": "camera.depth_net.", "cam_encode.": "camera.",
+    "bev_encoder.transformer.encoder.": "bev_encoder.refiner.",
+    "bev_post.": "text.bev_post.", "bevpost.": "text.bev_post.",
+    "action_head.": "text.action_head.", "desc_head.": "text.desc_head.",
+    "feature_pyramid.": "text.feature_pyramid.", "bev_fusion.": "text.bev_fusion.",
+    "camera_transformer.": "text.camera_transformer.",
+    "unified_predictor.": "text.unified_predictor.",
+    "vovnet_adapter.adapter.": "text.adapter.", "sceneunder.0.": "text.scene.",
+    "embeder_f1.": "text.front.conv.", "embeder_f2.1.": "text.front.linear.",
+    "embeder_lr1.": "text.side.conv.", "embeder_lr2.1.": "text.side.linear.",
+    "predictorf1.0.": "text.front_desc.", "predictorf2.0.": "text.action.",
+    "predictorlr.0.": "text.side_desc.", "embeder_bev.1.": "text.linear.",
+    "predictor_bev1.0.": "text.action.", "predictor_bev2.0.": "text.desc.",
+    "encoder.up1.": "camera.up1.", "camencode.depthnet.": "camera.depthnet.",
+    "bevencode.": "bev_encoder.",
+}  # fmt: skip
+_THEIR_TRUNK, _TRUNK = "encoder.trunk.", "camera.trunk."
+_REPEATS = {16: (1, 2, 2, 3, 3, 4, 1), 32: (2, 4, 4, 6, 6, 8, 2)}  # blocks of B0 and B4, by stage
+
+
+def convert_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict of the published code under the names of a faithful model."""
+    converted = {}
+    trunk = {}
+    for name, value in weights.items():
+        start = max((s for s in _ORIGINAL if name.startswith(s)), key=len, default="")
+        if name.startswith(_THEIR_TRUNK):
+            trunk[name.removeprefix(_THEIR_TRUNK)] = value
+        elif name != "camera_ids":
+            converted[_ORIGINAL.get(start, "") + name.removeprefix(start)] = value
+    if trunk:
+        blocks = {name.split(".")[1] for name in trunk if name.startswith("_blocks.")}
+        named = from_efficientnet_pytorch(trunk, _REPEATS[len(blocks)])
+        converted |= {_TRUNK + name: value for name, value in named.items()}
+    return converted
+
+# %% ../../../nbs/xad/10_model.ipynb #6cabafe8
+GEOMETRY = ("dx", "bx", "nx", "frustum")  # stored by the published code, made afresh by ours
+
+
+def _ours(given: dict[str, torch.Tensor], model: XadNet) -> dict[str, torch.Tensor]:
+    """Weights under our names; what the published code stores and this model does not is left out."""
+    own = model.state_dict()
+    if any(name.startswith(("backbone.backbone.", _THEIR_TRUNK)) for name in given):
+        given = convert_original(given)
+        unused = (*GEOMETRY, f"{_TRUNK}head.", "text.scene.")
+        given = {n: v for n, v in given.items() if n in own or not n.startswith(unused)}
+    return given
+
+
 def load_weights(model: XadNet, path: str | Path) -> XadNet:
-    """Load a checkpoint of this model; ValueError: the first misfit."""
+    """Load a checkpoint of this model or of the published code; ValueError: the first misfit."""
     from leansense.core.checkpoint import check_finite, check_weights  # loads Lightning
     from leansense.core.weights import read_weights
 
-    given = read_weights(path)
+    given = _ours(read_weights(path), model)
     check_weights(model, given, path)
     check_finite(given, path)
+    for name in GEOMETRY:
+        if name in given and not torch.allclose(given[name], getattr(model, name).to(given[name])):
+            raise ValueError(
+                f"{path}: was trained with another grid ({name} differs): build with its grid_conf"
+            )
     model.load_state_dict(given)
     return model
 
-# %% ../../../nbs/xad/10_model.ipynb #3ced13b6
+# %% ../../../nbs/xad/10_model.ipynb #c7a309e2
+_STAGES = ("backbone", "depth_net", "cam_encode", "bev_encoder")  # of the published pre-training
+
+
+def load_pretrained(model: XadNet, path: str | Path) -> list[str]:
+    """Load what a pre-training stage learnt, ours or the published one's.
+
+    Returns the names of parts that keep their weights: `text`, and `depth_net` where it differs.
+    ValueError: another part does not fit.
+    """
+    from leansense.core.checkpoint import check_finite, load_file
+    from leansense.core.weights import read_weights
+
+    content = load_file(path)
+    if isinstance(content, dict) and f"{_STAGES[0]}_state_dict" in content:
+        parts = {part: content[f"{part}_state_dict"] for part in _STAGES}
+        given = {f"{part}.{n}": v for part, state in parts.items() for n, v in state.items()}
+    else:
+        given = read_weights(path)
+    given = {n: v for n, v in _ours(given, model).items() if n not in GEOMETRY}
+    check_finite(given, path)
+    own = {n: v for n, v in model.state_dict().items() if n not in GEOMETRY}
+    same = {n for n in own if n in given and own[n].shape == given[n].shape}
+    left = ["text"] if model.text is not None else []
+    depth = {n for n in own.keys() | given.keys() if n.startswith("camera.depth_net.")}
+    if depth - same:
+        left.append("depth_net")
+    kept = depth if depth - same else set()
+    for name in [*own, *given]:
+        if name not in same | kept and not name.startswith("text."):
+            raise ValueError(f"{path}: {name} is not as in the model: build with the same settings")
+    model.load_state_dict(
+        {n: given[n] for n in same - kept if not n.startswith("text.")}, strict=False
+    )
+    return left
+
+# %% ../../../nbs/xad/10_model.ipynb #734c1e2a
 def build(
     outC: int = CLASSES,
     *,
@@ -728,7 +826,7 @@ def build(
         load_trunk(model.camera.trunk, backbone_weights)
     return load_weights(model, weights) if weights else model
 
-# %% ../../../nbs/xad/10_model.ipynb #c2d8db22
+# %% ../../../nbs/xad/10_model.ipynb #81dd8b7c
 def example(
     model: XadNet, batch: int = 1, cameras: int | None = None, seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
@@ -749,7 +847,72 @@ DEMO = {
     },
 }
 
-# %% ../../../nbs/xad/10_model.ipynb #c73c23e9
+# %% ../../../nbs/xad/10_model.ipynb #d84d7cf5
+def _compile(bsize: int, grid_conf: dict, data_aug_conf: dict, outC: int, settings: dict) -> XadNet:
+    """build() with what a factory of the published code is given."""
+    if bsize < 1:
+        raise ValueError(f"bsize={bsize}: give a number of samples, at least 1")
+    if "final_dim" not in data_aug_conf:
+        raise ValueError(
+            f"data_aug_conf has {sorted(data_aug_conf)}: needs final_dim, (height, width)"
+        )
+    final_h, final_w = data_aug_conf["final_dim"]
+    given = {"final_h": final_h, "final_w": final_w, "cams": data_aug_conf.get("cams", CAMERAS)}
+    return build(outC, grid_conf=grid_conf, **given | settings)
+
+
+def compile_model_vovnet_transformer(
+    bsize: int,
+    grid_conf: dict,
+    data_aug_conf: dict,
+    outC: int = CLASSES,
+    vovnet_type: str = "vovnet99",
+    pretrained: bool = False,
+    lss_version: str = "v2",
+    **settings,
+) -> XadNet:
+    """The guide's model; settings: others of build().
+
+    Args:
+        bsize: not needed
+        data_aug_conf: final_dim, (height, width); cams, names
+        vovnet_type: vovnet39, vovnet57, vovnet99
+        lss_version: v1 or v2
+    """
+    kinds = {f"vovnet{kind}": f"vov{kind}" for kind in (39, 57, 99)}
+    depths = {"v1": "v1_c3", "v2": "v2"}
+    for name, value, known in (
+        ("vovnet_type", vovnet_type, kinds), ("lss_version", lss_version, depths)
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{name}={value!r}; {nearest(value, known)}")
+    own = {"backbone": kinds[vovnet_type], "depth": depths[lss_version], "pretrained": pretrained}
+    return _compile(bsize, grid_conf, data_aug_conf, outC, own | settings)
+
+
+def compile_model_bevtxt(
+    bsize: int, grid_conf: dict, data_aug_conf: dict, outC: int = CLASSES, **settings
+) -> XadNet:
+    """The baseline; settings: others of build()."""
+    return _compile(bsize, grid_conf, data_aug_conf, outC, BASELINE | settings)
+
+
+def compile_model_onlybev(
+    bsize: int, grid_conf: dict, data_aug_conf: dict, outC: int = CLASSES, **settings
+) -> XadNet:
+    """The baseline that reads actions and descriptions from the map alone."""
+    own = BASELINE | {"text_head": "onlybev"}
+    return _compile(bsize, grid_conf, data_aug_conf, outC, own | settings)
+
+
+def compile_model_lss(
+    bsize: int, grid_conf: dict, data_aug_conf: dict, outC: int = CLASSES, **settings
+) -> XadNet:
+    """The baseline's map alone, for pre-training."""
+    own = BASELINE | {"pretrain": True}
+    return _compile(bsize, grid_conf, data_aug_conf, outC, own | settings)
+
+# %% ../../../nbs/xad/10_model.ipynb #35c77a6b
 def module_groups(model: XadNet) -> dict[str, list[nn.Module]]:
     """The model's parts: backbone, depth (and pixel features), transformer (BEV encoder), heads."""
     camera = model.camera
