@@ -36,7 +36,6 @@ from .model import module_groups
 CELLS = (1.0, 10.0, 5.0, 10.0)  # background, vehicle, drivable, divider
 
 
-
 @dataclass(frozen=True)
 class LossForm:
     """The weights of one published loss; a form without labels learns the map alone."""
@@ -470,7 +469,7 @@ def evaluate(model: nn.Module, loader, loss: str = "published") -> dict:
 
 # %% ../../../nbs/xad/20_task.ipynb #7671b4eb
 def score_samples(model: nn.Module, loader) -> list[dict]:
-    """Per sample {"id", "scene", "miou", "action", "description" (probabilities), "wrong" labels}."""
+    """Per sample {"id", "scene", "miou", "action", "description": chances, "wrong": labels}."""
     found = []
     for batch, said in answers(model, loader):
         classes, kinds = said[0].shape[1], dict(zip(("action", "description"), said[1:]))
