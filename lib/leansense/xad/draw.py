@@ -89,12 +89,15 @@ def draw_labels(
     wanted = [None] * len(names) if truth is None else [bool(one > 0.5) for one in truth]
     same = [want is None or want == (chance > 0.5) for want, chance in zip(wanted, chances)]
     colours = [COLOURS[0] if truth is None else RIGHT if good else WRONG for good in same]
-    axes.barh(places, chances, color=colours, height=0.6)
+    axes.barh(places, chances, color=colours, height=0.8, alpha=0.55)
+    for place, name, want in zip(places, names, wanted):
+        weight = "bold" if want else "normal"
+        text = axes.text(
+            0.02, place, name.replace("_", " "), fontsize=5, va="center", weight=weight
+        )
+        text.set_in_layout(False)  # long names do not narrow the axes
     axes.axvline(0.5, color="0.6", lw=0.5, zorder=0)
-    axes.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), xticks=[0, 0.5, 1])
-    axes.set_yticks(places, [name.replace("_", " ") for name in names], fontsize=5)
-    for tick, want in zip(axes.get_yticklabels(), wanted):
-        tick.set_fontweight("bold" if want else "normal")
+    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xticks=[0, 0.5, 1], yticks=[])
     axes.tick_params(labelsize=5, length=2)
     axes.grid(False)
 
@@ -119,7 +122,7 @@ def draw_scene(
     maps = {"label": item["bev"]} | ({} if found is None else {"found": found})
     bars, count = labels or {}, len(item["images"])
     across = min(3, count)
-    ratios = [1.7] * across + [1.25] * len(maps) + [1.6] * bool(bars)
+    ratios = [1.7] * across + [1.25] * len(maps) + [1.8] * bool(bars)
     grid = figure.add_gridspec(-(-count // across), len(ratios), width_ratios=ratios)
     cameras = [figure.add_subplot(grid[n // across, n % across]) for n in range(count)]
     shown = item["bev"] if found is None else found
@@ -127,7 +130,8 @@ def draw_scene(
     for k, (title, classes) in enumerate(maps.items()):
         draw_classes(figure.add_subplot(grid[:, across + k]), classes, xbound, ybound, title)
     if bars:
-        column = grid[:, -1].subgridspec(len(bars), 1)
+        sizes = [len(given[0]) for given in bars.values()]
+        column = grid[:, -1].subgridspec(len(bars), 1, height_ratios=sizes)
         for k, (title, given) in enumerate(bars.items()):
             axes = figure.add_subplot(column[k])
             draw_labels(axes, *given)
