@@ -530,7 +530,7 @@ BASELINE = {
 
 
 def _check(config: dict) -> None:
-    """ValueError, one line, for a setting of build() that is out of range or contradicts another."""
+    """ValueError, one line, for a setting of build() that is wrong or contradicts another."""
     for name, known in (("depth", DEPTHS), ("refiner", REFINERS), ("text_head", TEXT_HEADS)):
         if config[name] not in known:
             raise ValueError(f"{name}={config[name]!r}; {nearest(config[name], known)}")
@@ -734,7 +734,7 @@ GEOMETRY = ("dx", "bx", "nx", "frustum")  # stored by the published code, made a
 
 
 def _ours(given: dict[str, torch.Tensor], model: XadNet) -> dict[str, torch.Tensor]:
-    """Weights under our names; what the published code stores and this model does not is left out."""
+    """Weights under our names, without what only the published code stores."""
     own = model.state_dict()
     if any(name.startswith(("backbone.backbone.", _THEIR_TRUNK)) for name in given):
         given = convert_original(given)
