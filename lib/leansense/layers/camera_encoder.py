@@ -35,12 +35,9 @@ class CameraEncoder(nn.Module):
         self.depthnet = nn.Conv2d(up_width, depths + channels, 1)
         self.split = (depths, channels)
 
-    def mix(self, images: torch.Tensor) -> torch.Tensor:
-        """The trunk's two maps as one, (M, up_width, H/16, W/16)."""
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         fine, coarse = self.trunk(images.contiguous(memory_format=torch.channels_last))
         again = self.trunk.checkpointing and self.training and torch.is_grad_enabled()
-        return recompute(self.up1, coarse, fine) if again else self.up1(coarse, fine)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        depth, features = self.depthnet(self.dropout(self.mix(images))).split(self.split, 1)
+        x = recompute(self.up1, coarse, fine) if again else self.up1(coarse, fine)
+        depth, features = self.depthnet(self.dropout(x)).split(self.split, 1)
         return depth, features

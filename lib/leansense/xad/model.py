@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['GRID_CONF', 'CAMERAS', 'CLASSES', 'ACTIONS', 'DESCRIPTIONS', 'SEEN', 'NEAR', 'DOWNSAMPLE', 'VOVNETS', 'EFFICIENTNETS',
-           'DEPTHS', 'REFINERS', 'TEXT_HEADS', 'BASELINE', 'GEOMETRY', 'DEMO', 'DepthV1', 'DepthV2', 'JointCamera',
-           'TwoMapCamera', 'ResidualRefiner', 'BevRefiner', 'BevResNet', 'BevPost', 'MlpHead', 'SceneUnder', 'Adapter',
-           'BevTxtHead', 'OnlyBevHead', 'Pyramid', 'CameraTransformer', 'BevAttention', 'Predictor', 'UnifiedHead',
-           'XadNet', 'convert_original', 'load_weights', 'load_pretrained', 'build', 'example',
+           'DEPTHS', 'REFINERS', 'TEXT_HEADS', 'BASELINE', 'GEOMETRY', 'DEMO', 'DepthV1', 'DepthV2', 'JointHead',
+           'TwoMapHead', 'Camera', 'ResidualRefiner', 'BevRefiner', 'BevResNet', 'BevPost', 'MlpHead', 'SceneUnder',
+           'Adapter', 'BevTxtHead', 'OnlyBevHead', 'Pyramid', 'CameraTransformer', 'BevAttention', 'Predictor',
+           'UnifiedHead', 'XadNet', 'convert_original', 'load_weights', 'load_pretrained', 'build', 'example',
            'compile_model_vovnet_transformer', 'compile_model_bevtxt', 'compile_model_onlybev', 'compile_model_lss',
-           'module_groups']
+           'module_groups', 'parts']
 
-# %% ../../../nbs/xad/10_model.ipynb #b3add859
+# %% ../../../nbs/xad/10_model.ipynb #030613dd
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,9 +20,8 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
 
 from ..core.parameters import nearest
-from ..layers.bev_encoder import BevEncoder
+from ..layers.bev_encoder import BevEncoder, Up
 from ..layers.bev_pool import Grid
-from ..layers.camera_encoder import CameraEncoder
 from ..layers.deform_layer import DeformLayer, sine_encoding
 from ..layers.lift_splat import LiftSplat
 from leansense.layers.lift_splat_shoot import (
@@ -100,29 +99,54 @@ class DepthV2(nn.Module):
         far = interpolate(far, near.shape[2:], mode="bilinear", align_corners=False)
         return norm_act(self.fusion[0](torch.cat((near, far), 1)), self.fusion[1], self.act)
 
-# %% ../../../nbs/xad/10_model.ipynb #26d65b56
-class JointCamera(CameraEncoder):
-    """Images -> depth logits, features, and the mixed map that text heads read (v1_joint)."""
+# %% ../../../nbs/xad/10_model.ipynb #e7cb4228
+class JointHead(nn.Module):
+    """Two maps of a trunk -> depth logits, features, and the mixed map (v1_joint)."""
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mixed = self.mix(images)
-        depth, features = self.depthnet(self.dropout(mixed)).split(self.split, 1)
-        return depth, features, mixed
-
-
-class TwoMapCamera(nn.Module):
-    """Images -> depth logits (M, D, h, w), features (M, C, h, w), and the trunk's map at stride 16."""
-
-    def __init__(self, trunk: nn.Module, depth_net: nn.Module, channels: int):
+    def __init__(
+        self, channels: Sequence[int], depths: int, features: int, up_width: int, upsample: str,
+        checkpointing: bool,
+    ):  # fmt: skip
         super().__init__()
-        self.trunk, self.depth_net = trunk, depth_net
-        self.feat_proj = nn.Conv2d(trunk.channels[0], channels, 1)
+        self.up1 = Up(channels[1], channels[0], up_width, upsample=upsample)
+        self.depthnet = nn.Conv2d(up_width, depths + features, 1)
+        self.split, self.checkpointing = (depths, features), checkpointing
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        fine, coarse = self.trunk(images.contiguous(memory_format=torch.channels_last))
+    def forward(
+        self, fine: torch.Tensor, coarse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        mixed = recompute(self.up1, coarse, fine) if again else self.up1(coarse, fine)
+        return *self.depthnet(mixed).split(self.split, 1), mixed
+
+
+class TwoMapHead(nn.Module):
+    """Two maps of a trunk -> depth logits, features, and the finer map as it is (v1_c3, v2)."""
+
+    def __init__(self, channels: Sequence[int], depth_net: nn.Module, features: int):
+        super().__init__()
+        self.depth_net = depth_net
+        self.feat_proj = nn.Conv2d(channels[0], features, 1)
+
+    def forward(
+        self, fine: torch.Tensor, coarse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.depth_net(fine, coarse), self.feat_proj(fine), fine
 
-# %% ../../../nbs/xad/10_model.ipynb #4ef452c9
+
+class Camera(nn.Module):
+    """Images (M, 3, H, W) -> depth logits (M, D, h, w), features (M, C, h, w), and a map for the
+    text head.
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module):
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.head(*self.trunk(images.contiguous(memory_format=torch.channels_last)))
+
+# %% ../../../nbs/xad/10_model.ipynb #d25ea700
 class ResidualRefiner(nn.Module):
     """(B, C, X, Y) -> the same shape: two 3x3 convolutions beside the identity."""
 
@@ -180,7 +204,7 @@ class BevResNet(BevEncoder):
         logits = super().forward(x)
         return logits, logits
 
-# %% ../../../nbs/xad/10_model.ipynb #ec8eb477
+# %% ../../../nbs/xad/10_model.ipynb #12f6fe32
 class BevPost(nn.Module):
     """The map's window around the car (B, C, X, Y) -> (B, out, *size)."""
 
@@ -213,8 +237,12 @@ class MlpHead(nn.Module):
         self.bev_post, self.detach = post, detach
         self.action_head, self.desc_head = (
             nn.Sequential(
-                nn.Linear(features, mids[0]), nn.ReLU(inplace=True), nn.Dropout(dropouts[0]),
-                nn.Linear(mids[0], mids[1]), nn.ReLU(inplace=True), nn.Dropout(dropouts[1]),
+                nn.Linear(features, mids[0]),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropouts[0]),
+                nn.Linear(mids[0], mids[1]),
+                nn.ReLU(inplace=True),
+                nn.Dropout(dropouts[1]),
                 nn.Linear(mids[1], labels),
             )  # fmt: skip
             for labels in (ACTIONS, DESCRIPTIONS)
@@ -267,7 +295,7 @@ class Adapter(nn.Sequential):
         x = norm_act(self[0](x), self[1])
         return norm_act(self[3](x), self[4])
 
-# %% ../../../nbs/xad/10_model.ipynb #540690ba
+# %% ../../../nbs/xad/10_model.ipynb #643c5676
 class _Embedder(nn.Module):
     """A camera's map and the map's window -> a vector."""
 
@@ -331,7 +359,7 @@ class OnlyBevHead(nn.Module):
         embedded = self.linear(window)
         return self.action(embedded), self.desc(embedded)
 
-# %% ../../../nbs/xad/10_model.ipynb #43d56734
+# %% ../../../nbs/xad/10_model.ipynb #5b364f90
 class Pyramid(nn.Module):
     """(M, C, h, w) -> (M, out, h, w), two 3x3 convolutions of different reach, fused."""
 
@@ -441,7 +469,7 @@ class UnifiedHead(nn.Module):
             cameras = self.bev_fusion(cameras, bev.detach() if self.detach else bev)
         return self.unified_predictor(cameras)
 
-# %% ../../../nbs/xad/10_model.ipynb #ea875be8
+# %% ../../../nbs/xad/10_model.ipynb #265adfe2
 class XadNet(nn.Module):
     """Images of N cameras and their matrices -> map, actions and descriptions, all logits.
 
@@ -490,7 +518,7 @@ class XadNet(nn.Module):
         depth, *_ = self.camera(imgs.reshape(-1, 3, *imgs.shape[-2:]))
         return depth.softmax(1, dtype=torch.float32).unflatten(0, imgs.shape[:-3])
 
-# %% ../../../nbs/xad/10_model.ipynb #457f8d51
+# %% ../../../nbs/xad/10_model.ipynb #d0e0c5bb
 VOVNETS = {f"vov{kind}": kind for kind in (19, 39, 57, 99)}
 EFFICIENTNETS = {"effb0": "efficientnet_b0", "effb4": "efficientnet_b4"}
 DEPTHS = ("v2", "v1_c3", "v1_joint")
@@ -502,7 +530,7 @@ BASELINE = {
 
 
 def _check(config: dict) -> None:
-    """ValueError, one line, for a setting of build() that is out of range or contradicts another."""
+    """ValueError, one line, for a setting of build() that is wrong or contradicts another."""
     for name, known in (("depth", DEPTHS), ("refiner", REFINERS), ("text_head", TEXT_HEADS)):
         if config[name] not in known:
             raise ValueError(f"{name}={config[name]!r}; {nearest(config[name], known)}")
@@ -552,7 +580,7 @@ def _check_size(config: dict) -> None:
             f"grid_conf gives {x} x {y} cells: refiner='resnet18' needs multiples of 8"
         )
 
-# %% ../../../nbs/xad/10_model.ipynb #3b526381
+# %% ../../../nbs/xad/10_model.ipynb #aeab7859
 def _trunk(config: dict) -> nn.Module:
     """The image network."""
     name, faithful = config["backbone"], config["faithful"]
@@ -560,7 +588,9 @@ def _trunk(config: dict) -> nn.Module:
     if name in VOVNETS:
         every = config["ese_every_block"]
         return VoVNet(VOVNETS[name], every, config["width"], again, pretrained)
-    settings = {"drop_path_rate": 0.2} if name in EFFICIENTNETS and config["dropout"] is None else {}
+    settings = (
+        {"drop_path_rate": 0.2} if name in EFFICIENTNETS and config["dropout"] is None else {}
+    )
     if faithful and name in EFFICIENTNETS:
         name = f"tf_{EFFICIENTNETS[name]}.aa_in1k"
         return Trunk(
@@ -572,15 +602,20 @@ def _trunk(config: dict) -> nn.Module:
     )
 
 
-def _camera(config: dict, trunk: nn.Module, depths: int) -> nn.Module:
-    """The camera encoder around a trunk."""
-    width, camC = config["width"], config["camC"]
+def _camera(config: dict, depths: int) -> Camera:
+    """The camera encoder."""
+    trunk, width = _trunk(config), config["width"]
+    channels, features = trunk.channels, config["camC"]
     if config["depth"] == "v1_joint":
-        return JointCamera(trunk, depths, camC, scaled(512, width), 0.0, config["upsample"])
+        mixed, again = scaled(512, width), config["checkpointing"]
+        return Camera(
+            trunk, JointHead(channels, depths, features, mixed, config["upsample"], again)
+        )
     mid = scaled(256, width)
-    if config["depth"] == "v1_c3":
-        return TwoMapCamera(trunk, DepthV1(trunk.channels, mid, depths), camC)
-    return TwoMapCamera(trunk, DepthV2(trunk.channels, mid, depths, config["faithful"]), camC)
+    depth_net = DepthV1(channels, mid, depths)
+    if config["depth"] == "v2":
+        depth_net = DepthV2(channels, mid, depths, config["faithful"])
+    return Camera(trunk, TwoMapHead(channels, depth_net, features))
 
 
 def _bev(config: dict, grid: Grid) -> nn.Module:
@@ -602,7 +637,7 @@ def _bev(config: dict, grid: Grid) -> nn.Module:
     mids = scaled(128, width), scaled(64, width)
     return BevRefiner(inputs, channels, refiner, mids, config["outC"], again)
 
-# %% ../../../nbs/xad/10_model.ipynb #9500bfed
+# %% ../../../nbs/xad/10_model.ipynb #3ff0c403
 def _text(config: dict, grid: Grid, image: tuple[int, int, int], bev: int) -> nn.Module | None:
     """The text head, for an encoder's map (C, h, w) `image` and `bev` channels of the BEV map."""
     if config["pretrain"]:
@@ -636,8 +671,7 @@ def _assemble(config: dict) -> XadNet:
     """The network for checked settings, channels last."""
     grid, faithful = Grid(**config["grid_conf"]), config["faithful"]
     size = config["final_h"], config["final_w"]
-    trunk = _trunk(config)
-    camera = _camera(config, trunk, grid.depths)
+    camera = _camera(config, grid.depths)
     pixels = tuple(-(-side // DOWNSAMPLE) for side in size)
     if config["backbone"] in VOVNETS:
         pixels = map_size(*size)
@@ -647,7 +681,7 @@ def _assemble(config: dict) -> XadNet:
     )  # fmt: skip
     bev = _bev(config, grid)
     joint = config["depth"] == "v1_joint"
-    channels = scaled(512, config["width"]) if joint else trunk.channels[0]
+    channels = scaled(512, config["width"]) if joint else camera.trunk.channels[0]
     read = config["outC"] if config["refiner"] == "resnet18" else bev.channels
     model = XadNet(camera, lift, bev, _text(config, grid, (channels, *pixels), read), config)
     frozen = freeze_geometry(grid, size, DOWNSAMPLE) if faithful else {}
@@ -655,11 +689,11 @@ def _assemble(config: dict) -> XadNet:
         model.register_parameter(name, value)
     return model.to(memory_format=torch.channels_last)
 
-# %% ../../../nbs/xad/10_model.ipynb #155b1d87
+# %% ../../../nbs/xad/10_model.ipynb #38cef60a
 _ORIGINAL = {  # the beginnings of their names: ours
     "backbone.backbone.stem_": "camera.trunk.stem.",
     "backbone.backbone.stages_": "camera.trunk.stages.",
-    "depth_net.": "camera.depth_net.", "cam_encode.": "camera.",
+    "depth_net.": "camera.head.depth_net.", "cam_encode.": "camera.head.",
     "bev_encoder.transformer.encoder.": "bev_encoder.refiner.",
     "bev_post.": "text.bev_post.", "bevpost.": "text.bev_post.",
     "action_head.": "text.action_head.", "desc_head.": "text.desc_head.",
@@ -672,7 +706,7 @@ _ORIGINAL = {  # the beginnings of their names: ours
     "predictorf1.0.": "text.front_desc.", "predictorf2.0.": "text.action.",
     "predictorlr.0.": "text.side_desc.", "embeder_bev.1.": "text.linear.",
     "predictor_bev1.0.": "text.action.", "predictor_bev2.0.": "text.desc.",
-    "encoder.up1.": "camera.up1.", "camencode.depthnet.": "camera.depthnet.",
+    "encoder.up1.": "camera.head.up1.", "camencode.depthnet.": "camera.head.depthnet.",
     "bevencode.": "bev_encoder.",
 }  # fmt: skip
 _THEIR_TRUNK, _TRUNK = "encoder.trunk.", "camera.trunk."
@@ -695,12 +729,12 @@ def convert_original(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         converted |= {_TRUNK + name: value for name, value in named.items()}
     return converted
 
-# %% ../../../nbs/xad/10_model.ipynb #6cabafe8
+# %% ../../../nbs/xad/10_model.ipynb #ccb8cd87
 GEOMETRY = ("dx", "bx", "nx", "frustum")  # stored by the published code, made afresh by ours
 
 
 def _ours(given: dict[str, torch.Tensor], model: XadNet) -> dict[str, torch.Tensor]:
-    """Weights under our names; what the published code stores and this model does not is left out."""
+    """Weights under our names, without what only the published code stores."""
     own = model.state_dict()
     if any(name.startswith(("backbone.backbone.", _THEIR_TRUNK)) for name in given):
         given = convert_original(given)
@@ -725,7 +759,7 @@ def load_weights(model: XadNet, path: str | Path) -> XadNet:
     model.load_state_dict(given)
     return model
 
-# %% ../../../nbs/xad/10_model.ipynb #c7a309e2
+# %% ../../../nbs/xad/10_model.ipynb #fa489f83
 _STAGES = ("backbone", "depth_net", "cam_encode", "bev_encoder")  # of the published pre-training
 
 
@@ -749,7 +783,7 @@ def load_pretrained(model: XadNet, path: str | Path) -> list[str]:
     own = {n: v for n, v in model.state_dict().items() if n not in GEOMETRY}
     same = {n for n in own if n in given and own[n].shape == given[n].shape}
     left = ["text"] if model.text is not None else []
-    depth = {n for n in own.keys() | given.keys() if n.startswith("camera.depth_net.")}
+    depth = {n for n in own.keys() | given.keys() if n.startswith("camera.head.depth_net.")}
     if depth - same:
         left.append("depth_net")
     kept = depth if depth - same else set()
@@ -761,7 +795,7 @@ def load_pretrained(model: XadNet, path: str | Path) -> list[str]:
     )
     return left
 
-# %% ../../../nbs/xad/10_model.ipynb #734c1e2a
+# %% ../../../nbs/xad/10_model.ipynb #4f0b8fe2
 def build(
     outC: int = CLASSES,
     *,
@@ -826,7 +860,7 @@ def build(
         load_trunk(model.camera.trunk, backbone_weights)
     return load_weights(model, weights) if weights else model
 
-# %% ../../../nbs/xad/10_model.ipynb #81dd8b7c
+# %% ../../../nbs/xad/10_model.ipynb #3ce59926
 def example(
     model: XadNet, batch: int = 1, cameras: int | None = None, seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
@@ -839,6 +873,7 @@ DEMO = {
     "width": 0.125,
     "final_h": 64,
     "final_w": 192,
+    "dropout": 0.0,
     "grid_conf": {
         "xbound": [-50.0, 50.0, 1.25],
         "ybound": [-50.0, 50.0, 1.25],
@@ -847,7 +882,7 @@ DEMO = {
     },
 }
 
-# %% ../../../nbs/xad/10_model.ipynb #d84d7cf5
+# %% ../../../nbs/xad/10_model.ipynb #b921d78c
 def _compile(bsize: int, grid_conf: dict, data_aug_conf: dict, outC: int, settings: dict) -> XadNet:
     """build() with what a factory of the published code is given."""
     if bsize < 1:
@@ -912,17 +947,52 @@ def compile_model_lss(
     own = BASELINE | {"pretrain": True}
     return _compile(bsize, grid_conf, data_aug_conf, outC, own | settings)
 
-# %% ../../../nbs/xad/10_model.ipynb #35c77a6b
+# %% ../../../nbs/xad/10_model.ipynb #cf7bd006
 def module_groups(model: XadNet) -> dict[str, list[nn.Module]]:
-    """The model's parts: backbone, depth (and pixel features), transformer (BEV encoder), heads."""
-    camera = model.camera
-    rest = [part for name, part in camera.named_children() if name != "trunk"]
-    heads = [] if model.text is None else [model.text]
+    """The model's parts: backbone, depth (and features), transformer (the refiner), heads."""
     refiner = getattr(model.bev_encoder, "refiner", None)
     bev = [part for part in model.bev_encoder.children() if part is not refiner]
     return {
-        "backbone": [camera.trunk],
-        "depth": rest,
+        "backbone": [model.camera.trunk],
+        "depth": [model.camera.head],
         "transformer": [] if refiner is None else [refiner],
-        "heads": bev + heads,
+        "heads": bev if model.text is None else [*bev, model.text],
     }
+
+# %% ../../../nbs/xad/10_model.ipynb #6eb780b2
+def parts(model: XadNet, inputs: Sequence[torch.Tensor]) -> list[tuple[str, nn.Module, tuple]]:
+    """(name, module, its inputs) of backbone, depth, splat, bev_encoder, refiner (a part of the one
+    before) and text_head, as far as the model has them.
+
+    Maps that one part hands to another want a gradient.
+    """
+    refiner = getattr(model.bev_encoder, "refiner", None)
+    every = {
+        "backbone": model.camera.trunk, "depth": model.camera.head, "splat": model.lift,
+        "bev_encoder": model.bev_encoder, "refiner": refiner, "text_head": model.text,
+    }  # fmt: skip
+    maps = {"backbone": 0, "splat": 2}  # how many of the inputs are maps, where not all are
+    found = {name: part for name, part in every.items() if part is not None}
+    given, modes = {}, {module: module.training for module in model.modules()}
+
+    def note(name: str, inputs: tuple) -> None:
+        given[name] = inputs
+
+    hooks = [
+        part.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs))
+        for name, part in found.items()
+    ]
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    out = []
+    for name, part in found.items():
+        number = maps.get(name, len(given[name]))
+        wanted = [x.detach().requires_grad_(n < number) for n, x in enumerate(given[name])]
+        out.append((name, part, tuple(wanted)))
+    return out
