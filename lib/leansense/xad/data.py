@@ -70,6 +70,9 @@ class Boxes:
     rotation: np.ndarray  # (n, 3, 3) box -> ego
     category: tuple[str, ...]  # such as vehicle.car
 
+    def __len__(self) -> int:
+        return len(self.category)
+
     def corners(self) -> np.ndarray:
         """(n, 8, 3): the lower face counter-clockwise from front left, then the upper face."""
         unit = [[x, y, z] for z in (-1, 1) for x, y in ((1, 1), (-1, 1), (-1, -1), (1, -1))]
@@ -774,7 +777,7 @@ def _check_content(frames: Sequence[Frame], report: Report) -> list[tuple[Frame,
     labels = {"action": 4, "description": 8}
     for name, count in labels.items():
         rows = [
-            _try(report, path, lambda p=path: read_list(p, count, name))
+            _try(report, path, lambda p=path, n=count, what=name: read_list(p, n, what))
             for path in (getattr(frame, name) for frame in frames)
             if path
         ]
