@@ -11,7 +11,7 @@ __all__ = ['LANE', 'AHEAD', 'NEAR', 'ACTIONS', 'DESCRIPTIONS', 'RAIN', 'WEATHER'
 # %% ../../../nbs/xad/05_standin.ipynb #7b1fe3ed
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,6 @@ import numpy as np
 from ..core.digest import closure
 from ..core.paths import data_root, resolve
 from ..core.store import written_once
-from ..layers.conventions import choose
 from ..world.bev import LSS_GRID, rasterise
 from ..world.camera import Images, Rig, nuscenes_rig, render, to_quaternion
 from leansense.world.scene import (
@@ -42,7 +41,7 @@ from .tables import quaternion
 
 # %% ../../../nbs/xad/05_standin.ipynb #1eb8c559
 LANE = 3.5  # metres
-AHEAD = {"free": 0.5, "vehicle": 0.18, "people": 0.16, "works": 0.16}
+AHEAD = {"free": 0.46, "vehicle": 0.2, "people": 0.17, "works": 0.17}
 NEAR = 16.0  # metres: what is closer in our lane makes us stop
 
 
@@ -51,19 +50,21 @@ class Situation:
     """What is put around the car at one moment."""
 
     ahead: str  # a key of AHEAD
+    far: bool  # a car far ahead in our lane, where nothing is near
     left: tuple[bool, bool, bool]  # a vehicle beside the front wheels, farther ahead, behind
     right: tuple[bool, bool, bool]
 
 
 def draw_situation(rng: np.random.Generator, vehicles: bool = True) -> Situation:
-    """A situation at random; always as many draws."""
+    """A situation at random; always as many draws. vehicles: whether there may be any."""
     ahead = str(rng.choice(list(AHEAD), p=list(AHEAD.values())))
-    u = rng.random((2, 3))
-    sides = [
-        (bool(a < 0.4), bool(a >= 0.4 and b < 0.25), bool(c < 0.4))
-        for a, b, c in u + (not vehicles)
-    ]
-    return Situation("free" if ahead == "vehicle" and not vehicles else ahead, *sides)
+    u = rng.random((2, 3)) + (not vehicles)
+    left, right = (
+        (bool(beside < 0.4), bool(beside >= 0.4 and farther < 0.25), bool(behind < 0.4))
+        for beside, farther, behind in u
+    )
+    far = bool(rng.random() < 0.5) and vehicles and ahead == "free"
+    return Situation("free" if ahead == "vehicle" and not vehicles else ahead, far, left, right)
 
 # %% ../../../nbs/xad/05_standin.ipynb #6fe6f083
 def clear_surroundings(objects: Objects) -> Objects:
@@ -90,9 +91,9 @@ def _vehicle(rng: np.random.Generator) -> str:
     return str(rng.choice(["car", "truck", "bus"], p=[0.72, 0.2, 0.08]))
 
 # %% ../../../nbs/xad/05_standin.ipynb #2793fb47
-def _ahead(rng: np.random.Generator, ahead: str, vehicles: bool) -> list[Objects]:
+def _ahead(rng: np.random.Generator, situation: Situation) -> list[Objects]:
     """What stands in our lane."""
-    x = rng.uniform(7.0, 12.0)
+    x, ahead = rng.uniform(7.0, 12.0), situation.ahead
     if ahead == "vehicle":
         return [_put(rng, _vehicle(rng), x, rng.uniform(-0.3, 0.3))]
     if ahead == "people":
@@ -104,25 +105,23 @@ def _ahead(rng: np.random.Generator, ahead: str, vehicles: bool) -> list[Objects
     if ahead == "works":
         bars = [_put(rng, "barrier", x, y, np.pi / 2) for y in (-0.95, 1.1)]
         return bars + [_put(rng, "traffic_cone", x - 1.0, y) for y in (-1.6, 0.0, 1.6)]
-    if vehicles and rng.random() < 0.5:
-        return [_put(rng, "car", rng.uniform(28.0, 44.0), 0.0)]
-    return []
+    return [_put(rng, "car", rng.uniform(28.0, 44.0), 0.0)] if situation.far else []
 
 
 def place_situation(
-    snapshot: Snapshot, situation: Situation, lanes: tuple[float, float], rng: np.random.Generator
+    snapshot: Snapshot, situation: Situation, lanes: Sequence[tuple], rng: np.random.Generator
 ) -> Snapshot:
     """The snapshot with the situation instead of the traffic around the car.
 
-    lanes: y of the lane to the left and of the one to the right, metres; NaN: none, only a pavement.
+    lanes: (y in metres, heading in radians) of the lane to the left and of the one to the right.
     """
-    put = [clear_surroundings(snapshot.objects)]
-    put += _ahead(rng, situation.ahead, vehicles=True)
-    for side, y, heading in zip((situation.left, situation.right), lanes, (1, 1)):
-        places = (rng.uniform(4.0, 5.5), rng.uniform(12.0, 20.0), rng.uniform(-3.0, -0.6))
+    put = [clear_surroundings(snapshot.objects), *_ahead(rng, situation)]
+    for side, (y, heading) in zip((situation.left, situation.right), lanes):
+        places = (rng.uniform(3.4, 4.8), rng.uniform(12.0, 19.0), rng.uniform(-1.0, 0.6))
         for there, x, rear in zip(side, places, (False, False, True)):
-            if there and np.isfinite(y):
-                put.append(_put(rng, _vehicle(rng), x, y + rng.uniform(-0.2, 0.2), rear=rear))
+            if there:
+                at = y + rng.uniform(-0.2, 0.2)
+                put.append(_put(rng, _vehicle(rng), x, at, heading, rear))
     return replace(snapshot, objects=join(*put))
 
 # %% ../../../nbs/xad/05_standin.ipynb #8441801d
@@ -143,10 +142,8 @@ def _there(objects: Objects, names: tuple, x: tuple[float, float], y: tuple[floa
     """Whether an object of these classes, its centre between y, reaches into x (metres, ego)."""
     some = objects.select(*names)
     foot, middle = some.footprints()[..., 0], some.centre[:, 1]
-    inside = (middle > y[0]) & (middle < y[1])
-    return bool(
-        (inside & (foot.max(1, initial=-1e9) > x[0]) & (foot.min(1, initial=1e9) < x[1])).any()
-    )
+    beside = (middle > y[0]) & (middle < y[1])
+    return bool((beside & (foot > x[0]).any(1) & (foot < x[1]).any(1)).any())
 
 
 def read_labels(objects: Objects, left: bool, right: bool) -> tuple[list[int], list[int]]:
@@ -199,7 +196,7 @@ class Moment:
 
 
 def name_scenes(n: int) -> dict[str, str]:
-    """The names of `n` scenes and the part of each: train, valid, test, pretrain, pretrain_valid."""
+    """The part of each of `n` scenes: train, valid, test, pretrain, pretrain_valid; by name."""
     if n < 8:
         raise ValueError(f"standin={n}: give at least 8 scenes, so that each part has one")
     counts = {"test": round(0.22 * n), "valid": max(1, round(0.1 * n)), "pretrain": n // 12,
@@ -238,13 +235,13 @@ def _make(seed: int, number: int) -> Scene:
     return replace(scene, light=RAIN) if weather == "rain" else scene
 
 
-def _lanes(scene: Scene) -> tuple[list[float], tuple[bool, bool]]:
-    """y of what lies left and right of our lane, from the car, and whether it is of our direction."""
+def _lanes(scene: Scene) -> tuple[list[tuple[float, float]], tuple[bool, bool]]:
+    """((y, heading) of what lies left and right of our lane; whether each is of our direction)."""
     street, own = scene.street, float(scene.ego.start[0, 1])
-    bay = street.edges[2] - street.bay / 2
-    last = own - LANE < street.edges[2]
-    right = bay if last else own - LANE
-    return [LANE, right - own], (own + LANE < 0, not last)
+    bay, last = street.edges[2] - street.bay / 2, own - LANE < street.edges[2]
+    ours = own + LANE < 0
+    sides = [(LANE, 0.0 if ours else np.pi), ((bay if last else own - LANE) - own, 0.0)]
+    return sides, (ours, not last)
 
 # %% ../../../nbs/xad/05_standin.ipynb #8b4a1b28
 def make_moments(n: int, seed: int, per_scene: int) -> Iterator[Moment]:
@@ -408,7 +405,7 @@ def _jpeg(pixels: np.ndarray, path: Path) -> None:
 
 
 def _lidar(moment: Moment, path: Path) -> None:
-    """Write a scan as nuScenes does: (n, 5) float32 x, y, z, intensity, ring, in the lidar's axes."""
+    """Write a scan (n, 5) float32: x, y, z in the lidar's axes, intensity, ring."""
     from leansense.world.lidar import Lidar, scan
 
     points = scan(moment.snapshot, Lidar(24, 512, -22.0, 4.0, LIDAR), moment.seed)
@@ -465,7 +462,7 @@ DRAWN = "a1"  # what a record calls the pictures; a new name when they change on
 
 
 def standin(
-    root: str | Path | None = None, n: int = 60, seed: int = 0, size: str = "320x180",
+    root: str | Path | None = None, n: int = 100, seed: int = 0, size: str = "320x180",
     per_scene: int = 4,
 ) -> Path:  # fmt: skip
     """The folder of a stand-in with `n` scenes; made when missing.

@@ -148,7 +148,7 @@ def find_root(dataroot: str | Path, version: str = "trainval") -> Path:
 
 # %% ../../../nbs/xad/02_tables.ipynb #89a227e6
 def read_pose(row: dict, where: str, report: Report):
-    """(rotation (3, 3), translation (3,)) of a row; None, and reported, when they are not numbers."""
+    """(rotation (3, 3), translation (3,)) of a row; None, and reported, when unsound."""
     import numpy as np
 
     from leansense.layers.conventions import quaternion_to_matrix
