@@ -158,7 +158,7 @@ class VoVNet(nn.Module):
             maps.append(x := stage(x, again))
         return maps[2:]
 
-
+# %% ../../../nbs/layers/53_vovnet.ipynb #d9b097b2
 def map_size(height: int, width: int) -> tuple[int, int]:
     """(h, w) of the map at stride 16 for images (height, width)."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate, pad
 
 from ..core.parameters import nearest
 from ..layers.bev_encoder import BevEncoder, Up
@@ -199,7 +199,9 @@ class BevResNet(BevEncoder):
     """The baseline's decoder: logits, and the logits again as what text heads read."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = super().forward(x)
+        rows, columns = x.shape[2:]
+        x = pad(x, (0, -columns % 8, 0, -rows % 8))  # it halves the map three times
+        logits = super().forward(x)[:, :, :rows, :columns]
         return logits, logits
 
 # %% ../../../nbs/xad/10_model.ipynb #12f6fe32
@@ -223,7 +225,7 @@ class BevPost(nn.Module):
         rows, columns = self.window
         return adaptive_max_pool2d(_conv_norm(self.post, bev[:, :, rows, columns]), self.size)
 
-
+# %% ../../../nbs/xad/10_model.ipynb #ce52b7c0
 class MlpHead(nn.Module):
     """Two perceptrons on the map's window: actions (B, 4) and descriptions (B, 8)."""
 
@@ -562,7 +564,7 @@ def _check_cameras(config: dict) -> None:
 
 
 def _check_size(config: dict) -> None:
-    """ValueError for images or a grid that the parts cannot take."""
+    """ValueError for images that the parts cannot take."""
     height, width = config["final_h"], config["final_w"]
     joint, ours = config["depth"] == "v1_joint", config["backbone"] in VOVNETS
     step = 32 if joint else 16 if config["faithful"] or not ours else 1
@@ -571,11 +573,6 @@ def _check_size(config: dict) -> None:
         raise ValueError(
             f"final_h={height}, final_w={width}: this backbone and depth need multiples of {step}, "
             f"at least 32: use {near[0]} and {near[1]}"
-        )
-    x, y, _ = Grid(**config["grid_conf"]).nx
-    if config["refiner"] == "resnet18" and (x % 8 or y % 8):
-        raise ValueError(
-            f"grid_conf gives {x} x {y} cells: refiner='resnet18' needs multiples of 8"
         )
 
 # %% ../../../nbs/xad/10_model.ipynb #aeab7859
@@ -868,8 +865,8 @@ DEMO = {
     "final_w": 192,
     "dropout": 0.0,
     "grid_conf": {
-        "xbound": [-50.0, 50.0, 1.25],
-        "ybound": [-50.0, 50.0, 1.25],
+        "xbound": [-50.0, 50.0, 1.0],
+        "ybound": [-50.0, 50.0, 1.0],
         "zbound": [-10.0, 10.0, 20.0],
         "dbound": [4.0, 45.0, 1.0],
     },
