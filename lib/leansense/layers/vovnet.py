@@ -111,12 +111,13 @@ class VoVNet(nn.Module):
         kind: 19, 39, 57 or 99
         ese_every_block: a gate in each block, as the authors have it, or in each stage's last one
         width: factor of all channels
+        maps: 1 leaves out the second map; stage 5 is there, but neither run nor trained
         checkpointing: compute the blocks' activations again in the backward pass
         pretrained: timm's ImageNet weights, from its hub (39 and 57, ese_every_block=False)
     """
 
     def __init__(
-        self, kind: int = 99, ese_every_block: bool = True, width: float = 1.0,
+        self, kind: int = 99, ese_every_block: bool = True, width: float = 1.0, maps: int = 2,
         checkpointing: bool = False, pretrained: bool = False,
     ):  # fmt: skip
         super().__init__()
@@ -124,6 +125,8 @@ class VoVNet(nn.Module):
             raise ValueError(f"kind={kind}: choose from {', '.join(map(str, KINDS))}")
         if not width > 0:
             raise ValueError(f"width={width}: give a factor above 0")
+        if maps not in (1, 2):
+            raise ValueError(f"maps={maps}: choose 1 or 2")
         path = _pretrained_path(kind, ese_every_block, width) if pretrained else ""
         layers, numbers = KINDS[kind]
         stem, chain, result = ([scaled(c, width) for c in part] for part in (STEM, CHAIN, RESULT))
@@ -141,18 +144,21 @@ class VoVNet(nn.Module):
                 before = out
             stages.append(_Stage(blocks, stage > 0))
         self.stages = nn.ModuleList(stages)
-        self.channels, self.checkpointing = result[2:], checkpointing
+        self.channels, self.checkpointing = result[2 : 2 + maps], checkpointing
+        self.used = 2 + maps
+        for stage in self.stages[self.used :]:
+            stage.requires_grad_(False)
         if path:
             load_trunk(self, path)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         again = self.checkpointing and self.training and torch.is_grad_enabled()
         x, maps = self.stem(images.contiguous(memory_format=torch.channels_last)), []
-        for stage in self.stages:
+        for stage in self.stages[: self.used]:
             maps.append(x := stage(x, again))
         return maps[2:]
 
-
+# %% ../../../nbs/layers/53_vovnet.ipynb #d9b097b2
 def map_size(height: int, width: int) -> tuple[int, int]:
     """(h, w) of the map at stride 16 for images (height, width)."""
 

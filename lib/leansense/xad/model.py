@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRID_CONF', 'CAMERAS', 'CLASSES', 'ACTIONS', 'DESCRIPTIONS', 'SEEN', 'NEAR', 'DOWNSAMPLE', 'VOVNETS', 'EFFICIENTNETS',
            'DEPTHS', 'REFINERS', 'TEXT_HEADS', 'BASELINE', 'GEOMETRY', 'DEMO', 'DepthV1', 'DepthV2', 'JointHead',
-           'TwoMapHead', 'Camera', 'ResidualRefiner', 'BevRefiner', 'BevResNet', 'BevPost', 'MlpHead', 'SceneUnder',
+           'DepthHead', 'Camera', 'ResidualRefiner', 'BevRefiner', 'BevResNet', 'BevPost', 'MlpHead', 'SceneUnder',
            'Adapter', 'BevTxtHead', 'OnlyBevHead', 'Pyramid', 'CameraTransformer', 'BevAttention', 'Predictor',
            'UnifiedHead', 'XadNet', 'convert_original', 'load_weights', 'load_pretrained', 'build', 'example',
            'compile_model_vovnet_transformer', 'compile_model_bevtxt', 'compile_model_onlybev', 'compile_model_lss',
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d, interpolate, pad
 
 from ..core.parameters import nearest
 from ..layers.bev_encoder import BevEncoder, Up
@@ -72,13 +72,13 @@ def _depth_head(channels: int, mid: int, depths: int) -> nn.Sequential:
 
 
 class DepthV1(nn.Module):
-    """(M, C, h, w) at stride 16 -> depth logits (M, D, h, w); the map at stride 32 is not used."""
+    """(M, C, h, w) at stride 16 -> depth logits (M, D, h, w)."""
 
     def __init__(self, channels: Sequence[int], mid: int, depths: int):
         super().__init__()
         self.depth_head = _depth_head(channels[0], mid, depths)
 
-    def forward(self, fine: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+    def forward(self, fine: torch.Tensor) -> torch.Tensor:
         return _conv_norm(self.depth_head, fine)
 
 
@@ -120,18 +120,16 @@ class JointHead(nn.Module):
         return *self.depthnet(mixed).split(self.split, 1), mixed
 
 
-class TwoMapHead(nn.Module):
-    """Two maps of a trunk -> depth logits, features, and the finer map as it is (v1_c3, v2)."""
+class DepthHead(nn.Module):
+    """One or two maps of a trunk -> depth logits, features, and the finer map (v1_c3, v2)."""
 
-    def __init__(self, channels: Sequence[int], depth_net: nn.Module, features: int):
+    def __init__(self, channels: int, depth_net: nn.Module, features: int):
         super().__init__()
         self.depth_net = depth_net
-        self.feat_proj = nn.Conv2d(channels[0], features, 1)
+        self.feat_proj = nn.Conv2d(channels, features, 1)
 
-    def forward(
-        self, fine: torch.Tensor, coarse: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.depth_net(fine, coarse), self.feat_proj(fine), fine
+    def forward(self, *maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.depth_net(*maps), self.feat_proj(maps[0]), maps[0]
 
 
 class Camera(nn.Module):
@@ -201,7 +199,9 @@ class BevResNet(BevEncoder):
     """The baseline's decoder: logits, and the logits again as what text heads read."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = super().forward(x)
+        rows, columns = x.shape[2:]
+        x = pad(x, (0, -columns % 8, 0, -rows % 8))  # it halves the map three times
+        logits = super().forward(x)[:, :, :rows, :columns]
         return logits, logits
 
 # %% ../../../nbs/xad/10_model.ipynb #12f6fe32
@@ -225,7 +225,7 @@ class BevPost(nn.Module):
         rows, columns = self.window
         return adaptive_max_pool2d(_conv_norm(self.post, bev[:, :, rows, columns]), self.size)
 
-
+# %% ../../../nbs/xad/10_model.ipynb #ce52b7c0
 class MlpHead(nn.Module):
     """Two perceptrons on the map's window: actions (B, 4) and descriptions (B, 8)."""
 
@@ -564,7 +564,7 @@ def _check_cameras(config: dict) -> None:
 
 
 def _check_size(config: dict) -> None:
-    """ValueError for images or a grid that the parts cannot take."""
+    """ValueError for images that the parts cannot take."""
     height, width = config["final_h"], config["final_w"]
     joint, ours = config["depth"] == "v1_joint", config["backbone"] in VOVNETS
     step = 32 if joint else 16 if config["faithful"] or not ours else 1
@@ -574,32 +574,22 @@ def _check_size(config: dict) -> None:
             f"final_h={height}, final_w={width}: this backbone and depth need multiples of {step}, "
             f"at least 32: use {near[0]} and {near[1]}"
         )
-    x, y, _ = Grid(**config["grid_conf"]).nx
-    if config["refiner"] == "resnet18" and (x % 8 or y % 8):
-        raise ValueError(
-            f"grid_conf gives {x} x {y} cells: refiner='resnet18' needs multiples of 8"
-        )
 
 # %% ../../../nbs/xad/10_model.ipynb #aeab7859
 def _trunk(config: dict) -> nn.Module:
-    """The image network."""
-    name, faithful = config["backbone"], config["faithful"]
-    again, pretrained = config["checkpointing"], config["pretrained"]
+    """The image network; with depth v1_c3, only as far as its map at stride 16 is used."""
+    name, maps = config["backbone"], 1 if config["depth"] == "v1_c3" else 2
+    common = {"pretrained": config["pretrained"], "checkpointing": config["checkpointing"]}
     if name in VOVNETS:
         every = config["ese_every_block"]
-        return VoVNet(VOVNETS[name], every, config["width"], again, pretrained)
-    settings = (
-        {"drop_path_rate": 0.2} if name in EFFICIENTNETS and config["dropout"] is None else {}
-    )
-    if faithful and name in EFFICIENTNETS:
-        name = f"tf_{EFFICIENTNETS[name]}.aa_in1k"
-        return Trunk(
-            name, pretrained=pretrained, checkpointing=again, keep_head=True, bn_momentum=0.01,
-            **settings,
-        )  # fmt: skip
-    return Trunk(
-        EFFICIENTNETS.get(name, name), pretrained=pretrained, checkpointing=again, **settings
-    )
+        return VoVNet(VOVNETS[name], every, config["width"], maps, **common)
+    if name in EFFICIENTNETS and config["dropout"] is None:
+        common["drop_path_rate"] = 0.2
+    own = EFFICIENTNETS.get(name, name)
+    if config["faithful"] and name in EFFICIENTNETS:
+        own = f"tf_{own}.aa_in1k"
+        common |= {"keep_head": True, "bn_momentum": 0.01}
+    return Trunk(own, (16, 32)[:maps], **common)
 
 
 def _camera(config: dict, depths: int) -> Camera:
@@ -615,7 +605,7 @@ def _camera(config: dict, depths: int) -> Camera:
     depth_net = DepthV1(channels, mid, depths)
     if config["depth"] == "v2":
         depth_net = DepthV2(channels, mid, depths, config["faithful"])
-    return Camera(trunk, TwoMapHead(channels, depth_net, features))
+    return Camera(trunk, DepthHead(channels[0], depth_net, features))
 
 
 def _bev(config: dict, grid: Grid) -> nn.Module:
@@ -875,8 +865,8 @@ DEMO = {
     "final_w": 192,
     "dropout": 0.0,
     "grid_conf": {
-        "xbound": [-50.0, 50.0, 1.25],
-        "ybound": [-50.0, 50.0, 1.25],
+        "xbound": [-50.0, 50.0, 1.0],
+        "ybound": [-50.0, 50.0, 1.0],
         "zbound": [-10.0, 10.0, 20.0],
         "dbound": [4.0, 45.0, 1.0],
     },

@@ -77,7 +77,7 @@ class _PlainVoVNet(VoVNet):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x, maps = self.stem(images), []
-        for stage in self.stages:
+        for stage in self.stages[: self.used]:
             maps.append(x := stage(x))
         return maps[2:]
 
