@@ -14,16 +14,9 @@ from ..core.paths import resolve
 from ..layers.conventions import SQUARE, quaternion_to_matrix, scale_intrinsics
 from ..layers.image_augment import choose_middle, make_matrix
 from ..world.camera import Rig, project_edges
-from leansense.xad.data import (
-    AUGMENTS,
-    CAMERAS,
-    Boxes,
-    Frame,
-    fill_cells,
-    fill_published,
-    read_image,
-    read_scan,
-)
+from .data import AUGMENTS, read_image
+from .frames import CAMERAS, Boxes, Frame, read_scan
+from .labels import fill_cells, fill_published
 
 # %% ../../../nbs/xad/08_real_frame.ipynb #ca828e46
 VEHICLES = ("car", "truck", "bus", "trailer", "construction_vehicle", "motorcycle", "bicycle")
@@ -161,5 +154,5 @@ def draw_frame(figure, frame: Frame, points=None, rig: Rig | None = None, size=(
     if points is not None:
         own = points[find_inside(points, boxes).any(1)]
         axes.scatter(own[:, 1], own[:, 0], s=0.3, color="#0173b2", linewidths=0)
-    axes.set(xticks=[50, 0, -50], yticks=[-50, 0, 50])
+    axes.set(xlim=(50, -50), ylim=(-50, 50), xticks=[50, 0, -50], yticks=[-50, 0, 50])
     axes.tick_params(labelsize=5)

@@ -84,7 +84,7 @@ class Tables:
             found.setdefault(row[field], []).append(row)
         return found
 
-
+# %% ../../../nbs/xad/02_tables.ipynb #e5fde740
 def _check_tokens(tables: Tables, report: Report) -> None:
     """Report the first dangling token of each field, and how many more there are."""
     for name, fields in TABLES.items():
