@@ -6,9 +6,8 @@
 __all__ = ['CELLS', 'KINDS', 'LOSSES', 'EMPTY', 'FACTORS', 'DEPTHS', 'VOVNETS', 'STAGED', 'TAGS', 'LossForm', 'map_loss',
            'label_loss', 'losses_of', 'class_ious', 'score_cells', 'MapScores', 'LabelScores', 'rate_groups', 'recipe',
            'inputs_of', 'normalise_on', 'XadTask', 'published_entries', 'publish_files', 'network_settings',
-           'split_stage', 'write_pretrained', 'load_pretrained', 'on_device', 'answers', 'evaluate', 'score_samples',
-           'condition', 'by_condition', 'pick_samples', 'encode_map', 'decode_map', 'find_map', 'blind_scores',
-           'write_tags']
+           'split_stage', 'write_pretrained', 'on_device', 'answers', 'evaluate', 'score_samples', 'condition',
+           'by_condition', 'pick_samples', 'encode_map', 'decode_map', 'find_map', 'blind_scores', 'write_tags']
 
 # %% ../../../nbs/xad/20_task.ipynb #389e6b53
 import inspect
@@ -24,12 +23,11 @@ from torchmetrics.functional.classification import (
     multilabel_stat_scores,
 )
 
-from ..core.checkpoint import AtomicIO, check_weights, copy_checkpoint, load_file
+from ..core.checkpoint import AtomicIO, copy_checkpoint, read_checkpoint
 from ..core.images import normalise
 from ..core.parameters import nearest
 from ..core.schedule import Group, Recipe
 from ..core.task import Tally, Task
-from ..core.weights import read_weights
 from ..layers.conventions import INPUTS, choose
 from .data import CAMERAS, CLASSES, IGNORE, find_cameras
 from .model import GRID_CONF, build, module_groups
@@ -414,10 +412,10 @@ def network_settings(params: Mapping) -> dict:
     found["grid_conf"] = GRID_CONF | {name: params[name] for name in bounds}
     return found
 
-# %% ../../../nbs/xad/20_task.ipynb #e8555f05
-STAGED = {  # a published file's entry: where its weights are in the network
+# %% ../../../nbs/xad/20_task.ipynb #40ad8ddd
+STAGED = {  # entry: where its weights are in the network
     "backbone_state_dict": "camera.trunk.",
-    "depth_net_state_dict": "camera.depth_net.",
+    "depth_net_state_dict": "camera.head.depth_net.",
     "cam_encode_state_dict": "camera.",  # what else belongs to a camera
     "bev_encoder_state_dict": "bev_encoder.",
 }
@@ -433,28 +431,13 @@ def split_stage(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torc
     return {entry: part for entry, part in found.items() if part}
 
 
-def write_pretrained(
-    model: nn.Module, path: str | Path, version: str = "v2", miou: float = 0.0, epoch: int = 0
-) -> Path:
-    """Write `best_pretrained.pth` in the published form: what a first stage has learnt."""
-    about = {"epoch": int(epoch), "lss_version": version, "miou": float(miou)}
-    AtomicIO().save_checkpoint(about | split_stage(model.state_dict()), path)
+def write_pretrained(checkpoint: str | Path, path: str | Path, version: str = "v2") -> Path:
+    """Write a first stage's `checkpoint` with the published entries to `path`; version: of LSS."""
+    content = read_checkpoint(checkpoint)
+    own = split_stage(content["model_state_dict"])
+    more = {"lss_version": version, "miou": float(content.get("best_miou", 0.0))}
+    AtomicIO().save_checkpoint(content | own | more, path)
     return Path(path)
-
-
-def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
-    """Load what a first stage has learnt; the entries of STAGED that were not there."""
-    content = load_file(path, finite=True)
-    published = isinstance(content, dict) and content.keys() & STAGED.keys()
-    given = content if published else split_stage(read_weights(path))
-    own, fresh = split_stage(model.state_dict()), {}
-    for entry in [entry for entry in own if isinstance(given.get(entry), dict)]:
-        fresh |= {STAGED[entry] + name: value for name, value in given[entry].items()}
-    if not fresh:
-        raise ValueError(f"{path}: holds none of {', '.join(own)}: name a first stage's file")
-    check_weights(model, model.state_dict() | fresh, path)
-    model.load_state_dict(fresh, strict=False)
-    return [entry for entry in own if entry not in given]
 
 # %% ../../../nbs/xad/20_task.ipynb #e7ed141a
 def on_device(batch: Mapping, device: torch.device) -> dict:
