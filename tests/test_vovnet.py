@@ -11,6 +11,7 @@ from leansense.layers.vovnet import (
     from_detectron2,
     load_trunk,
     map_size,
+    mix,
     to_detectron2,
 )
 
@@ -126,6 +127,31 @@ def test_gates():
         assert not torch.equal(net(images)[1], before)
 
 
+def test_mix_is_a_convolution_of_all_maps(monkeypatch):
+    """Values and gradients; kept for the backward pass are the maps alone."""
+    torch.manual_seed(0)
+    maps = [torch.randn(2, c, 4, 6, dtype=torch.float64) for c in (8, 5, 3)]
+    maps = [m.to(memory_format=torch.channels_last).requires_grad_() for m in maps]
+    weight = torch.randn(7, 16, 1, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *given: mix(given[0], given[1:]), (weight, *maps))
+    both = mix(weight, maps), torch.nn.functional.conv2d(torch.cat(maps, 1), weight)
+    assert torch.allclose(*both) and both[0].is_contiguous(memory_format=torch.channels_last)
+    assert "Mix" in type(both[0].grad_fn).__name__
+    monkeypatch.setenv("LEANSENSE_BACKENDS", "torch")
+    assert "Convolution" in type(mix(weight, maps).grad_fn).__name__
+
+
+def test_one_map():
+    """Stage 5 is there, at rest: counted, not run, not trained."""
+    net = small(maps=1)
+    (fine,) = net(torch.randn(1, 3, 64, 96))
+    fine.square().mean().backward()
+    assert net.channels == [96] and count(net) == count(small())
+    trained = {n for n, p in net.named_parameters() if p.grad is not None}
+    assert trained == {n for n, _ in net.named_parameters() if not n.startswith("stages.3.")}
+    assert not any(p.requires_grad for p in net.stages[3].parameters())
+
+
 THEIRS = {  # as the authors' code names them
     "stem.0.conv.weight": "stem.stem_1/conv.weight",
     "stem.2.bn.running_mean": "stem.stem_3/norm.running_mean",
@@ -172,6 +198,7 @@ def test_load_trunk(tmp_path):
 @pytest.mark.parametrize("settings, said", [
     ({"kind": 38}, "kind=38"),
     ({"width": 0.0}, "width=0.0"),
+    ({"maps": 3}, "maps=3"),
     ({"pretrained": True}, "VoVNet-99.*vovnet-detectron2"),
     ({"kind": 39, "pretrained": True}, "ese_every_block=False"),
     ({"kind": 39, "ese_every_block": False, "width": 0.5, "pretrained": True}, "width=1"),

@@ -381,7 +381,7 @@ class Pyramid(nn.Module):
         both = _conv_norm(self.scale1, x), _conv_norm(self.scale2, x)
         return _conv_norm(self.fusion, torch.cat(both, 1))
 
-
+# %% ../../../nbs/xad/10_model.ipynb #b1a50d93
 class CameraTransformer(nn.Module):
     """(B, N, C) -> (B, N, C): each camera's vector, with a name of its own, looks at the others."""
 
@@ -400,7 +400,7 @@ class CameraTransformer(nn.Module):
         x = self.norm1(x + self.self_attn(x, x, x, need_weights=False)[0])
         return self.norm2(x + self.ffn(x))
 
-
+# %% ../../../nbs/xad/10_model.ipynb #9486ae73
 class BevAttention(nn.Module):
     """Cameras (B, N, C) look at the map (B, C, X, Y): (B, N, C).
 
@@ -421,7 +421,7 @@ class BevAttention(nn.Module):
         seen = self.cross_attn(cameras, key, value, need_weights=False)[0]
         return self.norm(cameras + seen)
 
-
+# %% ../../../nbs/xad/10_model.ipynb #2012d8fc
 class Predictor(nn.Module):
     """Cameras (B, N, C), summed with learned weights -> actions (B, 4), descriptions (B, 8)."""
 
@@ -440,7 +440,7 @@ class Predictor(nn.Module):
         encoded = self.encoder(self.camera_weights.softmax(0) @ cameras)
         return self.action_head(encoded), self.desc_head(encoded)
 
-
+# %% ../../../nbs/xad/10_model.ipynb #c003ef03
 class UnifiedHead(nn.Module):
     """The three versions: cameras alone (1), looking at each other (2), and at the map (3)."""
 
@@ -528,7 +528,7 @@ BASELINE = {
     "backbone": "effb4", "depth": "v1_joint", "refiner": "resnet18", "text_head": "bev_txt"
 }  # fmt: skip
 
-
+# %% ../../../nbs/xad/10_model.ipynb #35beafce
 def _check(config: dict) -> None:
     """ValueError, one line, for a setting of build() that is wrong or contradicts another."""
     for name, known in (("depth", DEPTHS), ("refiner", REFINERS), ("text_head", TEXT_HEADS)):
@@ -607,7 +607,7 @@ def _camera(config: dict, depths: int) -> Camera:
         depth_net = DepthV2(channels, mid, depths, config["faithful"])
     return Camera(trunk, DepthHead(channels[0], depth_net, features))
 
-
+# %% ../../../nbs/xad/10_model.ipynb #f629cc76
 def _bev(config: dict, grid: Grid) -> nn.Module:
     """The BEV encoder."""
     width, again = config["bev_width"], config["checkpointing"]
@@ -656,7 +656,7 @@ def _text(config: dict, grid: Grid, image: tuple[int, int, int], bev: int) -> nn
     scene = SceneUnder(mixed, channels, rates[0])
     return BevTxtHead(adapter, scene, post, channels, mid, posted, order, detach)
 
-
+# %% ../../../nbs/xad/10_model.ipynb #8b4a31a9
 def _assemble(config: dict) -> XadNet:
     """The network for checked settings, channels last."""
     grid, faithful = Grid(**config["grid_conf"]), config["faithful"]
