@@ -111,7 +111,7 @@ def test_a_folder_declares_its_scenes(tmp_path):
     assert text.startswith(f"{tmp_path}: c of split 'mine' is not on disk; ")
     text = message(FileNotFoundError, choose_scenes, "nu_a2d", tmp_path, ["scene-0001"])
     assert "scene-0008 and 298 more of split 'nu_a2d' is not on disk" in text
-    assert "nearest is 'mine'" in message(ValueError, choose_scenes, "min", tmp_path, "abc")
+    assert "nearest is 'mine'" in message(ValueError, choose_scenes, "mines", tmp_path, "abc")
     for wrong in ('{"mine": {"train": ["a"], "test": ["a"]}}', '{"mine": {"trian": ["a"]}}',
                   '{"mine": {"train": [1]}}', '["a"]', "{", '{"mine": {"train": 3}}'):  # fmt: skip
         path.write_text(wrong)
@@ -132,11 +132,15 @@ def test_the_stand_in_has_all_tables(folder):
     assert tables["sample"][second]["prev"] == first and tables["sample"][second]["next"] == ""
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_missing_table_is_named(copy, name):
-    (copy / f"v1.0-trainval/{name}.json").unlink()
-    text = message(FileNotFoundError, xad.load, copy.parent)
-    assert text.startswith(f"{copy}/v1.0-trainval/{name}.json: table is missing; copy all 13")
+def test_a_missing_table_is_named(copy):
+    for name in TABLES:
+        path = copy / f"v1.0-trainval/{name}.json"
+        kept = path.read_bytes()
+        path.unlink()
+        text = message(FileNotFoundError, xad.load, copy.parent)
+        assert text.startswith(f"{path}: table is missing; copy all 13")
+        path.write_bytes(kept)
+    assert xad.load(copy.parent).frames
 
 
 POINTERS = [
@@ -147,18 +151,18 @@ POINTERS = [
 ]
 
 
-@pytest.mark.parametrize("table, field", POINTERS)
-def test_a_dangling_token_is_named(copy, table, field):
-    lost = "f" * 32
-    path = copy / f"v1.0-trainval/{table}.json"
-
-    def edit(rows):
+def test_a_dangling_token_is_named(copy):
+    assert len(POINTERS) == 15
+    for table, field in POINTERS:
+        path, lost = copy / f"v1.0-trainval/{table}.json", "f" * 32
+        kept = path.read_text()
+        rows = json.loads(kept)
         rows[-1][field] = [lost] if isinstance(rows[-1][field], list) else lost
-
-    change(path, edit)
-    row = len(json.loads(path.read_text())) - 1
-    text = message(ValueError, xad.load, copy.parent)
-    assert text.startswith(f"{path} row {row}: {field} '{lost}' is in no row of ")
+        path.write_text(json.dumps(rows))
+        text = message(ValueError, xad.load, copy.parent)
+        where = f"{path} row {len(rows) - 1}: {field} '{lost}' is in no row of "
+        assert text.startswith(where) and text.endswith("; copy both again"), text
+        path.write_text(kept)
 
 
 @pytest.mark.parametrize("edit, said", [
@@ -275,7 +279,9 @@ FAULTS = {
     "no picture": (remove("samples/CAM_BACK/scene-0008*"), "images file is missing"),
     "half a picture": (spoil_picture, "image cannot be decoded"),
     "no scene": (
-        edit_table("scene", lambda rows: rows[0].update(name="scene-9999")), "is not on disk"),
+        edit_table("scene", lambda rows: [
+            row.update(name="scene-9999") for row in rows if row["name"] == "scene-0008"]),
+        "scene-0008 of split 'nu_a2d' is not on disk; copy it there, or list the scenes"),
     "K for another size": (
         edit_table("sample_data", lambda rows: [r.update(width=320, height=180) for r in rows]),
         "principal point at (80, 45), far from the middle of a 320 x 180 image"),
@@ -292,7 +298,8 @@ FAULTS = {
         edit_table("sample_annotation", lambda rows: [r.update(size=[0, 4, 2]) for r in rows]),
         "size is [0, 4, 2]; give width, length, height"),
     "no key frame": (
-        edit_table("sample_data", lambda rows: [r.update(is_key_frame=False) for r in rows[:3]]),
+        edit_table("sample_data", lambda rows: [
+            row.update(is_key_frame=False) for row in rows if "CAM_FRONT" in row["filename"]]),
         "has no key frame of CAM_FRONT_LEFT, CAM_FRONT, CAM_FRONT_RIGHT"),
 }  # fmt: skip
 
@@ -401,7 +408,7 @@ def test_cells_are_those_that_a_box_covers(box, step):
         fine = np.stack(np.meshgrid(*[np.linspace(0, 1, 41)] * 2), -1).reshape(-1, 2)
         at = (fine + (row, column)) * step - 50
         offset = (at - quad.mean(0)) @ np.stack([quad[1] - quad[2], quad[3] - quad[2]], 1)
-        half = np.array([box[2] ** 2, box[3] ** 2]) / 2
+        half = np.array([box[3] ** 2, box[2] ** 2]) / 2
         assert (abs(offset) <= half * (1 + 1e-6) + 0.05 * step * max(box[2:4])).all(1).any()
 
 
@@ -640,7 +647,7 @@ def test_identify_is_light():
 
 def test_the_doctor_finds_wrong_conventions(copy, data):
     report = doctor.check("xad", str(copy.parent))
-    assert report.ok and not report.warnings and "7 scenes" in report.facts[0], str(report)
+    assert report.ok and "7 scenes" in report.facts[0], str(report)
     assert "as they are 0." in str(report) and "84 of 84 images decoded" in str(report)
     for frame in data.frames:
         stored = copy / f"local_binmap/{frame.id}.npy"
@@ -667,9 +674,10 @@ def test_the_doctor_finds_boxes_and_cameras_in_other_frames(copy):
 
 
 def test_the_doctor_reads_scans(copy, data):
-    path = next(iter((copy / "samples/LIDAR_TOP").iterdir()))
-    path.write_bytes(path.read_bytes()[:101])
-    assert "lidar scan" in str(doctor.check("xad", str(copy.parent)))
+    path = next((copy / "samples/LIDAR_TOP").glob("scene-0008*"))
+    path.write_bytes(path.read_bytes()[:44])
+    said = f"{path}: lidar scan has 11 numbers, not rows of 5; copy it again"
+    assert said in str(doctor.check("xad", str(copy.parent)))
     shutil.rmtree(copy / "samples/LIDAR_TOP")
     report = doctor.check("xad", str(copy.parent))
     assert report.ok and "places of the boxes were not tested" in str(report)
@@ -735,9 +743,16 @@ def test_a_real_frame_that_is_not_whole(tmp_path):
 
 
 def test_a_drawn_frame_goes_the_same_way(data):
-    frame = next(f for f in data.frames if Path(f.lidar).exists())
-    shares = real.compare_readings(frame, read_scan(frame))
-    assert shares["right"] > 0.98 > 0.7 > shares["left and right exchanged"]
+    scanned = [frame for frame in data.frames if Path(frame.lidar).exists()]
+    found = [
+        real.compare_readings(frame, read_scan(frame))
+        for frame in scanned
+        if real.find_inside(read_scan(frame), frame.boxes.vehicles()).any()
+    ]
+    assert len(scanned) == 7 and len(found) >= 4
+    shares = {name: np.mean([each[name] for each in found]) for name in found[0]}
+    assert shares["right"] > 0.98 and shares["lidar's axes for the car's"] < 0.5
+    assert shares["left and right exchanged"] < 0.8 > shares["rows and columns exchanged"]
     empty = Boxes(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3, 3)), ())
     assert real.find_inside(read_scan(frame), empty).shape[1] == 0 and len(empty) == 0
     assert scan(Path(data.folder).parent)[2].ok
