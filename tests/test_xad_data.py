@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -754,5 +755,10 @@ def test_a_drawn_frame_goes_the_same_way(data):
     assert shares["right"] > 0.98 and shares["lidar's axes for the car's"] < 0.5
     assert shares["left and right exchanged"] < 0.8 > shares["rows and columns exchanged"]
     empty = Boxes(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3, 3)), ())
-    assert real.find_inside(read_scan(frame), empty).shape[1] == 0 and len(empty) == 0
+    points = read_scan(scanned[0])
+    assert real.find_inside(points, empty).shape == (len(points), 0) and len(empty) == 0
+    bare = replace(scanned[0], boxes=empty)
+    assert "no point lies in a vehicle's box" in message(
+        ValueError, real.compare_readings, bare, points
+    )
     assert scan(Path(data.folder).parent)[2].ok
