@@ -20,6 +20,7 @@ import numpy as np
 
 from ..core.check import fingerprint
 from ..core.images import Mapped, index_content, open_image, size_of, stored_rows
+from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
 from ..layers.conventions import SQUARE, choose, scale_intrinsics
 from leansense.layers.image_augment import (
@@ -137,7 +138,8 @@ def find_cameras(cams: str | Sequence[str] = "") -> list[int]:
     names = cams.replace(" ", "").split(",") if isinstance(cams, str) else list(cams)
     names = ["CAM_" + name.upper().removeprefix("CAM_") for name in names if name] or list(CAMERAS)
     for name in names:
-        choose("cams", name, CAMERAS)
+        if name not in CAMERAS:
+            raise ValueError(f"cams={cams!r}: camera {name!r} is unknown; {nearest(name, CAMERAS)}")
     return [k for k, name in enumerate(CAMERAS) if name in names]
 
 # %% ../../../nbs/xad/00_data.ipynb #11193c16
