@@ -397,11 +397,11 @@ def draw_map(snapshot: Snapshot) -> np.ndarray:
     return np.where(line > 0, 3, np.where(road > 0, 2, 0)).astype(np.uint8).T
 
 # %% ../../../nbs/xad/05_standin.ipynb #7cbbb0e6
-def _jpeg(pixels: np.ndarray, path: Path) -> None:
-    """Write (H, W, 3) uint8 as a JPEG file."""
+def _save(pixels: np.ndarray, path: Path) -> None:
+    """Write (H, W, 3) uint8 as a picture, JPEG or PNG by the name."""
     from PIL import Image
 
-    Image.fromarray(pixels).save(path, "JPEG", quality=88)
+    Image.fromarray(pixels).save(path, quality=88)
 
 
 def _lidar(moment: Moment, path: Path) -> None:
@@ -413,7 +413,7 @@ def _lidar(moment: Moment, path: Path) -> None:
     rows = np.stack([-y, x, z, 255 * points.intensity, points.ring], 1)
     path.write_bytes(rows.astype("<f4").tobytes())
 
-
+# %% ../../../nbs/xad/05_standin.ipynb #b37f5d05
 def write_data(folder: Path, moments: Iterator[Moment], rig: Rig, per_scene: int) -> None:
     """Write a whole nu-A2D into an empty folder."""
     place, tables, labels = folder / "trainval", start_tables(rig), {}
@@ -425,7 +425,7 @@ def write_data(folder: Path, moments: Iterator[Moment], rig: Rig, per_scene: int
         sample = add_moment(tables, moment, images, last)
         rows = tables["sample_data"][-len(channels) :]
         for row, picture in zip(rows, images.image):
-            _jpeg(picture, place / row["filename"])
+            _save(picture, place / row["filename"])
         if moment.order == 0:
             _lidar(moment, place / rows[-1]["filename"])
         np.save(place / f"local_binmap/{sample}.npy", draw_map(moment.snapshot))
@@ -434,7 +434,7 @@ def write_data(folder: Path, moments: Iterator[Moment], rig: Rig, per_scene: int
             labels[f"desc_all/{sample}.json"] = moment.description
         if last:
             end_scene(tables, moment)
-    _jpeg(np.zeros((8, 8, 3), np.uint8), place / tables["map"][0]["filename"])
+    _save(np.zeros((8, 8, 3), np.uint8), place / tables["map"][0]["filename"])
     for name, content in labels.items():
         (place / name).write_text(json.dumps(content))
     for name, rows in tables.items():
