@@ -11,6 +11,7 @@ import torch
 
 from leansense.beam.data import dataset, loaders
 from leansense.beam.model import build
+from leansense.beam.rebuild import RebuildTask
 from leansense.beam.use import (
     find_temperature,
     find_windows,
@@ -19,6 +20,7 @@ from leansense.beam.use import (
     predict,
     read_window,
 )
+from leansense.core.schedule import Recipe
 
 TINY = {"width": 8, "size": 32, "anchors": 2, "n_layer": 1, "image_depth": 18}
 PARAMS = TINY | {"arch": "mambafusion", "FFM": "bimamba", "standin": 2, "seq_len": 5}
@@ -59,7 +61,11 @@ FAULTS = {
     "unknown arch": (lambda w: {"params": PARAMS | {"arch": "mambafuson"}}, "cannot be built"),
     "no parameters": (lambda w: {"params": 7}, "says nothing of its network"),
     "no arch": (lambda w: {"params": TINY}, "name no arch"),
-    "a rebuilding": (lambda w: {"prefix": "rebuild."}, "of a rebuilding"),
+    "a rebuilding of nothing": (lambda w: {"prefix": "rebuild."}, "what is rebuilt"),
+    "half a rebuilding": (
+        lambda w: {"prefix": "base.", "params": PARAMS | {"source": "lidar", "target": "image"}},
+        "of another model",
+    ),
 }
 
 
@@ -71,6 +77,22 @@ def test_a_checkpoint_that_is_no_good_is_one_line(tmp_path, weights, data, capsy
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error and "best.ckpt" in error, error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rebuilding_answers_without_its_target(tmp_path, data):
+    """The file of a rebuilding gives the task's own logits, whatever the target shows."""
+    torch.manual_seed(0)
+    task = RebuildTask(build(**TINY, FFM="bimamba"), Recipe(), "lidar radar", "image").eval()
+    params = PARAMS | {"source": "lidar radar", "target": "image", "faithful": False}
+    path = write(tmp_path / "best.ckpt", task.state_dict(), params, prefix="")
+    again, said = load_checkpoint(path)
+    window = read_window(find_windows(data.folder, said, "test")[0], said)
+    other = window | {"image": 255 - window["image"]}
+    with torch.no_grad():
+        assert torch.equal(again(window), task(window))
+        assert torch.equal(again(other), again(window))
+    given = [str(path), data.folder, "--out", str(tmp_path / "out"), "--limit", "1"]
+    assert main(given) == 0 and len(list((tmp_path / "out").glob("*.json"))) == 1
 
 
 def test_no_checkpoint_at_all(tmp_path, data, capsys):

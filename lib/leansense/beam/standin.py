@@ -184,7 +184,7 @@ REACH = {31: 20.0, 32: 22.0, 33: 20.0, 34: 22.0}  # metres: of the lidar
 BRIGHTEN = 4.0  # gain of the stored night picture
 GREY, GRAIN, GLARE = 0.85, 4.0, 2.0  # at night: colour lost; noise of pixels and of patches, levels
 DRIFT = 0.1  # radians: phase error of a radar antenna, the same through a sequence
-BIAS, WHITE = 0.4, 0.15  # metres: GPS error of a sequence, of one fix
+BIAS, WHITE = 0.3, 0.12  # metres: GPS error of a sequence, of one fix
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,40 +37,54 @@ from leansense.beam.layouts import (
     number_of,
 )
 from .model import build
+from .rebuild import RebuildTask
 from .split import make_split
 from ..core.checkpoint import MARK, check_finite, check_weights, read_checkpoint
 from ..core.paths import resolve, write_atomic
+from ..core.schedule import Recipe
 from ..world.channel import Array
 
 # %% ../../../nbs/beam/40_use.ipynb #93014819
 def _described(kept: Mapping, path: str | Path) -> dict:
     """The row's parameters in a checkpoint; ValueError, one line, when there are none."""
-    again = "name the best.ckpt of a row that trained a network"
+    again = "name the best.ckpt of a row that trained a network or a rebuilding"
     try:
         params = dict(json.loads(kept[MARK]["config"])["config"]["params"])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: says nothing of its network (parameters): {again}") from None
-    if any(name.startswith("rebuild.") for name in kept["state_dict"]):
-        raise ValueError(f"{path}: of a rebuilding, it holds two networks: {again}")
     if "arch" not in params:
         raise ValueError(f"{path}: its parameters name no arch: {again}")
     return params
 
 
-def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
-    """The network, in evaluation mode, and the row's parameters; ValueError, one line: no good."""
-    kept = read_checkpoint(path)
-    params = _described(kept, path)
+def _build(params: Mapping, rebuilds: bool) -> nn.Module:
+    """The untrained network of a row; of a rebuilding its task, which is a network as well."""
     taken = inspect.signature(build).parameters.keys() - {"weights", "map_weights"}
+    settings = {name: params[name] for name in taken if name in params}
+    if not rebuilds:
+        return build(**settings)
+    if not {"source", "target"} <= params.keys():
+        raise ValueError("its parameters do not say what is rebuilt, source and target")
+    base = build(**settings | {"faithful": False, "modality_missing": ""})
+    sensors = params["source"], params["target"]
+    return RebuildTask(base, Recipe(), *sensors, faithful=bool(params.get("faithful")))
+
+
+def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
+    """The network, in evaluation mode, and the row's parameters; ValueError, one line: no good.
+
+    The network of a rebuilding answers with its target sensors rebuilt, whatever it is given.
+    """
+    kept = read_checkpoint(path)
+    params, parts = _described(kept, path), ("model.", "base.", "rebuild.")
+    rebuilds = any(name.startswith(parts[1:]) for name in kept["state_dict"])
     try:
-        model = build(**{name: params[name] for name in taken if name in params})
+        model = _build(params, rebuilds)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its network cannot be built: {error}") from None
-    weights = {
-        name.removeprefix("model."): value
-        for name, value in kept["state_dict"].items()
-        if name.startswith("model.")
-    }
+    weights = {name: value for name, value in kept["state_dict"].items() if name.startswith(parts)}
+    if not rebuilds:
+        weights = {name.removeprefix(parts[0]): value for name, value in weights.items()}
     check_weights(model, weights, path)
     check_finite(weights, path)
     model.load_state_dict(weights)
