@@ -402,14 +402,16 @@ class CameraTransformer(nn.Module):
 
 # %% ../../../nbs/xad/10_model.ipynb #9486ae73
 class BevAttention(nn.Module):
-    """Cameras (B, N, C) look at the map (B, C, X, Y): (B, N, C).
+    """Cameras (B, N, C) look at the map (B, K, X, Y): (B, N, C).
 
-    keys: the map is cut into keys x keys; 1 as published.
+    bev: channels K; keys: the map is cut into keys x keys, 1 as published.
     """
 
-    def __init__(self, channels: int, heads: int, dropout: float, keys: int):
+    def __init__(self, channels: int, heads: int, dropout: float, keys: int, bev: int):
         super().__init__()
-        self.cross_attn = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
+        self.cross_attn = nn.MultiheadAttention(
+            channels, heads, dropout, kdim=bev, vdim=bev, batch_first=True
+        )
         self.norm = nn.LayerNorm(channels)
         self.keys = keys
 
@@ -446,7 +448,7 @@ class UnifiedHead(nn.Module):
 
     def __init__(
         self, version: int, in_channels: int, channels: int, cameras: int,
-        dropouts: Sequence[float], keys: int, detach: bool,
+        dropouts: Sequence[float], keys: int, detach: bool, bev: int,
     ):  # fmt: skip
         super().__init__()
         scene_dropout, dropout = dropouts
@@ -456,7 +458,7 @@ class UnifiedHead(nn.Module):
         if version > 1:
             self.camera_transformer = CameraTransformer(channels, cameras, 4, dropout)
         if version > 2:
-            self.bev_fusion = BevAttention(channels, 4, dropout, keys)
+            self.bev_fusion = BevAttention(channels, 4, dropout, keys, bev)
         self.unified_predictor = Predictor(channels, cameras, dropout)
         self.detach = detach
 
@@ -534,7 +536,7 @@ def _check(config: dict) -> None:
     for name, known in (("depth", DEPTHS), ("refiner", REFINERS), ("text_head", TEXT_HEADS)):
         if config[name] not in known:
             raise ValueError(f"{name}={config[name]!r}; {nearest(config[name], known)}")
-    for name in ("width", "bev_width"):
+    for name in ("width", "bev_width", "text_width"):
         if not config[name] > 0:
             raise ValueError(f"{name}={config[name]}: give a factor above 0")
     if config["dropout"] is not None and not 0 <= config["dropout"] < 1:
@@ -632,7 +634,7 @@ def _text(config: dict, grid: Grid, image: tuple[int, int, int], bev: int) -> nn
     """The text head, for an encoder's map (C, h, w) `image` and `bev` channels of the BEV map."""
     if config["pretrain"]:
         return None
-    head, width, joint = config["text_head"], config["bev_width"], config["depth"] == "v1_joint"
+    head, width, joint = config["text_head"], config["text_width"], config["depth"] == "v1_joint"
     published = {"mlp": (0.3, 0.2), "bev_txt": (0.5,), "onlybev": (0.5,)}.get(head, (0.5, 0.1))
     rates = [rate if config["dropout"] is None else config["dropout"] for rate in published]
     of_baseline = head == "bev_txt" and config["refiner"] == "resnet18"
@@ -641,7 +643,8 @@ def _text(config: dict, grid: Grid, image: tuple[int, int, int], bev: int) -> nn
     if head.startswith("unified"):
         keys = 1 if config["faithful"] else 8
         channels = scaled(256, width)
-        return UnifiedHead(int(head[-1]), image[0], channels, len(cams), rates, keys, detach)
+        version, inputs = int(head[-1]), image[0]
+        return UnifiedHead(version, inputs, channels, len(cams), rates, keys, detach, bev)
     post = BevPost(bev, posted, grid, image[1:] if head == "bev_txt" else size)
     features = posted * size[0] * size[1]
     if head == "mlp":
@@ -798,6 +801,7 @@ def build(
     pretrain: bool = False,
     width: float = 1.0,
     bev_width: float | None = None,
+    text_width: float | None = None,
     camC: int | None = None,
     grid_conf: dict | None = None,
     final_h: int = 128,
@@ -822,7 +826,8 @@ def build(
         bev_detach: no gradient from the text head into the map; None: as published for that head
         pretrain: learn the map alone, without text head
         width: factor of the channels of VoVNet and the camera encoder
-        bev_width: factor of those of BEV encoder and text head; None: width
+        bev_width: factor of those of the BEV encoder; None: width
+        text_width: factor of those of the text head; None: bev_width
         camC: features of a camera pixel; None: 128 (v1_joint: 64) times width
         grid_conf: xbound, ybound, zbound, dbound in metres; None: GRID_CONF
         final_h, final_w: pixels of the images
@@ -839,6 +844,7 @@ def build(
     grid = {name: list(bound) for name, bound in (grid_conf or GRID_CONF).items()}
     config |= {"grid_conf": grid, "cams": tuple(cams)}
     config["bev_width"] = width if bev_width is None else bev_width
+    config["text_width"] = config["bev_width"] if text_width is None else text_width
     if camC is None:
         config["camC"] = scaled(64 if depth == "v1_joint" else 128, width)
     _check(config)

@@ -41,7 +41,7 @@ KINDS = {"map": "bev", "action": "action", "desc": "description"}  # score: entr
 
 @dataclass(frozen=True)
 class LossForm:
-    """The weights of one published loss; a form without labels learns the map alone."""
+    """The weights of one loss; a form without labels learns the map alone."""
 
     cells: tuple[float, ...] = CELLS  # of the classes of a cell
     action: tuple[float, ...] = ()  # of the labels
@@ -55,6 +55,7 @@ LOSSES = {
     "head": LossForm(
         action=(5, 5, 5, 5), description=(5, 5, 5, 5, 1, 1, 1, 1), positive=True, share=0.5
     ),
+    "ours": LossForm(action=(2,) * 4, description=(2,) * 8, positive=True),
     "pretrain": LossForm(cells=(1.0, 1.0, 1.0, 1.0)),
     "pretrain_weighted": LossForm(),
 }
@@ -403,7 +404,13 @@ def network_settings(params: Mapping) -> dict:
     found |= {"depth": DEPTHS[lss], "outC": len(CLASSES)}
     found["backbone"] = f"vov{kind}" if backbone == "vovnet" else backbone
     found["cams"] = [CAMERAS[k] for k in find_cameras(params.get("cams", ""))]
-    for name, unset in (("bev_detach", -1), ("bev_width", 0), ("camC", 0), ("dropout", -1)):
+    for name, unset in (
+        ("bev_detach", -1),
+        ("bev_width", 0),
+        ("text_width", 0),
+        ("camC", 0),
+        ("dropout", -1),
+    ):
         if found.get(name) == unset:
             found[name] = None
     if found.get("bev_detach") is not None:
