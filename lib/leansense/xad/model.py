@@ -762,11 +762,12 @@ def load_pretrained(model: XadNet, path: str | Path) -> list[str]:
     Returns the names of parts that keep their weights: `text`, and `depth_net` where it differs.
     ValueError: another part does not fit.
     """
-    from leansense.core.checkpoint import check_finite, load_file
+    from leansense.core.checkpoint import MARK, check_finite, load_file
     from leansense.core.weights import read_weights
 
     content = load_file(path)
-    if isinstance(content, dict) and f"{_STAGES[0]}_state_dict" in content:
+    theirs = isinstance(content, dict) and MARK not in content  # ours has the whole model as well
+    if theirs and f"{_STAGES[0]}_state_dict" in content:
         parts = {part: content[f"{part}_state_dict"] for part in _STAGES}
         given = {f"{part}.{n}": v for part, state in parts.items() for n, v in state.items()}
     else:
