@@ -267,7 +267,7 @@ def test_a_claimed_order_of_one_seed_is_not_judged(whole):
 def test_every_table_and_figure_of_the_paper_is_made():
     tables = set(re.findall(r"\\input\{tables/(\w+)\}", PAPER))
     figures = set(re.findall(r"\\includegraphics\[[^\]]*\]\{(\w+)\}", PAPER))
-    figures |= set(re.findall(r"\\picture\{[^}]*\}\{(\w+)\}", PAPER))
+    figures |= set(re.findall(r"\\shown\{[^}]*\}\{(\w+)\}", PAPER))
     assert tables == set(re.findall(r'paper\.table\(\s*"(\w+)"', SOURCE)), "made, read, both"
     for name in figures:
         assert f'"{name}"' in SOURCE, name
@@ -283,7 +283,7 @@ def test_every_caption_says_scale_data_and_hardware():
 def test_prose_has_no_score_of_its_own():
     """Numbers come from numbers.tex; what stands in the text is the guide's."""
     prose = re.sub(r"%.*", "", PAPER[PAPER.index(r"\begin{document}") :])
-    found = set(re.findall(r"\d+\.\d+", re.sub(r"\[[^\]]*\]|\\picture\{[^}]*\}", "", prose)))
+    found = set(re.findall(r"\d+\.\d+", re.sub(r"\[[^\]]*\]|\\shown\{[^}]*\}", "", prose)))
     assert found <= {"2.3"}
 
 
