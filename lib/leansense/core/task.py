@@ -268,7 +268,7 @@ class Task(L.LightningModule):
         if not gradient_clip_val or self.trainer.precision != "bf16-mixed":
             super().configure_gradient_clipping(made, gradient_clip_val, gradient_clip_algorithm)
             return
-        # bf16 scales nothing, so a fused optimiser can be clipped; Lightning refuses it all the same
+        # bf16 scales nothing, so a fused optimiser may be clipped; Lightning refuses that
         found = [p for group in made.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(found, gradient_clip_val)
 
