@@ -177,6 +177,10 @@ def test_modules_and_ratios(whole):
     assert cells(whole, "modules", "depth and splat")[1:3] == ["5.0", "50.0"]
     assert cells(whole, "modules", "map encoder and heads")[1:3] == ["5.0", "50.0"]
     assert cells(whole, "modules", "sum")[2] == "160.0", "the refiner is counted once"
+    held = whole["held"]
+    cost = pd.DataFrame([{"cost.backbone_saved_mib": 1.0, "cost.text_head_saved_mib": 3.0}])
+    assert held(cost, "saved_mib", ("text_head",), ("refiner",)) == 3, "a part that is not there"
+    assert math.isnan(held(cost.drop(columns="cost.backbone_saved_mib"), "saved_mib", ("depth",)))
     found = cells(whole, "against", "whole network, forward &".removesuffix(" &"))
     assert found[1:4] == ["0.500", "1.000", "2.0"] and found[6] == "4.0"
 
