@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.check import Report
-from ..core.images import Mapped, normalise, open_image, pad_square, stored_rows, to_tensor
+from ..core.files import warn_outside
+from ..core.images import Mapped, fit_square, normalise, open_image, stored_rows, to_tensor
 from ..core.parameters import nearest
 from ..core.paths import data_root
 from .augment import AUGMENTS, apply, draw
@@ -22,13 +23,11 @@ from .layouts import SPLITS, Leaf, Sample, limit
 from .split import BITS, examine, find_near_copies, hash_all, load, make_split
 
 # %% ../../../nbs/leaf/00_data.ipynb #ab606a8e
-def prepare(path: str | Path, size: int):
+def prepare(path: str | Path, size: int, entry: str = "row"):
     """(size, size, 3) uint8: decoded, upright, RGB, padded to a square, resized bilinearly."""
     import numpy as np
-    from PIL import Image
 
-    square = pad_square(open_image(path))
-    return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(fit_square(open_image(path, entry=entry), size))
 
 # %% ../../../nbs/leaf/00_data.ipynb #5f63c5ed
 def map_pixels(data: Leaf, size: int):
@@ -116,7 +115,7 @@ def _decode_all(samples: Sequence[Sample], report: Report) -> set[str]:
 
     def find_fault(path: str) -> str:
         try:
-            open_image(path)
+            prepare(path, 224)  # what training does with it
             return ""
         except (OSError, ValueError) as error:
             return str(error)[len(path) + 2 :]
@@ -158,6 +157,7 @@ def check(folder: str | Path, metadata: str | Path = "", label2id: str | Path = 
             report.facts.append(
                 f"{split}: {sum(counts.values())} images ({', '.join(map(str, counts.values()))})"
             )
+    warn_outside(report, data.folder, [s.path for s in data.samples])
     bad |= _decode_all([s for s in data.samples if s.path not in bad], report)
     good = tuple({s.path: s for s in data.samples if s.path not in bad}.values())
     if good:

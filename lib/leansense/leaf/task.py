@@ -121,13 +121,15 @@ def predict_logits(
 def evaluate(model: nn.Module, loader: DataLoader, classes: int, t: float = 1.0) -> dict:
     """Scores of one split, its labels and its predictions; `t`: the temperature of confidences.
 
-    {"acc", "f1", "loss", "f1_per_class", "calibration_error", "labels", "predicted"}
+    {"acc", "f1", "loss", "f1_per_class", "calibration_error", "labels", "predicted"}, and "absent"
+    where some classes have no picture in this split: f1 is the mean over all, these included.
     """
     logits, labels, _ = predict_logits(model, loader)
     predicted = logits.argmax(1)
     found = score_confusions(count_confusions(labels, predicted, classes))
     chance = (logits / t).softmax(1).max(1)
     right = (predicted == labels).numpy()
+    absent = sorted(set(range(classes)) - set(labels.tolist()))
     return {
         "acc": found.pop("acc"),
         "f1": found.pop("f1"),
@@ -136,7 +138,7 @@ def evaluate(model: nn.Module, loader: DataLoader, classes: int, t: float = 1.0)
         "calibration_error": calibration_error(chance.values.numpy(), right),
         "labels": labels.tolist(),
         "predicted": predicted.tolist(),
-    }
+    } | ({"absent": absent} if absent else {})
 
 
 def calibrate(model: nn.Module, loader: DataLoader, wanted: float = 0.99) -> tuple[float, float]:
