@@ -22,6 +22,7 @@ from .layouts import KINDS, SPLITS, Beam, Sample, beside, load, scan
 from .layouts import Options as Reading
 from .split import make_split
 from ..core.check import Report, file_digests
+from ..core.files import warn_outside
 from ..core.images import open_image, stored_rows
 from ..core.paths import data_root, resolve
 
@@ -487,6 +488,8 @@ def check(folder: str | Path) -> Report:
         keys = [(part, scenario, kind) for kind in kinds if groups.get((part, scenario, kind))]
         said = [_check_group(key, groups[key], known[key], report) for key in keys]
         report.facts.append(f"{part}, scenario {scenario}: {', '.join(said)}")
+    read = ((*s.image, *s.lidar, *s.radar, *s.car, s.base, *s.power) for s in whole.samples)
+    warn_outside(report, root, (path for paths in read for path in paths if path))
     drives = len({(s.part, s.sequence) for s in data.samples})
     report.facts.append(f"{drives} drives" + " (guessed)" * any(_guessed(s) for s in data.samples))
     return report

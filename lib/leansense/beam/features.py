@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.files import read_array, read_bytes, read_text, refusing
+
 # %% ../../../nbs/beam/04_features.ipynb #d66e08c6
 def compute_radar(cube: np.ndarray, bins: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """(range-angle, range-velocity) magnitudes, each (samples, bins), of a cube.
@@ -70,17 +72,15 @@ def read_radar(path: str | Path, shape: Sequence[int] = ()) -> np.ndarray:
     shape: what it has to be; empty: any with 4 antennas.
     """
     again = "record it again or remove its rows"
-    try:
-        cube = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: radar is missing; copy it there") from None
-    except (OSError, ValueError, EOFError):
-        raise ValueError(f"{path}: is not a numpy array; {again}") from None
-    if cube.ndim != 3 or cube.shape[0] != 4 or (tuple(shape) and cube.shape != tuple(shape)):
-        wanted = tuple(shape) or "(4, samples, chirps)"
-        raise ValueError(f"{path}: radar has shape {cube.shape}, not {wanted}; {again}")
-    if not np.iscomplexobj(cube):
-        raise ValueError(f"{path}: radar is {cube.dtype}, not complex; {again}")
+
+    def accept(found: tuple, dtype: np.dtype) -> str:
+        if len(found) != 3 or found[0] != 4 or (tuple(shape) and found != tuple(shape)):
+            return f"radar has shape {found}, not {tuple(shape) or '(4, samples, chirps)'}"
+        if dtype.kind != "c":
+            return f"radar is {dtype}, not complex"
+        return "" if max(found) <= 4096 else f"radar has shape {found}, more than 4096 a side"
+
+    cube = read_array(path, "", accept, what="radar", fix=again)
     if not np.isfinite(cube).all():
         raise ValueError(f"{path}: radar holds NaN or infinite values; {again}")
     if (cube == cube.flat[0]).all():
@@ -103,7 +103,7 @@ def _read_header(content: bytes) -> tuple[str, int, list[tuple[str, str]], int]:
         raise ValueError("is not a PLY file")
     encoding, count, fields, current = "", 0, [], ""
     for line in content[: end.start()].decode("ascii", "replace").splitlines():
-        words = line.split()
+        words = [*line.split(), "", "", ""]  # a line may be cut short
         if words[:1] == ["format"]:
             encoding = words[1]
         elif words[:1] == ["element"]:
@@ -126,7 +126,7 @@ def _read_vertices(content: bytes) -> np.ndarray:
     names = [name for name, _ in fields]
     if not {"x", "y"} <= set(names):
         raise ValueError("has no x and y")
-    if count == 0:
+    if count <= 0:
         raise ValueError("has no points")
     if encoding == "ascii":
         words = content[start:].split()[: count * len(fields)]
@@ -151,16 +151,12 @@ def read_points(path: str | Path) -> np.ndarray:
 
     FileNotFoundError or ValueError, one line, naming the file.
     """
-    try:
-        points = _read_vertices(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: lidar is missing; copy it there") from None
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path}: {said}; record it again or remove its rows") from None
+    fix = "record it again or remove its rows"
+    with refusing(path, "lidar", fix):
+        points = _read_vertices(read_bytes(path, 1 << 28))
     points = points[np.isfinite(points).all(1)]
     if not len(points):
-        raise ValueError(f"{path}: has no finite points; record it again or remove its rows")
+        raise ValueError(f"{path}: has no finite points; {fix}")
     return points
 
 # %% ../../../nbs/beam/04_features.ipynb #0dd47cf8
@@ -247,16 +243,19 @@ def project(places: np.ndarray, zone: int) -> np.ndarray:
     return np.stack([500_000 + scale * x, scale * y + 1e7 * (latitude < 0)], -1)
 
 # %% ../../../nbs/beam/04_features.ipynb #720fddbb
+def _read_numbers(path: str | Path, what: str, wanted: str, fix: str) -> np.ndarray:
+    """The numbers in a short text; one-line errors naming the file."""
+    text = read_text(path, 1 << 16, what=what, fix=fix)
+    try:
+        return np.array([float(word) for word in text.split()])
+    except ValueError:
+        raise ValueError(f"{path}: {what} is not {wanted}; {fix}") from None
+
+
 def read_place(path: str | Path) -> np.ndarray:
     """(latitude, longitude) in degrees from a text of two lines; one-line errors, naming it."""
     again = "write latitude and longitude, a line each"
-    try:
-        words = Path(path).read_text().split()
-        found = np.array([float(word) for word in words])
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: position is missing; copy it there") from None
-    except (OSError, ValueError):
-        raise ValueError(f"{path}: position is not two numbers; {again}") from None
+    found = _read_numbers(path, "position", "two numbers", again)
     if len(found) != 2:
         raise ValueError(f"{path}: position has {len(found)} line(s), not 2; {again}")
     if not (np.isfinite(found).all() and abs(found[0]) <= 90 and abs(found[1]) <= 180):
@@ -313,12 +312,7 @@ def make_target(beam: int | np.ndarray) -> np.ndarray:
 def read_power(path: str | Path) -> np.ndarray:
     """(64,) float64 received powers from a text, one a line; one-line errors naming the file."""
     again = "measure again or remove its rows"
-    try:
-        power = np.array([float(word) for word in Path(path).read_text().split()])
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: power is missing; copy it there") from None
-    except (OSError, ValueError):
-        raise ValueError(f"{path}: power is not a list of numbers; {again}") from None
+    power = _read_numbers(path, "power", "a list of numbers", again)
     if len(power) != BEAMS:
         raise ValueError(f"{path}: {len(power)} powers, not {BEAMS}; {again}")
     if not np.isfinite(power).all():

@@ -7,7 +7,6 @@ __all__ = ['PARTS', 'SPLITS', 'KINDS', 'DAMAGED', 'GAP', 'BLOCK', 'Sample', 'Bea
            'parse_beams', 'Options', 'number_of_column', 'guess_sequences', 'scan', 'load']
 
 # %% ../../../nbs/beam/02_layouts.ipynb #a9569d01
-import csv
 import hashlib
 import re
 from collections import Counter, defaultdict
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from .features import BEAMS, read_power
 from ..core.check import Report, file_digests
+from ..core.files import Refused, read_csv
 from ..core.paths import resolve
 
 # %% ../../../nbs/beam/02_layouts.ipynb #1bfbaba1
@@ -133,7 +133,7 @@ class _Folder:
 def parse_beams(text: str) -> tuple[int, ...]:
     """0-based beams of a label, `12` or `12_13_13_14_15`; ValueError in words."""
     words = str(text).strip().split("_")
-    if not all(re.fullmatch(r"\d+(\.0+)?", word) for word in words):
+    if not all(re.fullmatch(r"\d{1,9}(\.0{1,9})?", word) for word in words):
         raise ValueError(f"unit1_beam is {text!r}")
     beams = tuple(int(float(word)) for word in words)
     wrong = [beam for beam in beams if not 1 <= beam <= BEAMS]
@@ -199,12 +199,12 @@ class _Reader:
     def rows(self) -> list[dict]:
         """The table's rows; none, and a report, when it lacks a column."""
         try:
-            with open(self.table, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                self.names, rows = list(reader.fieldnames or ()), list(reader)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            self.report.add(self.table, f"cannot be read ({error})", "write it again")
+            self.names, lines = read_csv(self.table)
+        except (Refused, OSError) as error:
+            said = error.reason if isinstance(error, Refused) else str(error)
+            self.report.add(self.table, f"cannot be read ({said})", "write it again")
             return []
+        rows = [dict(zip(self.names, cells)) for _, cells in lines]
         for name in _need(self.names, self.part != "challenge"):
             fix = f"it needs unit1_rgb_1 to _5 and the like; it has {', '.join(self.names[:4])}, …"
             self.report.add(self.table, f"has no column {name}", fix)

@@ -18,6 +18,7 @@ import numpy as np
 
 from .features import BEAMS, find_zone, project
 from ..core.check import Report, file_digests
+from ..core.files import read_array
 from ..core.parameters import nearest
 from ..core.paths import resolve
 
@@ -69,14 +70,13 @@ _PARTS = {
 def _read_array(path: Path, columns: int) -> np.ndarray:
     """One array of the layout; ValueError, one line, naming it."""
     again = "copy it again"
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        raise ValueError(f"{path}: is not a numpy array; {again}") from None
     rows = int(re.search(r"-(\d+)\.npy", path.name)[1])
     wanted = (rows, columns) if columns else (rows,)
-    if array.shape != wanted:
-        raise ValueError(f"{path}: has shape {array.shape}, not {wanted}; {again}")
+
+    def accept(shape: tuple, dtype: np.dtype) -> str:
+        return "" if shape == wanted else f"has shape {shape}, not {wanted}"
+
+    array = read_array(path, "", accept, what="array", fix=again)
     if not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0])
         raise ValueError(f"{path}: row {row} is not finite; {again} or remove the scenario")

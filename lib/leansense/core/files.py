@@ -94,7 +94,7 @@ def read_text(path: str | Path, limit: int = TEXT, **words: str) -> str:
     with refusing(path, **words):
         return read_bytes(path, limit, **words).decode("utf-8-sig")
 
-# %% ../../../nbs/core/63_files.ipynb #30d43c2a
+# %% ../../../nbs/core/63_files.ipynb #b2081728
 def _finite(text: str) -> float:
     """The number of a JSON literal; Refused when it is none."""
     value = float(text)
@@ -114,14 +114,26 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_json(
-    path: str | Path, kind: type = object, limit: int = LISTS, once: bool = False, **words: str
+    path: str | Path,
+    kind: type = object,
+    limit: int = LISTS,
+    once: bool = False,
+    finite: bool = True,
+    **words: str,
 ):
-    """What a JSON file holds, a `kind`; one-line errors. once: objects name each key once."""
+    """What a JSON file holds, a `kind`; one-line errors.
+
+    Args:
+        once: objects name each key once
+        finite: numbers are finite; False where the caller asks each one, and names its place
+    """
     with refusing(path, **words):
         data = read_bytes(path, limit, **words)
-        pairs = {"object_pairs_hook": _each_once} if once else {}
+        hooks = {"object_pairs_hook": _each_once} if once else {}
+        if finite:
+            hooks |= {"parse_float": _finite, "parse_constant": _finite}
         try:
-            found = json.loads(data, parse_float=_finite, parse_constant=_finite, **pairs)
+            found = json.loads(data, **hooks)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise Refused(f"is not JSON ({shorten(error, 80)})") from None
         if not isinstance(found, kind):

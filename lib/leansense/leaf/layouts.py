@@ -145,7 +145,9 @@ def _read_table(path: Path, report: Report) -> tuple[list[str], list[tuple[int, 
         said = error.reason if isinstance(error, Refused) else str(error)
         report.add(path, said, "correct it and save it as CSV UTF-8")
         return [], []
-    return header, [(line, dict(zip(header, row))) for line, row in lines if any(map(str.strip, row))]
+    return header, [
+        (line, dict(zip(header, row))) for line, row in lines if any(map(str.strip, row))
+    ]
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #2cd5a2f7
 def _has_columns(path: Path, header: list[str], needed: Sequence[str], report: Report) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report
+from ..core.files import warn_outside
 from ..core.images import Mapped, normalise, to_tensor
 from ..core.paths import resolve
 from leansense.layers.conventions import (
@@ -42,6 +43,7 @@ from leansense.simbev.frames import (
     make_target,
     mask_ego,
     read_image,
+    read_size,
 )
 from .layouts import CAMERAS, Frame, SimBEV, load, parse_classes, scan
 from .overlap import report_agreement, report_headings
@@ -259,7 +261,8 @@ def _check_images(frames: Sequence[Frame], report: Report) -> dict[str, tuple[in
 
     def look(path: str):
         try:
-            return read_image(path).shape[1::-1]
+            read_image(path)
+            return read_size(path)  # of the file, which may be decoded smaller
         except (OSError, ValueError) as error:
             return str(error)[len(path) + 2 :]
 
@@ -333,6 +336,7 @@ def check(
     scenes = len({(frame.split, frame.scene) for frame in frames})
     named = ", ".join(f"{count} {split}" for split, count in counts.items())
     report.facts.append(f"{layout} layout, {scenes} scenes, frames: {named}")
+    warn_outside(report, root, [path for frame in frames for path in frame.files])
     sizes = _check_images(frames, report)
     before = len(report.errors)
     _check_intrinsics(frames, sizes, report)

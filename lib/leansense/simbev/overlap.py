@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..core.check import Report
+from ..core.files import read_array
+from ..core.images import open_image
 from ..layers.conventions import SQUARE, check_rigid
 from leansense.layers.splat_overlap import (
     check_heading,
@@ -27,31 +29,19 @@ from .layouts import CAMERAS, Frame, SimBEV
 # %% ../../../nbs/simbev/07_overlap.ipynb #275e091f
 def read_depth(path: str) -> np.ndarray:
     """A depth image (H, W) float32, metres along the optical axis; one-line errors."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            code = np.asarray(image.convert("RGB")).astype(np.int64)
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = " ".join(str(error).replace(path, "the file").split())
-        raise ValueError(
-            f"{path}: depth image cannot be decoded ({reason}); copy it again"
-        ) from None
+    image = open_image(path, upright=False, entry="sample")
+    code = np.asarray(image).astype(np.int64)
     return (code @ (1, 256, 65536) * (1000 / (2**24 - 1))).astype(np.float32)
 
 
 def read_points(path: str) -> np.ndarray:
     """Points (n, 3) float32 of a lidar file, in the lidar's frame; one-line errors."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = file["data"]
-        if found.ndim != 2 or found.shape[1] < 3 or found.dtype.kind != "f":
-            raise ValueError(f"is {found.dtype} of shape {found.shape}, not (n, 3) numbers")
-        return found[:, :3]
-    except Exception as error:  # zip and zlib have errors of their own
-        raise ValueError(
-            f"{path}: lidar scan cannot be read ({' '.join(str(error).split())}); copy it again"
-        ) from None
+
+    def accept(shape: tuple, dtype: np.dtype) -> str:
+        sound = len(shape) == 2 and shape[1] >= 3 and dtype.kind == "f"
+        return "" if sound else f"lidar scan is {dtype} of shape {shape}, not (n, 3) numbers"
+
+    return read_array(path, "data", accept, what="lidar scan", fix="copy it again")[:, :3]
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #939e827f
 def lift_frame(

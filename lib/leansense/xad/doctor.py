@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report
+from ..core.files import warn_outside
 from ..core.images import open_image
 from ..core.paths import resolve
 from ..layers.conventions import SQUARE, ego_to_camera
@@ -160,6 +161,7 @@ def check(folder: str | Path, split: str = "") -> Report:
         if part and split != "nu_a2d":
             report.facts.append(f"{len(part)} scenes of its train are in nu_a2d's {other}")
     whole = [frame for frame in frames if all(map(os.path.exists, frame.files))]
+    warn_outside(report, root, [path for frame in whole for path in frame.files])
     found = _check_content(whole, report)
     before = len(report.errors)
     _check_cameras(whole, report)

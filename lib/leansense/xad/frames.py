@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report
+from ..core.files import read_bytes
 from ..core.paths import resolve
 from ..layers.conventions import check_intrinsics
 from .split import choose_scenes
@@ -89,6 +90,12 @@ class Frame:
         return (*self.images, *filter(None, (self.map, self.action, self.description)))
 
 # %% ../../../nbs/xad/03_frames.ipynb #c620a00b
+def _is_size(size: object) -> bool:
+    """Whether it is a list of three lengths in metres."""
+    numbers = isinstance(size, list) and len(size) == 3 and {*map(type, size)} <= {int, float}
+    return numbers and all(0 < side < 1e6 for side in size)
+
+
 def read_boxes(rows: Sequence[dict], tables: Tables, pose: tuple, report: Report) -> Boxes:
     """Rows of sample_annotation as boxes in the frame of an ego pose (rotation, translation)."""
     turn, shift = pose
@@ -98,7 +105,7 @@ def read_boxes(rows: Sequence[dict], tables: Tables, pose: tuple, report: Report
         thing = tables["instance"][row["instance_token"]]
         name = tables["category"][thing["category_token"]]["name"]
         placed, size = read_pose(row, where, report), row["size"]
-        if not isinstance(size, list) or len(size) != 3 or not min(size) > 0:
+        if not _is_size(size):
             report.add(where, f"size is {size}", "give width, length, height in metres")
         elif placed:
             size = np.array([size[1], size[0], size[2]], float)  # stored as width, length, height
@@ -115,13 +122,13 @@ def _cameras(rows: dict, tables: Tables, report: Report) -> tuple | None:
         row = tables["calibrated_sensor"][rows[name]["calibrated_sensor_token"]]
         where = f"{tables.folder / 'calibrated_sensor.json'} token {row['token']} ({name})"
         pose, made_for = read_pose(row, where, report), (1600, 900)  # nuScenes' own
-        if rows[name].get("width"):
-            made_for = int(rows[name]["width"]), int(rows[name]["height"])
         try:
+            if rows[name].get("width"):
+                made_for = int(rows[name]["width"]), int(rows[name]["height"])
             k = np.asarray(row["camera_intrinsic"], float)
             said = check_intrinsics(k, made_for)
-        except (TypeError, ValueError):
-            said = "is no matrix"
+        except (KeyError, TypeError, ValueError, OverflowError):
+            said = "is no matrix, or its picture's width and height are no numbers"
         if said:
             report.add(where, f"camera_intrinsic {said}", "calibrate or write it again")
         if pose is None or said:
@@ -244,12 +251,10 @@ def scan(
 
 # %% ../../../nbs/xad/03_frames.ipynb #f9b43a18
 def read_scan(frame: Frame) -> np.ndarray:
-    """The lidar's points (n, 3) of a frame in the ego frame, metres; one-line ValueError."""
-    try:
-        rows = np.fromfile(frame.lidar, "<f4")
-    except OSError as error:
-        said = f"lidar scan cannot be read ({error.strerror}); copy it again"
-        raise ValueError(f"{frame.lidar}: {said}") from None
+    """The lidar's points (n, 3) of a frame in the ego frame, metres; one-line errors."""
+    words = {"what": "lidar scan", "fix": "copy it again", "absent": "copy it again"}
+    data = read_bytes(frame.lidar, 1 << 26, **words)
+    rows = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
     if not len(rows) or len(rows) % 5 or not np.isfinite(rows).all():
         said = f"lidar scan has {len(rows)} numbers, not rows of 5"
         raise ValueError(f"{frame.lidar}: {said}; copy it again")

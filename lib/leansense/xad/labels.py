@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import file_digests
+from ..core.files import Refused, read_array, read_json, read_yaml
 from ..core.paths import data_root
 from ..core.store import stored_array
 from ..layers.conventions import SQUARE, cell_centres, choose
@@ -86,15 +87,17 @@ def read_map(path: str) -> np.ndarray:
     FileNotFoundError or ValueError, one line, naming the file.
     """
     fix = "write it again as [y, x] with 0 other, 2 drivable, 3 divider"
+
+    def accept(shape: tuple, dtype: np.dtype) -> str:
+        return "" if shape == (200, 200) else f"map has shape {shape}, not (200, 200)"
+
+    words = {"what": "map file", "fix": fix, "absent": "copy local_binmap there"}
     try:
-        found = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: map file is missing; copy local_binmap there") from None
-    except (OSError, ValueError, EOFError) as error:
-        said = " ".join(str(error).replace(str(path), "the file").split())
-        raise ValueError(f"{path}: map is not a numpy array ({said}); {fix}") from None
-    if found.shape != (200, 200):
-        raise ValueError(f"{path}: map has shape {found.shape}, not (200, 200); {fix}")
+        found = read_array(path, "", accept, **words)
+    except Refused as error:
+        if error.reason.startswith("map "):
+            raise
+        raise ValueError(f"{path}: map is not a numpy array ({error.reason}); {fix}") from None
     wrong = sorted(set(np.unique(found).tolist()) - {0, 2, 3})
     if wrong:
         raise ValueError(f"{path}: map has values {wrong[:4]}; {fix}")
@@ -155,13 +158,9 @@ def read_list(path: str, count: int, what: str) -> list[float]:
     """`count` numbers from 0 to 1 in a JSON file; FileNotFoundError or ValueError, one line."""
     fix = f"give a list of {count} numbers from 0 to 1"
     try:
-        found = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: {what} file is missing; {fix}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {what} file is not JSON ({error}); {fix}") from None
-    if not isinstance(found, list):
-        raise ValueError(f"{path}: {what} file holds a {type(found).__name__}; {fix}")
+        found = read_json(path, list, 1 << 20, what=f"{what} file", absent=fix)
+    except Refused as error:
+        raise ValueError(f"{path}: {what} file {error.reason}; {fix}") from None
     if len(found) != count:
         raise ValueError(f"{path}: {what} file holds {len(found)} numbers, not {count}; {fix}")
     if not all(type(v) in (int, float) and 0 <= v <= 1 for v in found):
@@ -185,16 +184,8 @@ def read_names(path: str | Path = "") -> dict[str, tuple[str, ...]]:
     """
     if not path:
         return NEUTRAL
-    import yaml
-
     fix = "give the lists actions (4 names) and descriptions (8 names)"
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: file of label names is missing; {fix}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path}: is not YAML ({said}); {fix}") from None
+    found = read_yaml(path, what="file of label names", fix=fix, absent=fix)
     for key, names in NEUTRAL.items():
         given = found.get(key) if isinstance(found, dict) else None
         texts = isinstance(given, list) and all(isinstance(name, str) for name in given)

@@ -6,10 +6,10 @@
 __all__ = ['PARTS', 'SPLITS', 'scene_names', 'find_leaks', 'choose_scenes']
 
 # %% ../../../nbs/xad/06_split.ipynb #daacc4e8
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..core.files import read_json, shorten
 from ..core.parameters import nearest
 
 # %% ../../../nbs/xad/06_split.ipynb #b61295d1
@@ -106,13 +106,13 @@ def _declared(path: Path) -> dict:
     """What a splits.json says; one-line ValueError when it is not that."""
     fix = 'write {"nu_a2d": {"train": [names], "val": [names], "test": [names]}}'
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found = read_json(path, dict)
         for split in found.values():
             for part, scenes in split.items():
                 if part not in PARTS or not all(isinstance(name, str) for name in scenes):
                     raise ValueError(f"{part} is no list of scene names")
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        said = " ".join(str(error).split())
+        said = getattr(error, "reason", "") or shorten(error)
         raise ValueError(f"{path}: is not a list of scenes ({said}); {fix}") from None
     return found
 

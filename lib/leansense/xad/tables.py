@@ -7,12 +7,12 @@ __all__ = ['TABLES', 'read_table', 'Tables', 'read_tables', 'find_folders', 'ind
            'key_frames']
 
 # %% ../../../nbs/xad/02_tables.ipynb #3659c6e3
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.check import Report
+from ..core.files import Refused, read_json, shorten
 
 # %% ../../../nbs/xad/02_tables.ipynb #f1e0be4a
 TABLES: dict[str, tuple[str, ...]] = {  # the fields that are read; `token` has every table
@@ -38,26 +38,36 @@ _LEADS = {"first_sample_token": "sample", "last_sample_token": "sample", "prev":
           "next": "sample", "log_tokens": "log"}  # fmt: skip
 
 # %% ../../../nbs/xad/02_tables.ipynb #04254f8e
+def _misfit(row: dict) -> str:
+    """What is wrong with the fields that everything else is found by; '' for nothing."""
+    for key in ("token", "name", "channel", "filename"):
+        if key in row and not isinstance(row[key], str):
+            return f"{key} is {shorten(row[key], 40)}, not text"
+    moment = row.get("timestamp", 0)
+    sound = type(moment) in (int, float) and abs(moment) < 1e18
+    return "" if sound else f"timestamp is {shorten(moment, 40)}, not a number"
+
+
 def read_table(folder: Path, name: str, report: Report) -> dict[str, dict]:
     """The rows of one table by token; what is wrong with it goes into the report, by row."""
     path, found = Path(folder) / f"{name}.json", {}
     try:
-        rows = json.loads(path.read_bytes())
+        rows = read_json(path, list, finite=False)  # each number is checked with its row
     except FileNotFoundError:
         fix = f"copy all {len(TABLES)} tables of nuScenes there"
         report.add(path, "table is missing", fix, FileNotFoundError)
         return {}
-    except (OSError, ValueError) as error:
-        report.add(path, f"is not JSON ({error})", "copy it again")
-        return {}
-    if not isinstance(rows, list):
-        report.add(path, f"holds a {type(rows).__name__}, not a list of rows", "copy it again")
+    except Refused as error:
+        report.add(path, error.reason, "copy it again")
         return {}
     for number, row in enumerate(rows):
         keys = ("token", *TABLES[name])
         missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        wrong = "" if missing else _misfit(row)
         if missing:
             report.add(f"{path} row {number}", f"has no {', '.join(missing)}", "write it again")
+        elif wrong:
+            report.add(f"{path} row {number}", wrong, "write it again")
         elif row["token"] in found:
             said = f"token {row['token']!r} occurs twice"
             report.add(f"{path} row {number}", said, "give each row its own token")
@@ -94,13 +104,15 @@ def _check_tokens(tables: Tables, report: Report) -> None:
                 continue
             known, bad = tables[other], []
             for number, row in enumerate(tables[name].values()):
-                tokens = row[field] if isinstance(row[field], list) else [row[field]]
+                several = field == "log_tokens" and isinstance(row[field], list)
+                tokens = row[field] if several else [row[field]]
                 optional = field in ("prev", "next")
-                bad += [(number, t) for t in tokens if t not in known and (t or not optional)]
+                sought = [t for t in tokens if t or not optional]
+                bad += [(number, t) for t in sought if not isinstance(t, str) or t not in known]
             if bad:
                 number, token = bad[0]
                 more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-                said = f"{field} {str(token)!r} is in no row of {other}.json{more}"
+                said = f"{field} {shorten(token, 60)!r} is in no row of {other}.json{more}"
                 report.add(f"{tables.folder / name}.json row {number}", said, "copy both again")
 
 # %% ../../../nbs/xad/02_tables.ipynb #1ef2aae8
@@ -158,7 +170,7 @@ def read_pose(row: dict, where: str, report: Report):
         if turn.shape == (4,) and shift.shape == (3,) and np.isfinite([*turn, *shift]).all():
             if np.linalg.norm(turn) > 0:
                 return quaternion_to_matrix(turn), shift
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     report.add(where, "has no sound translation (3) and rotation (w, x, y, z)", "write it again")
     return None
