@@ -58,12 +58,13 @@ def _opened(path: str | Path, entry: str) -> Iterator:
         try:
             try:
                 file = Image.open(path, formats=FORMATS)
-            except Image.DecompressionBombError as error:  # PIL's own limit: a JPEG is read smaller
+            except Image.DecompressionBombError:  # PIL's own limit: a JPEG is read smaller
                 from PIL.JpegImagePlugin import JpegImageFile
 
                 with open(path, "rb") as start:
                     if start.read(2) != b"\xff\xd8":
-                        raise error
+                        said = f"has more than the {PIXELS // 1_000_000} megapixels that are read"
+                        raise Refused(f"{said}: save it at half the size, or as JPEG") from None
                 file = JpegImageFile(path)
             with file:
                 _check_size(file, stored)

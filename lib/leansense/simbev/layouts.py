@@ -789,7 +789,7 @@ def check_shape(shape: tuple[int, ...], dtype: np.dtype) -> str:
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #761291c5
 def _array(path: str, key: str) -> np.ndarray:
-    """The array in a label file, its shape checked before it is read; Refused says what is wrong."""
+    """The array in a label file, its shape checked before it is read; one-line Refused."""
     if Path(path).suffix in (".npy", ".npz"):
         return read_array(path, key, check_shape, what="label")
     label = np.asarray(open_image(path, upright=False, entry="sample").convert("L"))
