@@ -123,7 +123,7 @@ def test_the_doctor_of_plain_folders_says_what_to_do(tmp_path):
     sets(tmp_path / "my set")
     said = str(leaf.check(tmp_path / "my set"))
     assert f"python -m leansense.leaf.split split '{tmp_path / 'my set'}'" in said
-    assert "leaf.split" not in str(leaf.check(tmp_path))[:0] + str(leaf.check(tmp_path / "none"))
+    assert "leaf.split" not in str(leaf.check(tmp_path / "none"))
 
 
 # ---- absent classes, columns, names
@@ -268,15 +268,16 @@ def ply(header: str, data: bytes = b"") -> bytes:
 
 
 POINTS = "property float x\nproperty float y"
+BINARY = "format binary_little_endian 1.0\n"
 BROKEN = {
-    "more points than bytes": ply(f"format binary_little_endian 1.0\nelement vertex {10**12}\n" + POINTS),
-    "a negative number": ply("format binary_little_endian 1.0\nelement vertex -1\n" + POINTS, bytes(80)),
-    "no number": ply("format ascii 1.0\nelement vertex\n" + POINTS),
+    "more points than bytes": ply(f"{BINARY}element vertex {10**12}\n{POINTS}"),
+    "a negative number": ply(f"{BINARY}element vertex -1\n{POINTS}", bytes(80)),
+    "no number": ply(f"format ascii 1.0\nelement vertex\n{POINTS}"),
     "no type": ply("format ascii 1.0\nelement vertex 1\nproperty"),
-    "no format": ply("format\nelement vertex 1\n" + POINTS),
-    "digits": ply(f"format ascii 1.0\nelement vertex {'9' * 5000}\n" + POINTS),
-    "twice x": ply("format binary_little_endian 1.0\nelement vertex 1\n" + POINTS + "\n" + POINTS, bytes(16)),
-}  # fmt: skip
+    "no format": ply(f"format\nelement vertex 1\n{POINTS}"),
+    "digits": ply(f"format ascii 1.0\nelement vertex {'9' * 5000}\n{POINTS}"),
+    "twice x": ply(f"{BINARY}element vertex 1\n{POINTS}\n{POINTS}", bytes(16)),
+}
 
 
 @pytest.mark.parametrize("kind", BROKEN)
