@@ -253,7 +253,7 @@ FAITHFUL = {
     "positions": "no codes of places",
 }
 
-# %% ../../../nbs/openvocab/10_model.ipynb #41edd5bf
+# %% ../../../nbs/openvocab/10_model.ipynb #0fe8e013
 def read_phrases(text: nn.Module, phrases: Sequence[Sequence[str]]) -> dict[str, Tensor]:
     """The texts of a batch: tokens (B, T, Dt), token_mask (B, T), pooled (B, P, Dt), mask (B, P).
 
@@ -270,7 +270,7 @@ def read_phrases(text: nn.Module, phrases: Sequence[Sequence[str]]) -> dict[str,
     there = index >= 0
     words = mask[index.clamp(min=0)] & there[..., None]  # b p l
     counts = words.flatten(1).sum(1)
-    order = words.flatten(1).to(torch.uint8).argsort(1, descending=True, stable=True)
+    order = words.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     order = order[:, : max(1, int(counts.max()))]  # the words first, padding behind and cut off
     flat = tokens[index.clamp(min=0)].flatten(1, 2)
     return {
