@@ -92,7 +92,7 @@ class Recall(Metric):
         found = []
         for k, name in enumerate(batch["id"]):
             boxes, key = corners[k].double().cpu(), _key(name)
-            order = scores[k].detach().cpu().argsort(0, descending=True, stable=True)
+            order = scores[k].detach().cpu().argsort(dim=0, descending=True, stable=True)
             for p, entry in enumerate(batch["groups"][k]):
                 if not len(entry["boxes"]):
                     continue
@@ -248,10 +248,12 @@ def evaluate(
 ) -> dict[str, float]:
     """All scores of a model on a loader: any-box recall, `merged_...`, average precision, counts.
 
-    n_unreachable: boxes of pictures that have more of them than the model has queries
+    n_unreachable: boxes of pictures that have more of them than the model has queries;
+    blind_recall1: the likeliest box is given for every phrase, whatever it says
     """
     was, device = model.training, next(model.parameters()).device
     recalls = {"": Recall("any", types), "merged_": Recall("merged", types)}
+    blind = Recall("any", types)
     boxes, missed = Precision(), 0
     model.eval()
     for batch in loader:
@@ -259,10 +261,12 @@ def evaluate(
         corners, scores = find_corners(output, batch, pixels), score_pairs(output)
         for recall in recalls.values():
             recall.update(corners, scores, batch)
+        blind.update(corners, output["objectness"][..., None].expand_as(scores), batch)
         if precision:
             boxes.update(corners, scores, output["objectness"], batch)
         missed += sum(max(0, len(own) - corners.shape[1]) for own in batch["boxes"])
     model.train(was)
     found = {pre + name: value for pre, r in recalls.items() for name, value in r.compute().items()}
     found = {name: v for name, v in found.items() if not name.startswith("merged_n_")}
+    found |= {f"blind_{name}": v for name, v in blind.compute().items() if name == "recall1"}
     return found | (boxes.compute() if precision else {}) | {"n_unreachable": float(missed)}
