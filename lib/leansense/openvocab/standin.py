@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'KINDS', 'GROUNDS', 'HELD_OUT', 'SUBWORDS', 'SYNONYMS', 'KNOWN_SUBWORDS', 'SIZES', 'NUMBERS', 'TEMPLATES',
            'CASES', 'PARTS', 'SCENE', 'SOUND', 'RIBBON', 'Kind', 'draw_thing', 'draw_ground', 'Group', 'choose_groups',
-           'paint', 'name_group', 'bracket', 'write_captions', 'write_xml', 'version', 'standin']
+           'paint', 'name_group', 'choose_words', 'bracket', 'write_captions', 'write_xml', 'version', 'standin']
 
 # %% ../../../nbs/openvocab/05_standin.ipynb #e1894ea3
 import hashlib
@@ -250,7 +250,7 @@ def paint(groups: Sequence[Group], ground: str, size: tuple[int, int], rng, tall
         placed.append(replace(group, boxes=tuple(boxes), height=height))
     return image, placed
 
-# %% ../../../nbs/openvocab/05_standin.ipynb #1f4aafd8
+# %% ../../../nbs/openvocab/05_standin.ipynb #15085a30
 NUMBERS = ("", "", "two", "three")
 TEMPLATES = (
     "{0} and {1} are on {g} .",
@@ -274,8 +274,8 @@ def name_group(group: Group, groups: Sequence[Group], rng, words: str = "") -> s
     if plain and alone and not words and group.count == 1:
         return f"a {kind}"
     if group.count > 1:
-        plural = {"fish": "fish"}.get(kind, f"{kind}s")
-        return f"{NUMBERS[group.count]} {colour} {plural}"
+        number = NUMBERS[group.count] if group.count < len(NUMBERS) else "many"
+        return f"{number} {colour} {kind}" + "s" * (kind != "fish")
     size = "small " if group.height < 0.2 else "big " if group.height > 0.32 else ""
     size *= rng.random() < 0.4
     if group.side:
@@ -284,6 +284,15 @@ def name_group(group: Group, groups: Sequence[Group], rng, words: str = "") -> s
     if article == "a" and (size or colour)[0] in "aeiou":
         article = "an"
     return f"{article} {size}{colour} {kind}"
+
+
+def choose_words(group: Group, rng) -> str:
+    """Which new words can name a group: subword, word or none; one new thing at a time."""
+    if (group.colour, group.kind) in HELD_OUT:
+        return ""
+    known = {"subword": group.colour in SUBWORDS, "word": group.kind in SYNONYMS}
+    usable = [words for words, there in known.items() if there]
+    return usable[rng.integers(len(usable))] if usable else ""
 
 
 def bracket(chain: str, types: Sequence[str], phrase: str) -> str:
@@ -295,22 +304,18 @@ def write_captions(groups: Sequence[Group], ground: str, scene: str, test: bool,
     """The five lines of a sentence file; `scene`: the chain of the ground."""
     lines, turn = [], int(rng.integers(len(groups)))
     for number, template in enumerate(TEMPLATES):
-        if number == 2:
-            words = ("subword", "word")[int(rng.integers(2))] * test
-        else:
-            words = ""
         named = []
         for _ in range(2):
             group = groups[turn % len(groups)]
             turn += 1
-            apart = (group.colour, group.kind) in HELD_OUT  # one new thing at a time
-            phrase = name_group(group, groups, rng, "" if apart else words)
+            words = choose_words(group, rng) if test and number in (1, 3) else ""
+            phrase = name_group(group, groups, rng, words)
             named.append(bracket(group.chain, KINDS[group.kind].types, phrase))
         there = bracket(scene, ("scene",), f"the {ground}")
         lines.append(template.format(*named, g=there, n=bracket("0", ("notvisual",), "it")))
     return lines
 
-# %% ../../../nbs/openvocab/05_standin.ipynb #1037a7ea
+# %% ../../../nbs/openvocab/05_standin.ipynb #7f7947d1
 CASES = (
     "many boxes",  # more than 25
     "no box",  # in the whole picture
@@ -328,7 +333,7 @@ CASES = (
 def _plan_case(case: str, groups: list[Group]) -> list[Group]:
     """The groups of a picture that shows a case."""
     if case == "many boxes":
-        return [Group("1", "red", "ball", 26), Group("2", "green", "star")]
+        return [Group("1", "red", "star", 26), Group("2", "green", "ball")]
     return [] if case == "no box" else groups
 
 
@@ -337,7 +342,7 @@ def _caption_case(case: str, groups: Sequence[Group], lines: list[str]) -> list[
     lines, first = list(lines), groups[0]
     named = bracket(first.chain, KINDS[first.kind].types, f"the {first.colour} {first.kind}")
     added = {
-        "many boxes": bracket("1", ("other",), "many red balls") + " lie about .",
+        "many boxes": bracket("1", ("other",), "stars") + " lie about .",
         "plain caption": "nobody knows what this is .",
         "border": bracket("71", ("other",), "a long green ribbon") + " crosses the picture .",
         "two names": f"{named} is {bracket('72', ('other',), 'a gift')} .",
@@ -371,7 +376,7 @@ def write_xml(name: str, size: tuple[int, int], boxes: Sequence, flags: Sequence
         lines.append("  </object>")
     return "\n".join([*lines, "</annotation>"]) + "\n"
 
-# %% ../../../nbs/openvocab/05_standin.ipynb #cc93cba0
+# %% ../../../nbs/openvocab/05_standin.ipynb #dc884774
 PARTS = {"train": ("train.txt", 0.6), "valid": ("val.txt", 0.15), "test": ("test.txt", 0.25)}
 SCENE, SOUND, RIBBON = "60", "61", "71"  # chains
 
@@ -398,10 +403,7 @@ def _write_picture(folder: Path, name: str, case: str, test: bool, seed: Sequenc
         sound = bracket(SOUND, ("other",), "a sound")
         lines = [f"nothing but {there} .", f"{sound} over {there} .", *[f"{there} ."] * 3]
     else:
-        plain = [replace(g, count=1) if g.count > 3 else g for g in groups]
-        lines = write_captions(plain, ground, SCENE, test, rng)
-        if case == "many boxes":
-            lines = [line.replace(f"#{1}/other", "#1/other") for line in lines]
+        lines = write_captions(groups, ground, SCENE, test, rng)
         if case:
             lines = _caption_case(case, groups, lines)
     flags = [(SCENE, True, False), (SOUND, False, True)]
