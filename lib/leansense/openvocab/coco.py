@@ -187,7 +187,7 @@ def _read_captions(path: Path, images: dict, report: Report) -> dict:
             own.append(Sentence(text, (), len(own) + 1))
     return found
 
-# %% ../../../nbs/openvocab/03_coco.ipynb #68e5f3fe
+# %% ../../../nbs/openvocab/03_coco.ipynb #ce0656bd
 def recognise(folder: str | Path) -> bool:
     """Whether a folder holds COCO instances."""
     return bool(find_files(folder))
@@ -216,7 +216,7 @@ def _read_file(path: Path, root: Path, report: Report) -> list[Sample]:
 
 
 def scan(folder: str | Path) -> tuple[OpenVocab, Report]:
-    """The data set in `folder` as far as it can be read, and a report of all faults in its texts."""
+    """The data set in `folder` as far as it can be read, and a report of all faults in texts."""
     root = Path(os.path.abspath(folder))
     report, samples, files = Report("openvocab", str(root)), [], find_files(root)
     if not files:

@@ -41,7 +41,7 @@ from leansense.openvocab.targets import (
     swap_sides,
 )
 
-# %% ../../../nbs/openvocab/00_data.ipynb #036ce283
+# %% ../../../nbs/openvocab/00_data.ipynb #23cf5ae6
 @dataclass(frozen=True)
 class Options:
     """How pictures become tensors."""
@@ -63,7 +63,7 @@ class Options:
 
 
 def prepare(path: str | Path, side: int, size: tuple[int, int]) -> np.ndarray:
-    """(side, side, 3) uint8 letter-boxed picture; ValueError if it is not `size` = (w, h) pixels."""
+    """(side, side, 3) uint8 letter-boxed picture; ValueError if it is not of `size` (w, h)."""
     found = size_of(path, entry="annotation")
     if found != size:
         said = "the picture is {}x{}, its annotation says {}x{}".format(*found, *size)
