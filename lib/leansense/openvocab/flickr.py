@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from ..core.check import Report, fingerprint
 from ..core.parameters import nearest
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #c6e807ae
+# %% ../../../nbs/openvocab/02_flickr.ipynb #e8e9bf59
 TYPES = (
     "people",
     "clothing",
@@ -78,6 +78,8 @@ def parse_sentence(line: str, where: str = "caption", number: int = 1) -> Senten
                 raise ValueError(f"{where}: the bracket of chain {begun[1]} is not closed; add ']'")
             begun = (len(words), *_open(token, where))
             continue
+        if "[/EN#" in token:
+            raise ValueError(f"{where}: {token!r} opens a phrase within a word; put a space there")
         last = begun is not None and token.endswith("]")
         words += [token[:-1] if last else token] * (not last or len(token) > 1)
         if last:
@@ -304,7 +306,7 @@ def read_unrelated(path: str | Path) -> set[tuple[str, int]]:
             raise ValueError(f"{path}, line {number}: {line.strip()!r} names no caption; {fix}")
     return found
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #f9f5958b
+# %% ../../../nbs/openvocab/02_flickr.ipynb #907f91ab
 FILES = {"train": "train.txt", "valid": "val.txt", "test": "test.txt"}
 _IMAGES = ("flickr30k_images", "flickr30k-images")
 
@@ -347,7 +349,7 @@ def _read_lists(root: Path, report: Report) -> dict[str, str]:
 
 
 def scan(folder: str | Path) -> tuple[OpenVocab, Report]:
-    """The data set in `folder` as far as it can be read, and a report of all faults in its texts."""
+    """The data set in `folder` as far as it can be read, and a report of all faults in texts."""
     root = Path(os.path.abspath(folder))
     report = Report("openvocab", str(root))
     images = next((n for n in _IMAGES if (root / n).is_dir()), _IMAGES[0])
