@@ -40,9 +40,7 @@ def draw(pictures=3, queries=6, seed=0, most=5, grad=False) -> tuple[dict, dict]
     batch = {
         "phrases": phrases,
         "boxes": [torch.rand(g, 4, generator=rng) * 0.4 + 0.1 for g in count],
-        "positive": [
-            torch.rand(g, len(p), generator=rng) < 0.6 for g, p in zip(count, phrases)
-        ],
+        "positive": [torch.rand(g, len(p), generator=rng) < 0.6 for g, p in zip(count, phrases)],
     }
     width = pictures
     region = normalize(torch.randn(pictures, queries, 8, generator=rng), dim=-1)
@@ -61,7 +59,10 @@ def draw(pictures=3, queries=6, seed=0, most=5, grad=False) -> tuple[dict, dict]
 
 
 def test_boxes():
-    pairs = [([0, 0, 2, 2], [1, 1, 3, 3], 1 / 7, -0.0793651), ([0, 0, 4, 4], [1, 1, 3, 3], 0.25, 0.25)]
+    pairs = [
+        ([0, 0, 2, 2], [1, 1, 3, 3], 1 / 7, -0.0793651),
+        ([0, 0, 4, 4], [1, 1, 3, 3], 0.25, 0.25),
+    ]
     for one, two, iou, giou in [*pairs, ([0, 0, 1, 1], [2, 2, 3, 3], 0, -0.7777778)]:
         one, two = (torch.tensor([box], dtype=torch.float32) for box in (one, two))
         assert float(box_iou(one, two)) == pytest.approx(iou, abs=1e-6)
@@ -101,7 +102,8 @@ def test_objectness():
     assert each == pytest.approx([0.1269280, 0.3132617, 0.6931472], abs=1e-6)
     assert float(objectness_loss(logits, paired)) == pytest.approx(0.3777790, abs=1e-6)
     focal = [
-        float(objectness_loss(logits[:, k : k + 1], paired[:, k : k + 1], "focal")) for k in range(3)
+        float(objectness_loss(logits[:, k : k + 1], paired[:, k : k + 1], "focal"))
+        for k in range(3)
     ]
     assert focal == pytest.approx([0.00045089, 0.01699354, 0.12996510], abs=1e-7)
 

@@ -61,7 +61,9 @@ def test_cosine():
 
 def test_groups_have_their_rates_and_decays():
     task = OpenVocabTask(
-        build("after", text=build_text("hash", dim=16), backbone="resnet10t", image_size=64, dim=32),
+        build(
+            "after", text=build_text("hash", dim=16), backbone="resnet10t", image_size=64, dim=32
+        ),
         recipe(5e-4, 0.02),
         backbone_rate=0.1,
     )
@@ -100,7 +102,13 @@ def test_a_training_learns_and_measures(batches, tmp_path):
     result = train(task, batches, tmp_path, epochs=4)
     history = result.history
     assert history["train_loss"][-1] < history["train_loss"][0]
-    for name in ("valid_recall1", "valid_upper", "valid_recall1_seen", "valid_map", "valid_loss_sim"):
+    for name in (
+        "valid_recall1",
+        "valid_upper",
+        "valid_recall1_seen",
+        "valid_map",
+        "valid_loss_sim",
+    ):
         assert len(history[name]) == 4, name
     assert not [name for name in history if "people" in name]
     assert history["lr_backbone"][1] == pytest.approx(0.1 * history["lr_heads"][1])
@@ -155,5 +163,3 @@ def test_published_tags(tmp_path):
 )
 def test_bad_settings_are_one_line(call, said):
     assert said in message(ValueError, call)
-
-

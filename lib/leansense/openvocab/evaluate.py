@@ -52,10 +52,11 @@ def best_overlaps(corners: torch.Tensor, wanted: torch.Tensor, protocol: str) ->
     return box_iou(corners, wanted).amax(1)
 
 
-def find_types(data) -> tuple[str, ...]:
-    """The phrase types that a data set has: those of Flickr30k Entities first, then others."""
-    mentions = [m for s in data.samples for m in s.extra]
-    mentions += [m for s in data.samples for t in s.sentences for m in t.phrases]
+def find_types(*sets) -> tuple[str, ...]:
+    """The phrase types that data sets have: those of Flickr30k Entities first, then others."""
+    samples = [sample for data in sets for sample in data.samples]
+    mentions = [m for s in samples for m in s.extra]
+    mentions += [m for s in samples for t in s.sentences for m in t.phrases]
     found = {kind for mention in mentions for kind in mention.phrase_type}
     return (*(kind for kind in TYPES if kind in found), *sorted(found - set(TYPES)))
 

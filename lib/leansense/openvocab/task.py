@@ -162,7 +162,7 @@ class OpenVocabTask(Task):
         how = {"scheduler": one_cycle(made, self.plan[1]), "interval": "step"}
         return {"optimizer": made, "lr_scheduler": how}
 
-# %% ../../../nbs/openvocab/20_task.ipynb #e07ddca1
+# %% ../../../nbs/openvocab/20_task.ipynb #858709dd
 CHANGES = (
     "backbone", "dim", "fusion_layers", "fusion_heads", "dec_layers", "dec_heads", "queries",
     "embed", "tau", "faithful",
@@ -173,8 +173,12 @@ def text_settings(params: Mapping) -> dict:
     """The settings of `openvocab.text.build_text` that a row's parameters hold."""
     kind = params.get("text_encoder", "tiny")
     names = {"dim": "text_dim", "vocabulary": "vocabulary", "layers": "text_layers"}
-    wanted = {"tiny": ("dim", "vocabulary", "layers"), "hash": ("dim",)}.get(kind, ())
-    return {name: params[names[name]] for name in wanted if params.get(names[name])}
+    own = {"tiny": tuple(names), "hash": ("dim",), "clip-random": ("vocabulary",)}
+    found = {name: params[names[name]] for name in own.get(kind, ()) if params.get(names[name])}
+    return found | {
+        "weights": params.get("text_weights", ""),
+        "tune": bool(params.get("tune_text")),
+    }
 
 
 def build_detector(params: Mapping, captions: Sequence[str] = ()) -> nn.Module:
@@ -189,6 +193,8 @@ def build_detector(params: Mapping, captions: Sequence[str] = ()) -> nn.Module:
     for name in ("dropout", "head_dropout"):
         if params.get(name, -1.0) >= 0:
             changes[name] = params[name]
+    if params.get("anchors", -1) >= 0:
+        changes["anchors"] = bool(params["anchors"])
     if params.get("strides"):
         changes["strides"] = tuple(int(word) for word in str(params["strides"]).split())
     if params.get("image_size"):
