@@ -82,7 +82,7 @@ def test_a_picture_that_two_processes_had_counts_once(monkeypatch):
         distributed_available_fn=lambda: True,
     )
     both.rows = list(here.rows)
-    both._update_called = True
+    both._update_count = 1
     found = both.compute()
     assert found["n_phrases"] == 3 and found["recall1"] == pytest.approx(2 / 3)
 

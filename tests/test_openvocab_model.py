@@ -138,7 +138,9 @@ def total(out):
     torch.manual_seed(1)
     parts = [out, *out["earlier"]]
     kinds = ("boxes", "objectness", "region", "similarity")
-    return sum((part[kind] * torch.randn_like(part[kind])).sum() for part in parts for kind in kinds)
+    return sum(
+        (part[kind] * torch.randn_like(part[kind])).sum() for part in parts for kind in kinds
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -157,7 +159,9 @@ def test_every_tensor_gets_a_gradient_on_the_first_step(preset):
 def test_one_key_starves_the_projections():
     """The published fusion: queries and keys get a gradient of exactly 0, the rest learns."""
     model = demo(text=HashText(16, 64), faithful="key")
-    total(model.answer({"images": torch.rand(1, 3, 64, 64), "phrases": [["a cup", "a dog"]]})).backward()
+    total(
+        model.answer({"images": torch.rand(1, 3, 64, 64), "phrases": [["a cup", "a dog"]]})
+    ).backward()
     attend = model.fusion[0].attend
     for layer in (attend.query, attend.key):
         assert layer.weight.grad.abs().max() == 0
@@ -208,7 +212,9 @@ def test_padding_of_text_changes_nothing():
     assert both["mask"].tolist() == [[True, False, False], [True] * 3]
     for name in ("boxes", "objectness", "region"):
         torch.testing.assert_close(both[name][:1], alone[name], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(both["similarity"][:1, :, :1], alone["similarity"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        both["similarity"][:1, :, :1], alone["similarity"], atol=1e-4, rtol=1e-4
+    )
 
 
 def test_words_behind_the_mask_change_nothing():
@@ -394,7 +400,9 @@ def test_backbone_weights_from_a_file(tmp_path):
     state = first.network.state_dict()
     torch.save({"state_dict": state | {"fc.weight": torch.zeros(10, 4)}}, path)
     load_backbone(second, str(path))
-    assert all(torch.equal(value, second.network.state_dict()[name]) for name, value in state.items())
+    assert all(
+        torch.equal(value, second.network.state_dict()[name]) for name, value in state.items()
+    )
     for broken, message in (
         ({n: v for n, v in state.items() if n != "conv1.0.weight"}, "has no conv1.0.weight"),
         (state | {"conv1.0.weight": torch.zeros(1)}, "conv1.0.weight is"),
@@ -438,4 +446,8 @@ def test_example_is_fixed():
     first, second = (example(model, 2, phrases=3, words=2) for _ in range(2))
     assert torch.equal(first["images"], second["images"])
     assert first["texts"]["tokens"].shape == (2, 6, 16)
-    assert FusionLayer(16, 2)(torch.zeros(1, 2, 16), first["texts"]["tokens"][:1]).shape == (1, 2, 16)
+    assert FusionLayer(16, 2)(torch.zeros(1, 2, 16), first["texts"]["tokens"][:1]).shape == (
+        1,
+        2,
+        16,
+    )

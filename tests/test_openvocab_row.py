@@ -1,4 +1,4 @@
-"""The rows of openvocab: printed invocations, evaluation of a checkpoint, photographs, bad input."""
+"""The rows of openvocab: printed invocations, checkpoints scored, photographs, bad input."""
 
 import json
 import re

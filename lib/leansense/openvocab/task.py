@@ -42,7 +42,8 @@ def recipe(lr: float = 5e-4, weight_decay: float = 1e-4, schedule: str = "onecyc
 def one_cycle(made: torch.optim.Optimizer, steps: int) -> lr_scheduler.OneCycleLR:
     """The guide's OneCycle for an optimiser whose groups hold their peak rates."""
     peaks = [group["lr"] for group in made.param_groups]
-    return lr_scheduler.OneCycleLR(made, max_lr=peaks, total_steps=max(2, steps), pct_start=RISE)
+    rise = max(RISE, min(0.3, 2 / max(1, steps)))  # of very few steps, two
+    return lr_scheduler.OneCycleLR(made, max_lr=peaks, total_steps=max(2, steps), pct_start=rise)
 
 # %% ../../../nbs/openvocab/20_task.ipynb #c3e1e7d3
 class Drawn(Dataset):
