@@ -131,7 +131,7 @@ def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report
             placed[number][bool(entry.get("iscrowd"))].append(Object(box, (chain,)))
     return placed
 
-# %% ../../../nbs/openvocab/03_coco.ipynb #823e999a
+# %% ../../../nbs/openvocab/03_coco.ipynb #f517b0c8
 def _find_folder(path: Path, root: Path, name: str) -> Path:
     """The folder that holds the pictures of an instances file, by the first one's name."""
     own = path.stem.partition("_")[2]
@@ -166,7 +166,7 @@ def _read_images(found: dict, path: Path, root: Path, report: Report) -> dict:
                 report.add(folder / name, said[0], said[2], type(error))
     return images
 
-
+# %% ../../../nbs/openvocab/03_coco.ipynb #8788b0b3
 def _beside(name: str) -> str:
     """The name of the captions of an instances file."""
     return name.replace("instances", "captions")
@@ -187,7 +187,7 @@ def _read_captions(path: Path, images: dict, report: Report) -> dict:
             own.append(Sentence(text, (), len(own) + 1))
     return found
 
-# %% ../../../nbs/openvocab/03_coco.ipynb #ce0656bd
+# %% ../../../nbs/openvocab/03_coco.ipynb #8d413761
 def recognise(folder: str | Path) -> bool:
     """Whether a folder holds COCO instances."""
     return bool(find_files(folder))

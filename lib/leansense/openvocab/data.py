@@ -89,7 +89,7 @@ def map_pixels(data: OpenVocab, side: int) -> tuple[list[int], np.ndarray]:
         lambda name: prepare(root / name, side, size_in[name]),
     )
 
-# %% ../../../nbs/openvocab/00_data.ipynb #802f3ad8
+# %% ../../../nbs/openvocab/00_data.ipynb #9d4b13f0
 class PhraseDataset(Mapped):
     """The pictures of one part; dataset[key] is an item of the table above, without its B.
 
@@ -170,7 +170,7 @@ class PhraseDataset(Mapped):
         """A batch of one picture, for shapes and costs."""
         return collate([self[0]])
 
-
+# %% ../../../nbs/openvocab/00_data.ipynb #80c8b7ee
 LISTS = ("id", "phrases", "boxes", "positive", "groups")  # what a batch keeps as a list
 
 
@@ -185,7 +185,7 @@ def collate(items: Sequence[dict]) -> dict:
         batch[name] = torch.from_numpy(np.stack(batch[name]))
     return batch
 
-# %% ../../../nbs/openvocab/00_data.ipynb #7b002b7f
+# %% ../../../nbs/openvocab/00_data.ipynb #464b2872
 PARAMETERS = ("data", "standin")  # decide what is read
 
 
@@ -248,7 +248,7 @@ def loaders(data: OpenVocab, params: dict) -> dict:
         )
     return found
 
-# %% ../../../nbs/openvocab/00_data.ipynb #649fa157
+# %% ../../../nbs/openvocab/00_data.ipynb #736bf4f6
 QUERIES = 20  # of the published network
 
 
@@ -280,7 +280,7 @@ def _count(sample: Sample) -> dict[str, int]:
         "unrelated": sum(not s.related for s in sample.sentences),
     }  # fmt: skip
 
-
+# %% ../../../nbs/openvocab/00_data.ipynb #b00937ad
 def _note_counts(data: OpenVocab, report: Report) -> None:
     """Add to the report what its samples contain."""
     total = Counter()
@@ -320,7 +320,7 @@ def _warn_of_copies(data: OpenVocab, report: Report) -> None:
             what = f"the same picture as {other.id} of {other.split}"
             report.warn(f"{sample.id} of {sample.split}", what, "keep it in one part")
 
-# %% ../../../nbs/openvocab/00_data.ipynb #1adc8b80
+# %% ../../../nbs/openvocab/00_data.ipynb #d2dcc18e
 def check(folder: str | Path) -> Report:
     """Everything that is wrong with the data set in `folder`; opens every picture."""
     root = resolve(folder)

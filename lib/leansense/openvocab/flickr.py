@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from ..core.check import Report, fingerprint
 from ..core.parameters import nearest
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #e8e9bf59
+# %% ../../../nbs/openvocab/02_flickr.ipynb #29842565
 TYPES = (
     "people",
     "clothing",
@@ -56,7 +56,7 @@ class Sentence:
     number: int = 1  # in its file, from 1
     related: bool = True  # False: listed among the unrelated captions
 
-
+# %% ../../../nbs/openvocab/02_flickr.ipynb #b5f10643
 def _open(token: str, where: str) -> tuple[str, tuple[str, ...]]:
     """(chain, types) of the token that opens a phrase; ValueError if it is not well formed."""
     match = _OPENING.fullmatch(token)
@@ -92,7 +92,7 @@ def parse_sentence(line: str, where: str = "caption", number: int = 1) -> Senten
         raise ValueError(f"{where}: the bracket of chain {begun[1]} is not closed; add ']'")
     return Sentence(" ".join(words), tuple(phrases), number)
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #dc41154b
+# %% ../../../nbs/openvocab/02_flickr.ipynb #2e4666a3
 CAPTIONS = 5
 
 
@@ -117,7 +117,7 @@ def read_sentences(path: str | Path) -> tuple[Sentence, ...]:
         found.append(parse_sentence(line, f"{path}, line {number}", number))
     return tuple(found)
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #9a56d2d3
+# %% ../../../nbs/openvocab/02_flickr.ipynb #a576660d
 @dataclass(frozen=True)
 class Object:
     """A box and the chains it belongs to; `box` x1, y1, x2, y2 in pixels from 0."""
@@ -159,7 +159,7 @@ def check_box(box: Sequence[float], width: int, height: int, where: str) -> None
             f"{where}: box {said} is outside the {width}x{height} picture; correct or remove it"
         )
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #b8855011
+# %% ../../../nbs/openvocab/02_flickr.ipynb #8810fde7
 def _number(node, name: str, where: str) -> int:
     """The whole number in a child of a node; ValueError naming `where`."""
     text = node.findtext(name) if node is not None else None
@@ -189,7 +189,7 @@ def _read_object(node, size: tuple[int, int], where: str):
         raise ValueError(f"{where}: an object has neither a box nor a reason for none; {fix}")
     return chains, *flags
 
-
+# %% ../../../nbs/openvocab/02_flickr.ipynb #7cc123f5
 def read_annotation(path: str | Path) -> Annotation:
     """The boxes of an XML file; ValueError naming the file and what is wrong."""
     try:
@@ -215,7 +215,7 @@ def read_annotation(path: str | Path) -> Annotation:
     name = (top.findtext("filename") or "").strip()
     return Annotation(width, height, depth, tuple(objects), *unique, name)
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #25848e8f
+# %% ../../../nbs/openvocab/02_flickr.ipynb #940640ce
 SPLITS = ("train", "valid", "test")
 
 
@@ -235,7 +235,7 @@ class Sample:
     crowds: tuple[Object, ...] = ()  # areas full of one thing, not one thing each
     extra: tuple[Mention, ...] = ()  # phrases to ask about, in no caption: a list of categories
 
-
+# %% ../../../nbs/openvocab/02_flickr.ipynb #8e23e76a
 @dataclass(frozen=True)
 class OpenVocab:
     """Pictures with phrases and boxes, in three parts."""
@@ -269,7 +269,7 @@ class OpenVocab:
         text = f"{fingerprint(self.folder, self.files)}\t{self.layout}\t{self.rule}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #7637e15c
+# %% ../../../nbs/openvocab/02_flickr.ipynb #18b846d5
 def read_list(path: str | Path) -> list[str]:
     """The identities in a list of pictures; ValueError naming a line that repeats or is damaged."""
     try:
@@ -306,7 +306,7 @@ def read_unrelated(path: str | Path) -> set[tuple[str, int]]:
             raise ValueError(f"{path}, line {number}: {line.strip()!r} names no caption; {fix}")
     return found
 
-# %% ../../../nbs/openvocab/02_flickr.ipynb #907f91ab
+# %% ../../../nbs/openvocab/02_flickr.ipynb #4ae7cd8d
 FILES = {"train": "train.txt", "valid": "val.txt", "test": "test.txt"}
 _IMAGES = ("flickr30k_images", "flickr30k-images")
 
@@ -347,7 +347,7 @@ def _read_lists(root: Path, report: Report) -> dict[str, str]:
             report.add(root / file, "lists no picture", "write one identity a line")
     return parts
 
-
+# %% ../../../nbs/openvocab/02_flickr.ipynb #af46bae9
 def scan(folder: str | Path) -> tuple[OpenVocab, Report]:
     """The data set in `folder` as far as it can be read, and a report of all faults in texts."""
     root = Path(os.path.abspath(folder))

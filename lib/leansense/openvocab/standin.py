@@ -251,15 +251,8 @@ def paint(groups: Sequence[Group], ground: str, size: tuple[int, int], rng, tall
         placed.append(replace(group, boxes=tuple(boxes), height=height))
     return image, placed
 
-# %% ../../../nbs/openvocab/05_standin.ipynb #de533dd8
+# %% ../../../nbs/openvocab/05_standin.ipynb #1c6200c5
 NUMBERS = ("", "", "two", "three")
-TEMPLATES = (
-    "{0} and {1} are on {g} .",
-    "there is {0} near {1} , and {n} moves .",
-    "on {g} lies {0} , with {1} beside {n} .",
-    "{0} can be seen next to {1} on {g} .",
-    "somebody has put {0} and {1} there .",
-)
 
 
 def name_group(group: Group, groups: Sequence[Group], rng, words: str = "") -> str:
@@ -300,6 +293,15 @@ def bracket(chain: str, types: Sequence[str], phrase: str) -> str:
     """A phrase in the brackets of a sentence file."""
     return f"[/EN#{chain}/{'/'.join(types)} {phrase}]"
 
+# %% ../../../nbs/openvocab/05_standin.ipynb #ae6f62b0
+TEMPLATES = (
+    "{0} and {1} are on {g} .",
+    "there is {0} near {1} , and {n} moves .",
+    "on {g} lies {0} , with {1} beside {n} .",
+    "{0} can be seen next to {1} on {g} .",
+    "somebody has put {0} and {1} there .",
+)
+
 
 def write_captions(groups: Sequence[Group], ground: str, scene: str, test: bool, rng) -> list[str]:
     """The five lines of a sentence file; `scene`: the chain of the ground."""
@@ -316,7 +318,7 @@ def write_captions(groups: Sequence[Group], ground: str, scene: str, test: bool,
         lines.append(template.format(*named, g=there, n=bracket("0", ("notvisual",), "it")))
     return lines
 
-# %% ../../../nbs/openvocab/05_standin.ipynb #7f7947d1
+# %% ../../../nbs/openvocab/05_standin.ipynb #a4e92360
 CASES = (
     "many boxes",  # more than 25
     "no box",  # in the whole picture
@@ -356,7 +358,7 @@ def _caption_case(case: str, groups: Sequence[Group], lines: list[str]) -> list[
     lines[4] = added[case]
     return lines
 
-# %% ../../../nbs/openvocab/05_standin.ipynb #05c3659e
+# %% ../../../nbs/openvocab/05_standin.ipynb #444261cd
 def write_xml(name: str, size: tuple[int, int], boxes: Sequence, flags: Sequence) -> str:
     """An annotation; boxes: (chains, box), flags: (chain, scene, nobndbox)."""
     lines = ["<annotation>", f"  <filename>{name}.jpg</filename>", "  <size>"]
@@ -377,7 +379,7 @@ def write_xml(name: str, size: tuple[int, int], boxes: Sequence, flags: Sequence
         lines.append("  </object>")
     return "\n".join([*lines, "</annotation>"]) + "\n"
 
-# %% ../../../nbs/openvocab/05_standin.ipynb #71c6f627
+# %% ../../../nbs/openvocab/05_standin.ipynb #c5141ab5
 PARTS = {"train": ("train.txt", 0.6), "valid": ("val.txt", 0.15), "test": ("test.txt", 0.25)}
 SCENE, SOUND, RIBBON = "60", "61", "71"  # chains
 
@@ -412,7 +414,7 @@ def _write_picture(folder: Path, name: str, case: str, test: bool, seed: Sequenc
     (folder / "Annotations" / f"{name}.xml").write_text(write_xml(name, size, boxes, flags))
     (folder / "Sentences" / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../../../nbs/openvocab/05_standin.ipynb #5542ef79
+# %% ../../../nbs/openvocab/05_standin.ipynb #234e6d69
 def _write_all(folder: Path, n: int, seed: int) -> None:
     """Write the three parts."""
     for name in ("flickr30k_images", "Annotations", "Sentences"):

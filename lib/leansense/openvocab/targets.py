@@ -135,7 +135,7 @@ def count_unreachable(samples: Iterable[Sample], queries: int, protocol: str = "
         beyond += max(0, len(boxes) - queries)
     return beyond
 
-# %% ../../../nbs/openvocab/04_targets.ipynb #8c6fda46
+# %% ../../../nbs/openvocab/04_targets.ipynb #c30642a4
 NOVELTIES = ("seen", "combination", "subword", "word")
 _SMALL = frozenset(
     "a an the some this that his her their its one two three four five six seven eight nine ten"
@@ -166,7 +166,7 @@ class Vocabulary:
     def rate(self, phrase: str) -> str:
         """One of NOVELTIES."""
         core = find_core(phrase)
-        if core in self.cores:
+        if core in self.cores or not core:
             return "seen"
         new = [word for word in core if word not in self.words]
         if not new:
