@@ -218,7 +218,10 @@ def test_a_damaged_pack_is_written_again(folder, tmp_path, capfd):
     path.write_bytes(whole[:-4] + b"\0\0\0\1")
     encoder.memory.clear()
     encoder.remember(PHRASES, tmp_path)
-    assert path.read_bytes() == whole and "pooled.npy is not what was written" in capfd.readouterr().err
+    assert (
+        path.read_bytes() == whole
+        and "pooled.npy is not what was written" in capfd.readouterr().err
+    )
     assert np.load(path, allow_pickle=False).shape == (3, 32)
 
 
