@@ -126,7 +126,7 @@ def test_the_misread_layout_has_tokens_of_width_7():
     assert backbone.channels == [2]
     with torch.no_grad():
         assert backbone(torch.zeros(1, 3, 64, 64))[0].shape == (1, 2, 2, 768)
-    with pytest.raises(ValueError, match="needs a backbone with NHWC maps"):
+    with pytest.raises(ValueError, match="needs one map of a backbone with NHWC maps"):
         Backbone("resnet10t", 64, (32,), misread=True)
 
 
