@@ -157,15 +157,15 @@ def test_every_tensor_gets_a_gradient_on_the_first_step(preset):
 
 
 def test_one_key_starves_the_projections():
-    """The published fusion: queries and keys get a gradient of exactly 0, the rest learns."""
+    """The published fusion: queries and keys get no gradient but rounding, the rest learns."""
     model = demo(text=HashText(16, 64), faithful="key")
     total(
         model.answer({"images": torch.rand(1, 3, 64, 64), "phrases": [["a cup", "a dog"]]})
     ).backward()
     attend = model.fusion[0].attend
+    learns = attend.value.weight.grad.abs().max()
     for layer in (attend.query, attend.key):
-        assert layer.weight.grad.abs().max() == 0
-    assert attend.value.weight.grad.abs().max() > 0
+        assert layer.weight.grad.abs().max() < 1e-5 * learns
 
 
 # --- fusion
@@ -356,7 +356,7 @@ def test_each_defect_runs_alone(name):
 
 
 def test_two_builds_with_one_seed_agree():
-    models = [demo(seed=3, text=HashText(16, 64)) for _ in range(2)]
+    models = [demo(seed=3) for _ in range(2)]
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
     assert not torch.equal(weights[0], torch.zeros_like(weights[0]))
     assert torch.equal(*weights)
