@@ -126,7 +126,7 @@ def test_the_misread_layout_has_tokens_of_width_7():
     assert backbone.channels == [2]
     with torch.no_grad():
         assert backbone(torch.zeros(1, 3, 64, 64))[0].shape == (1, 2, 2, 768)
-    with pytest.raises(ValueError, match="needs a backbone with NHWC maps"):
+    with pytest.raises(ValueError, match="needs one map of a backbone with NHWC maps"):
         Backbone("resnet10t", 64, (32,), misread=True)
 
 
@@ -157,15 +157,15 @@ def test_every_tensor_gets_a_gradient_on_the_first_step(preset):
 
 
 def test_one_key_starves_the_projections():
-    """The published fusion: queries and keys get a gradient of exactly 0, the rest learns."""
+    """The published fusion: queries and keys get no gradient but rounding, the rest learns."""
     model = demo(text=HashText(16, 64), faithful="key")
     total(
         model.answer({"images": torch.rand(1, 3, 64, 64), "phrases": [["a cup", "a dog"]]})
     ).backward()
     attend = model.fusion[0].attend
+    learns = attend.value.weight.grad.abs().max()
     for layer in (attend.query, attend.key):
-        assert layer.weight.grad.abs().max() == 0
-    assert attend.value.weight.grad.abs().max() > 0
+        assert layer.weight.grad.abs().max() < 1e-5 * learns
 
 
 # --- fusion
@@ -287,6 +287,7 @@ def test_answers():
     assert 0 < out["boxes"].min() and out["boxes"].max() < 1
     cosine = out["similarity"] * model.config["tau"]
     assert cosine.abs().max() <= 1 + 1e-5
+    assert out["earlier"][0]["boxes"].shape == (2, 16, 4), "all cells, before the best are chosen"
     torch.testing.assert_close(cosine, F.cosine_similarity(
         out["region"][:, :, None], out["phrase"][:, None], dim=-1
     ))  # fmt: skip
@@ -301,10 +302,14 @@ def test_queries_from_the_image_start_at_their_cells():
         batch = {"images": torch.rand(1, 3, 64, 64), "phrases": [["a cup"]]}
         out = model.answer(batch)
         torch.testing.assert_close(out["boxes"][0, :, :2], grid_points(4, 4), atol=1e-4, rtol=0)
-        score = out["earlier"][0]["objectness"][0]
+        every = out["earlier"][0]
         model.config["queries"] = 3
         few = model.answer(batch)
-        torch.testing.assert_close(few["earlier"][0]["objectness"][0], score.topk(3).values)
+        assert torch.equal(few["earlier"][0]["objectness"], every["objectness"])
+        best = every["objectness"][0].topk(3).indices
+        torch.testing.assert_close(
+            few["boxes"][0, :, :2], grid_points(4, 4)[best], atol=1e-4, rtol=0
+        )
         batch["valid"] = torch.zeros(1, 64, 64, dtype=torch.bool)
         batch["valid"][:, :32, :32] = True
         inside = model.answer(batch)["boxes"][0, :, :2]
@@ -351,7 +356,7 @@ def test_each_defect_runs_alone(name):
 
 
 def test_two_builds_with_one_seed_agree():
-    models = [demo(seed=3, text=HashText(16, 64)) for _ in range(2)]
+    models = [demo(seed=3) for _ in range(2)]
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in models]
     assert not torch.equal(weights[0], torch.zeros_like(weights[0]))
     assert torch.equal(*weights)

@@ -202,7 +202,7 @@ def test_frozen_phrases_are_kept_on_disk(folder, tmp_path):
     second._run = None  # a call would fail
     second.remember(reversed(PHRASES), tmp_path)
     tokens, mask, pooled = second.encode(PHRASES)
-    for k, phrase in enumerate(PHRASES):
+    for k in range(len(PHRASES)):
         torch.testing.assert_close(tokens[k, mask[k]], fresh[0][k, fresh[1][k]])
     torch.testing.assert_close(pooled, fresh[2])
     assert list(tmp_path.glob("*/*/states.npy")) == packs

@@ -76,10 +76,12 @@ class Backbone(nn.Module):
         self.layout = getattr(network, "output_fmt", "NCHW")
         self.layout = getattr(self.layout, "value", self.layout)  # an enumeration in some networks
         self.whole = self.taps[-1] == len(reductions) - 1
-        if misread and not (self.whole and self.layout == "NHWC"):
-            raise ValueError(f"faithful='layout' needs a backbone with NHWC maps, not {name!r}")
-        if not self.whole:
-            network.prune_intermediate_layers(self.taps, prune_norm=True, prune_head=True)
+        if misread and not (self.whole and self.layout == "NHWC" and len(strides) == 1):
+            raise ValueError(
+                f"faithful='layout' needs one map of a backbone with NHWC maps, not {name!r} at "
+                f"strides {tuple(strides)}"
+            )
+        network.prune_intermediate_layers(self.taps, prune_norm=not self.whole, prune_head=True)
         if misread:
             self.channels = [image_size // strides[-1]]
         self.network = network
@@ -90,15 +92,13 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         x = images / 255 if images.dtype == torch.uint8 else images
         x = (x - self.mean) / self.std
-        if not self.whole:
-            return self.network.forward_intermediates(x, self.taps, intermediates_only=True)
-        if len(self.taps) == 1:
-            final, maps = self.network.forward_features(x), []
-        else:
-            final, maps = self.network.forward_intermediates(x, self.taps, norm=True)
-        if self.misread:
-            return [final]
-        return [*maps[:-1], to_channels_first(final, self.channels[-1], self.layout)]
+        if self.whole and len(self.taps) == 1 and self.layout == "NHWC":
+            final = self.network.forward_features(x)
+            return [final if self.misread else to_channels_first(final, *self.channels, "NHWC")]
+        maps = self.network.forward_intermediates(
+            x, self.taps, norm=self.whole, intermediates_only=True
+        )
+        return [to_channels_first(level, count) for level, count in zip(maps, self.channels)]
 
 # %% ../../../nbs/openvocab/10_model.ipynb #53cbff29
 def encode_positions(points: Tensor, dim: int, temperature: float = 20.0) -> Tensor:
@@ -296,7 +296,7 @@ def _logit(x: Tensor) -> Tensor:
     x = x.clamp(1e-4, 1 - 1e-4)
     return (x / (1 - x)).log()
 
-# %% ../../../nbs/openvocab/10_model.ipynb #ab8d2d90
+# %% ../../../nbs/openvocab/10_model.ipynb #b77a3633
 class Detector(nn.Module):
     """Boxes, objectness and similarity to phrases for each query; `text` may be None.
 
@@ -334,6 +334,9 @@ class Detector(nn.Module):
         outer = {"dropout": config["head_dropout"], "on_output": "dropout" in faithful}
         self.box = Head(dim, hidden, hidden, 4, **outer)
         self.object = Head(dim, hidden, 1, **outer)
+        nn.init.constant_(
+            [layer for layer in self.object if isinstance(layer, nn.Linear)][-1].bias, -2.0
+        )  # most queries are of nothing, and a first step need not say so
         self.region = nn.Linear(dim, config["embed"])
         self.phrase = nn.Linear(config["text_dim"], config["embed"])
 
@@ -361,45 +364,57 @@ class Detector(nn.Module):
             tokens = layer(tokens, text, mask)
         return tokens
 
-    def ask(self, tokens: Tensor, valid: Tensor | None, sizes: list) -> tuple[Tensor, ...]:
-        """The queries' content (B, Q, D), the codes of their places, and their boxes or None."""
+    def ask(self, tokens: Tensor, sizes: list) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The queries' content (B, Q, D), the codes of their places, and their boxes or None.
+
+        With anchors these are all cells of the last map; `select` makes them fewer.
+        """
         if not self.config["anchors"]:
             queries = self.queries[None].expand(len(tokens), -1, -1)
             return queries, None if "positions" in self.config["faithful"] else queries, None
         height, width = sizes[-1]
         points = grid_points(height, width, tokens.device)[None].expand(len(tokens), -1, -1)
-        content = tokens[:, -height * width :]
-        if 0 < self.config["queries"] < height * width:
-            score = self.object(content)[..., 0].detach()
-            if valid is not None:
-                score = score.masked_fill(~valid[:, -height * width :], -math.inf)
-            best = score.topk(self.config["queries"], 1).indices[..., None]
-            points = points.gather(1, best.expand(-1, -1, 2))
-            content = content.gather(1, best.expand(-1, -1, content.shape[-1]))
-        sides = torch.full_like(points, 0.25)
         place = encode_positions(points, tokens.shape[-1]).to(tokens.dtype)
-        return content, place, torch.cat([points, sides], -1)
+        anchors = torch.cat([points, torch.full_like(points, 0.25)], -1)
+        return tokens[:, -height * width :], place, anchors
+
+    def select(self, score: Tensor, valid: Tensor | None, *cells: Tensor) -> list[Tensor]:
+        """Of `cells`, each (B, N, ...), those with the highest scores (B, N), `queries` many."""
+        count, wanted = score.shape[1], self.config["queries"]
+        if not 0 < wanted < count:
+            return list(cells)
+        if valid is not None:
+            score = score.masked_fill(~valid[:, -count:], -math.inf)
+        best = score.topk(wanted, 1).indices[..., None]
+        return [cell.gather(1, best.expand(-1, -1, cell.shape[-1])) for cell in cells]
 
     def read_out(self, x: Tensor, anchors: Tensor | None, phrase: Tensor) -> dict[str, Tensor]:
-        """Boxes, objectness, region embedding and similarity of queries (B, Q, D)."""
-        box = self.box(x).float()
+        """Boxes, objectness, region embedding and similarity of queries (B, Q, D), in float32."""
+        box, objectness = self.box(x).float(), self.object(x)[..., 0].float()
         box = box if anchors is None else box + _logit(anchors.float())
         region = F.normalize(self.region(x).float(), dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            similarity = region @ phrase.mT / self.config["tau"]
         return {
             "boxes": box.sigmoid(),
-            "objectness": self.object(x)[..., 0].float(),
+            "objectness": objectness,
             "region": region,
-            "similarity": region @ phrase.mT / self.config["tau"],
+            "similarity": similarity,
         }
 
     def forward(
         self, images: Tensor, texts: Mapping[str, Tensor], valid: Tensor | None = None
     ) -> dict[str, Tensor]:
+        """The answers; `earlier` lists those of all cells before the decoder, with anchors."""
         tokens, valid, sizes = self.look(images, valid)
         memory = self.fuse(tokens, texts)
-        x, place, anchors = self.ask(memory, valid, sizes)
+        x, place, anchors = self.ask(memory, sizes)
         phrase = F.normalize(self.phrase(texts["pooled"]).float(), dim=-1)
-        earlier = [self.read_out(x, anchors, phrase)] if anchors is not None else []
+        earlier = []
+        if anchors is not None:
+            earlier = [self.read_out(x, anchors, phrase)]
+            score = earlier[0]["objectness"].detach()
+            x, place, anchors = self.select(score, valid, x, place, anchors)
         for layer in self.decoder:
             x = layer(x, place, memory, valid)
         out = self.read_out(x, anchors, phrase)
@@ -442,6 +457,7 @@ def _checked(preset: str, changes: dict) -> dict:
         if name not in FAITHFUL:
             raise ValueError(f"faithful={name!r} is unknown; {nearest(name, FAITHFUL)}")
     config["faithful"] = tuple(sorted(set(named)))
+    config["strides"] = tuple(sorted(set(config["strides"])))
     for name in ("dim", "dec_layers", "fusion_layers", "embed", "text_dim", "image_size"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]}: give at least 1")
@@ -462,6 +478,11 @@ def _checked(preset: str, changes: dict) -> dict:
     return config
 
 # %% ../../../nbs/openvocab/10_model.ipynb #68d09793
+# of the demo's ResNet; timm would start each block's last norm at 0, and then nothing in the block
+# gets a gradient on the first step
+_NARROW = {"channels": (24, 48, 96, 192), "stem_width": 16, "zero_init_last": False}
+
+
 def build(
     preset: str = "after", text: str | nn.Module | None = None, weights: str = "", **changes
 ) -> Detector:
@@ -475,7 +496,7 @@ def build(
     if text is not None:
         changes = {"text_dim": text.dim} | changes
     if preset == "demo" and "backbone" not in changes:
-        changes.setdefault("backbone_settings", {"channels": (24, 48, 96, 192), "stem_width": 16})
+        changes.setdefault("backbone_settings", _NARROW)
     model = Detector(_checked(preset, changes), text)
     if weights:
         load_backbone(model.backbone, weights)

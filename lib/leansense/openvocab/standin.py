@@ -238,7 +238,7 @@ def paint(groups: Sequence[Group], ground: str, size: tuple[int, int], rng, tall
     for group in groups:
         height, boxes = rng.uniform(*tall) / (1 if group.count == 1 else 1.4), []
         while len(boxes) < group.count:
-            pixels = max(8, round(height * min(size) / KINDS[group.kind].aspect**0.5))
+            pixels = max(8, round(height * min(size) / KINDS[group.kind].aspect ** 0.5))
             thing = draw_thing(group.kind, group.colour, pixels, rng)
             place = _find_place(size, thing.size, group.side, taken, rng)
             if place is None:

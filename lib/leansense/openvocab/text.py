@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -64,19 +65,26 @@ def learn_merges(texts: Iterable[str], vocabulary: int = 8192) -> list[tuple[int
         for pair in zip(word, word[1:]):
             pairs[pair] += often[index]
             where.setdefault(pair, set()).add(index)
-    merges = []
-    while pairs and len(merges) < vocabulary - _BYTES:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        if pairs[best] < 2:
+    heap, merges = [(-count, pair) for pair, count in pairs.items()], []
+    heapify(heap)
+    while heap and len(merges) < vocabulary - _BYTES:
+        count, best = heappop(heap)
+        if -count != pairs[best]:  # an older count of it
+            continue
+        if -count < 2:
             break
-        for index in sorted(where.pop(best)):
+        touched = set()
+        for index in where.pop(best):
             for pair in zip(words[index], words[index][1:]):
                 pairs[pair] -= often[index]
+                touched.add(pair)
             words[index] = _joined(words[index], best, _BYTES + len(merges))
             for pair in zip(words[index], words[index][1:]):
                 pairs[pair] += often[index]
                 where.setdefault(pair, set()).add(index)
-        pairs.pop(best)
+                touched.add(pair)
+        for pair in touched:
+            heappush(heap, (-pairs[pair], pair))
         merges.append(best)
     return merges
 
