@@ -112,7 +112,7 @@ def test_every_printed_invocation_is_sound():
 def test_printed_invocations_run(base, tmp_path, name):
     """As printed, but with a small network, on next to nothing."""
     values = invocations(ROW)[name]
-    small = TINY | {"workers": 0, "pin_memory": False, "logdir": str(tmp_path / "run")}
+    small = TINY | {"num_workers": 0, "pin_memory": False, "logdir": str(tmp_path / "run")}
     if "preset" in values:
         small |= {"backbone": "resnet10t", "dec_layers": 1, "queries": 4}
     if "weights" in values:
@@ -191,7 +191,7 @@ def test_ablation_changes_one_thing_each():
 def test_photographs_are_for_one_table(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
-    tables = {row.table for row in read_rows("openvocab", "demo", tmp_path)}
+    tables = {row.table for row in read_rows("openvocab", "demo", str(tmp_path))}
     assert tables == {"cost", "photographs"}
 
 

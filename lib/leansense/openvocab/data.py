@@ -242,7 +242,7 @@ def loaders(data: OpenVocab, params: dict) -> dict:
             seed=seed,
             shuffle=split == "train",
             drop_last=split == "train" and len(part) >= size,
-            workers=int(params.get("workers", 0)),
+            workers=int(params.get("num_workers", 0)),
             pin_memory=bool(params.get("pin_memory", False)),
             collate=collate,
         )
