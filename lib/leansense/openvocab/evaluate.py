@@ -143,10 +143,47 @@ class Recall(Metric):
             found[f"n_phrases{part}"] = float(weight.sum())
         return found
 
-# %% ../../../nbs/openvocab/18_evaluate.ipynb #11eca65f
+# %% ../../../nbs/openvocab/18_evaluate.ipynb #ef38c3f4
 MOST = 100  # answers of a picture that count
 
 
+def _label(phrase: str) -> int:
+    """A class number for a phrase that is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(phrase.encode(), digest_size=4).digest(), "big") >> 1
+
+
+def _by_phrase(
+    boxes: torch.Tensor,
+    wanted: torch.Tensor,
+    fits: torch.Tensor,
+    positive: torch.Tensor,
+    names: Sequence[int],
+    chosen: Sequence[int],
+    floor: float,
+) -> tuple[list[dict], list[dict]]:
+    """What MeanAveragePrecision takes for one picture, with a class for each chosen phrase."""
+    classes = {names[p]: p for p in chosen}  # two chains may have the same words
+    columns = list(classes.values())
+    numbers = torch.tensor(list(classes), dtype=torch.long)
+    values = fits[:, columns].flatten()
+    kept = values.topk(min(MOST, len(values))).indices
+    kept = kept[values[kept] > floor]
+    query, place = kept // max(1, len(columns)), kept % max(1, len(columns))
+    said = {"boxes": boxes[query], "scores": values[kept], "labels": numbers[place]}
+    pairs = [
+        (g, name)
+        for name in classes
+        for g in positive[:, [p for p in chosen if names[p] == name]]
+        .any(1)
+        .nonzero()
+        .flatten()
+        .tolist()
+    ]
+    rows = torch.tensor([g for g, _ in pairs], dtype=torch.long)
+    labels = torch.tensor([name for _, name in pairs], dtype=torch.long)
+    return [said], [{"boxes": wanted[rows], "labels": labels}]
+
+# %% ../../../nbs/openvocab/18_evaluate.ipynb #11eca65f
 class Precision(nn.Module):
     """Average precision of boxes alone, and with a class for each phrase.
 
@@ -203,43 +240,6 @@ class Precision(nn.Module):
         scores |= {"map_phrase": float(found["map"]), "map50_phrase": float(found["map_50"])}
         new = float(self.unseen.compute()["map_50"])
         return scores | ({"map50_unseen": new} if new >= 0 else {})
-
-
-def _label(phrase: str) -> int:
-    """A class number for a phrase that is the same in every process."""
-    return int.from_bytes(hashlib.blake2b(phrase.encode(), digest_size=4).digest(), "big") >> 1
-
-
-def _by_phrase(
-    boxes: torch.Tensor,
-    wanted: torch.Tensor,
-    fits: torch.Tensor,
-    positive: torch.Tensor,
-    names: Sequence[int],
-    chosen: Sequence[int],
-    floor: float,
-) -> tuple[list[dict], list[dict]]:
-    """What MeanAveragePrecision takes for one picture, with a class for each chosen phrase."""
-    classes = {names[p]: p for p in chosen}  # two chains may have the same words
-    columns = list(classes.values())
-    numbers = torch.tensor(list(classes), dtype=torch.long)
-    values = fits[:, columns].flatten()
-    kept = values.topk(min(MOST, len(values))).indices
-    kept = kept[values[kept] > floor]
-    query, place = kept // max(1, len(columns)), kept % max(1, len(columns))
-    said = {"boxes": boxes[query], "scores": values[kept], "labels": numbers[place]}
-    pairs = [
-        (g, name)
-        for name in classes
-        for g in positive[:, [p for p in chosen if names[p] == name]]
-        .any(1)
-        .nonzero()
-        .flatten()
-        .tolist()
-    ]
-    rows = torch.tensor([g for g, _ in pairs], dtype=torch.long)
-    labels = torch.tensor([name for _, name in pairs], dtype=torch.long)
-    return [said], [{"boxes": wanted[rows], "labels": labels}]
 
 # %% ../../../nbs/openvocab/18_evaluate.ipynb #686d35e3
 def to_device(batch: Mapping, device: torch.device | str) -> dict:

@@ -221,7 +221,7 @@ class Costs:
 
 GUIDE = Costs()
 
-
+# %% ../../../nbs/openvocab/15_match.ipynb #190a784c
 def count_boxes(count: int, device: torch.device | str = "cpu") -> float:
     """Boxes a process has in this step, the mean over processes, at least one."""
     _, world = world_of()
