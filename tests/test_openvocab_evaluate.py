@@ -163,8 +163,19 @@ def test_corners_leave_the_letter_box_and_the_defect_is_kept():
     assert found[0].tolist() == [[75, 25, 125, 75], [0, 0, 200, 0]]
     pixels = find_corners({"boxes": boxes}, batch, pixels=100)
     assert float(pixels.max()) < 3  # answers from 0 to 1, read as pixels
-    scores = score_pairs({"objectness": torch.zeros(1, 2), "similarity": torch.zeros(1, 2, 3)})
-    assert scores.shape == (1, 2, 3) and float(scores.min()) == float(scores.max()) == 0.25
+
+
+def test_scores_of_pairs():
+    """Two queries, two phrases and one that is not there."""
+    fits = torch.tensor([[[1.0, 0.0, 5.0], [0.0, 0.0, 5.0]]])
+    mask = torch.tensor([[True, True, False]])
+    found = score_pairs({"objectness": torch.zeros(1, 2), "similarity": fits, "mask": mask})
+    high = 1 / (1 + torch.e**-1)
+    assert found[0, 0, 0] == pytest.approx(0.5 * high * high)
+    assert found[0, 1, 0] == pytest.approx(0.5 * (1 - high) * 0.5)
+    assert found[0, :, 2].tolist() == [0, 0]
+    alone = score_pairs({"objectness": torch.zeros(1, 2), "similarity": fits, "mask": ~mask & mask})
+    assert alone.tolist() == [[[0] * 3] * 2]
 
 
 class Oracle(nn.Module):
@@ -182,7 +193,8 @@ class Oracle(nn.Module):
             boxes[k, : len(own)] = own
             fit[k, : len(own), : len(batch["phrases"][k])][batch["positive"][k]] = 20.0
         sure = torch.stack([20.0 - 40 * (torch.arange(queries) >= len(b)) for b in batch["boxes"]])
-        return {"boxes": boxes, "objectness": sure, "similarity": fit}
+        mask = torch.arange(words) < torch.tensor([[len(own)] for own in batch["phrases"]])
+        return {"boxes": boxes, "objectness": sure, "similarity": fit, "mask": mask}
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,12 @@ from .targets import NOVELTIES, out_of_square
 
 # %% ../../../nbs/openvocab/18_evaluate.ipynb #7cdd5fdd
 def score_pairs(output: Mapping) -> torch.Tensor:
-    """(B, Q, P) scores from 0 to 1 of each query for each phrase."""
-    return (
-        output["objectness"].float().sigmoid()[..., None] * output["similarity"].float().sigmoid()
-    )
+    """(B, Q, P) scores from 0 to 1 of each query for each phrase; 0 where there is no phrase."""
+    fits = output["similarity"].float()
+    there = output["mask"][:, None].expand_as(fits)
+    of_phrases = fits.masked_fill(~there, -torch.inf).softmax(-1)
+    joint = fits.softmax(1) * torch.nan_to_num(of_phrases)  # a picture without phrases
+    return output["objectness"].float().sigmoid()[..., None] * joint
 
 
 def find_corners(output: Mapping, batch: Mapping, pixels: int = 0) -> torch.Tensor:
@@ -193,7 +195,7 @@ class Precision(nn.Module):
         floor: pairs of query and phrase that score less are no answers
     """
 
-    def __init__(self, floor: float = 0.001):
+    def __init__(self, floor: float = 1e-4):
         super().__init__()
         self.floor = floor
         self.boxes, self.phrases, self.unseen = (MeanAveragePrecision() for _ in range(3))
