@@ -112,6 +112,7 @@ def draw_answers(axes, picture, answers: Sequence[Mapping], truth: Sequence = ()
     from leansense.core.figures import COLOURS
 
     axes.imshow(np.asarray(picture))
+    width = np.asarray(picture).shape[1]
     for x1, y1, x2, y2 in truth:
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="white", ls="--"))
     for number, answer in enumerate(answers):
@@ -120,11 +121,11 @@ def draw_answers(axes, picture, answers: Sequence[Mapping], truth: Sequence = ()
             x1, y1, x2, y2 = found["box"]
             axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.5))
             if k == 0:
+                right = x1 > 0.6 * width  # the words end at the box there
+                place = {"x": x2 if right else x1, "ha": "right" if right else "left"}
                 back = {"facecolor": colour, "alpha": 0.8, "pad": 1, "edgecolor": "none"}
                 said = f"{answer['phrase']} {found['score']:.2f}"
-                axes.text(
-                    x1, y1, said, color="white", fontsize=6, va="bottom", bbox=back, clip_on=True
-                )
+                axes.text(y=y1, s=said, color="white", fontsize=6, va="bottom", bbox=back, **place)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
 
