@@ -260,6 +260,7 @@ def _transformers(kind: str):
             f"text={kind!r} needs the package transformers: pip install 'leansense[text]', "
             "or choose text=tiny or hash"
         ) from None
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
