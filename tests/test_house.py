@@ -668,3 +668,11 @@ def test_a_notebook_that_fails_shows_its_cell(tmp_path):
     done = run(ROOT, "python", "-c", CODE, str(tmp_path / "bad.ipynb"), warm=True)
     assert done.returncode == 1
     assert "assert x == 2" in done.stderr and "the wrong x" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "papers").glob("*/rows.yaml")), ids=lambda p: p.parent.name
+)
+def test_rows_merge_one_mapping_at_a_time(path):
+    """Versions of PyYAML disagree which of two mappings in `<<: [a, b]` wins."""
+    assert not re.search(r"<<:\s*\[", path.read_text()), f"{path}: merge one mapping, `<<: *a`"

@@ -78,13 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", help="a data set in the layout of the challenge")
     said = "points of a frame of the background; 0: the densest quarter's; -1: as published"
     parser.add_argument("--least", type=int, default=-1, help=said)
-    given = vars(parser.parse_args(argv))
+    given = parser.parse_args(argv)
     try:
-        for name, count in filter_dataset(given["folder"], given["least"]).items():
-            print(f"{name}: {count} frames")
+        done = filter_dataset(given.folder, given.least)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    print("\n".join(f"{name}: {count} frames" for name, count in done.items()))
     return 0
 
 
