@@ -324,8 +324,9 @@ class PretrainedText(nn.Module):
         self.held = [network.eval().requires_grad_(False)]
         if tune:
             self.network = network.requires_grad_(True)
-            if not network.config.model_type.startswith("clip") and hasattr(network, "pooler"):
-                network.pooler.requires_grad_(False)  # not used: the mean of the tokens is
+            unused = getattr(network, "pooler", None)  # the mean of the tokens is what is taken
+            if isinstance(unused, nn.Module):
+                unused.requires_grad_(False)
         code = torch.tensor(list(bytes.fromhex(self.digest)), dtype=torch.uint8)
         self.register_buffer("fingerprint", code)
         self.memory: dict[str, tuple[Tensor, Tensor]] = {}
