@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from leansense.core.cost import flops
 from leansense.openvocab.model import (
     FAITHFUL,
     PRESETS,
@@ -76,6 +77,15 @@ def test_counts_of_parts():
         "region embedding": 65_792,
         "phrase embedding": 131_328,
     }
+
+
+@pytest.mark.parametrize(
+    "preset, changes, gflops", [("before", {}, 13.35), ("after", {"dec_layers": 6}, 9.33)]
+)
+def test_operations(preset, changes, gflops):
+    """Two per multiply-add, at 224 pixels with 32 words and without the text encoder."""
+    model = build(preset, **changes)
+    assert round(flops(model, example(model, 1)) / 1e9, 2) == gflops
 
 
 def test_a_frozen_tower_is_counted_apart():

@@ -370,7 +370,7 @@ class Detector(nn.Module):
         With anchors these are all cells of the last map; `select` makes them fewer.
         """
         if not self.config["anchors"]:
-            queries = self.queries[None].expand(len(tokens), -1, -1)
+            queries = self.queries.repeat(len(tokens), 1, 1)
             return queries, None if "positions" in self.config["faithful"] else queries, None
         height, width = sizes[-1]
         points = grid_points(height, width, tokens.device)[None].expand(len(tokens), -1, -1)
