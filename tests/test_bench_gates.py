@@ -1,9 +1,10 @@
-"""Speed cannot be lost unnoticed: today's ratios against 60 % of those that the committed benchmark
+"""Speed cannot be lost unnoticed: today's ratios against half of those that the committed benchmark
 recorded.
 
 Same process, in turns, CPU time of one thread, medians; never an absolute time. The recorded ratio
-is held to where processor and instruction
-set are those of the record. Elsewhere only the order is: ours must not be slower than the rival.
+is held to where processor and instruction set are those of the record (half of it, because virtual
+machines give one name to processors of several generations). Elsewhere only the order is: ours must
+not be slower than the rival. The operators' own gates hold the order on every processor.
 """
 
 import pytest
@@ -23,7 +24,7 @@ GOALS = [
     for g in yaml.safe_load((ROOT / "papers/layers/goals.yaml").read_text())
     if g["kind"] == "ratio"
 ]
-SHARE = 0.6
+SHARE = 0.5
 
 
 def operator(table: str):

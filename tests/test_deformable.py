@@ -550,9 +550,11 @@ def test_smaller_than_grid_sample():
 
 @pytest.mark.gate
 def test_faster_than_grid_sample():
-    """On one thread, in turns: 60 % of what was measured at 10 000 queries (5.7 and 18 times)."""
+    """On one thread, in turns, on any processor; 5.7 and 18 times were measured, held in
+    `test_bench_gates` where the processor is that of the record.
+    """
     timings = throughput(steps_on_one_level(4096), repeats=5, warmup=1)
-    for name, least in {"torch": 2.7, "cc": 7.2}.items():
+    for name, least in {"torch": 1, "cc": 3}.items():
         assert (
             name not in timings or ratio(timings["grid_sample"], timings[name])["ratio"] > least
         ), name

