@@ -872,6 +872,19 @@ def test_validation_is_full_precision_under_amp(tmp_path):
     assert seen[False] == torch.bfloat16
 
 
+def test_bf16_is_clipped_beside_a_fused_optimiser(tmp_path):
+    """A clip far below Adam's eps leaves the weights where they were; without one they move."""
+
+    def distance(clip):
+        torch.manual_seed(0)
+        task = Toy(recipe=Recipe(lr=0.01, weight_decay=0.0))
+        before = [p.detach().clone() for p in task.parameters()]
+        run(tmp_path / str(clip), task=task, epochs=1, amp="bf16", clip=clip)
+        return max((p - q).abs().max().item() for p, q in zip(task.parameters(), before))
+
+    assert 0 < distance(1e-12) < 1e-4 < 1e-2 < distance(0.0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_loss_stops_and_names_everything(tmp_path, value):
     class Breaking(Toy):

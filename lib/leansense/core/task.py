@@ -262,6 +262,16 @@ class Task(L.LightningModule):
         how = {"scheduler": clock, "interval": self.recipe.per}
         return {"optimizer": made, "lr_scheduler": how | {"monitor": self.monitor, "strict": False}}
 
+    def configure_gradient_clipping(
+        self, made, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
+        if not gradient_clip_val or self.trainer.precision != "bf16-mixed":
+            super().configure_gradient_clipping(made, gradient_clip_val, gradient_clip_algorithm)
+            return
+        # bf16 scales nothing, so a fused optimiser may be clipped; Lightning refuses that
+        found = [p for group in made.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(found, gradient_clip_val)
+
     def lr_scheduler_step(self, clock, metric) -> None:
         if self.recipe.schedule != "plateau":
             clock.step()
