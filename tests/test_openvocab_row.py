@@ -88,7 +88,7 @@ def test_a_row_measures_what_the_tables_print(base):
     answer = metrics["panels"][0]["answers"][0]
     assert {"phrase", "boxes", "truth", "novelty"} == answer.keys() and len(answer["boxes"]) == 1
     maps = [panel.get("attention", []) for panel in metrics["panels"]]
-    assert maps[0] and maps[1] and not maps[2] and len(maps[0][0]["answer"]) == 64 // 8
+    assert maps[0] and maps[1] and not maps[2] and len(maps[0][0]["answer"]) == 8
     assert str(ROOT) not in json.dumps(record) and str(folder) not in json.dumps(metrics)
     assert (folder / "best.ckpt").is_file() and any((folder / "lightning_logs").iterdir())
 
