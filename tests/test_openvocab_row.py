@@ -82,6 +82,10 @@ def test_a_row_measures_what_the_tables_print(base):
     assert {"test_map", "test_map50", "test_map50_phrase", "test_map50_unseen"} <= metrics.keys()
     assert metrics["test_recall1"] <= metrics["test_recall5"] <= metrics["test_upper"]
     assert metrics["test_n_phrases"] > metrics["test_n_phrases_seen"] > 0
+    assert (
+        sum(metrics[f"test_n_phrases_{kind}"] for kind in ("combination", "subword", "word"))
+        == (metrics["test_n_phrases_unseen"])
+    )
     assert {"test_n_unreachable", "test_blind_recall1", "valid_recall1"} <= metrics.keys()
     assert 0 < metrics["params_text"] < metrics["params"] == metrics["params_trained"]
     assert len(metrics["panels"]) == 4 and len(metrics["history"]["valid_recall1"]) == 1
