@@ -91,8 +91,8 @@ def test_a_row_measures_what_the_tables_print(base):
     assert len(metrics["panels"]) == 4 and len(metrics["history"]["valid_recall1"]) == 1
     answer = metrics["panels"][0]["answers"][0]
     assert {"phrase", "boxes", "truth", "novelty"} == answer.keys() and len(answer["boxes"]) == 1
-    maps = [panel.get("attention", []) for panel in metrics["panels"]]
-    assert maps[0] and maps[1] and not maps[2] and len(maps[0][0]["answer"]) == 8
+    maps = next(panel["attention"] for panel in metrics["panels"] if "attention" in panel)
+    assert 3 <= len(maps) <= 4 and len(maps[0]["answer"]) == 8
     assert str(ROOT) not in json.dumps(record) and str(folder) not in json.dumps(metrics)
     assert (folder / "best.ckpt").is_file() and any((folder / "lightning_logs").iterdir())
 
