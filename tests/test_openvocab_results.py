@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -110,15 +109,22 @@ def run_notebook(scale: str = "smoke", data: str = "") -> dict:
     return space
 
 
-def cells_of(table: str) -> dict[str, list[str]]:
-    """The cells of a written table by the label of their line, unescaped to plain numbers."""
-    lines = [line[:-3].split(" & ") for line in table.splitlines() if line.endswith(r" \\")]
-    return {line[0]: [re.sub(r"\\textbf\{(.*)\}", r"\1", cell) for cell in line[1:]] for line in lines}
+def cells_of(table: Path) -> dict[str, list[str]]:
+    """The cells of a written table by the label of their line; the first line: the headings."""
+    lines = [line[:-3].split(" & ") for line in table.read_text().splitlines() if " & " in line]
+    plain = [[re.sub(r"\\textbf\{(.*)\}", r"\1", cell) for cell in line] for line in lines]
+    return {line[0]: line[1:] for line in plain}
+
+
+def numbers_of(folder: Path) -> dict[str, str]:
+    """The macros of a written numbers.tex."""
+    found = re.findall(r"\\newcommand\{\\openvocab(\w+)\}\{(.*)\}$", folder.read_text(), re.M)
+    return dict(found)
 
 
 @pytest.fixture(scope="module")
 def papers(tmp_path_factory, own_data_root):
-    """(scratch checkout, the notebook's names) with a record for each row but two."""
+    """(the paper's folder, the notebook's names), of a record for each row but two."""
     folder = scratch(tmp_path_factory.mktemp("results"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEANSENSE_ROOT", str(folder))
@@ -131,8 +137,160 @@ def papers(tmp_path_factory, own_data_root):
                 record["metrics"]["panels"] = panels
             row.record.parent.mkdir(parents=True, exist_ok=True)
             row.record.write_text(json.dumps(record))
-        yield folder, run_notebook()
+        yield folder / "runs/smoke/papers/openvocab", run_notebook()
 
 
-def test_smoke(papers):
-    assert papers
+def test_tables_say_what_the_records_say(papers):
+    folder, names = papers
+    found = cells_of(folder / "tables/text.tex")
+    titles = found["text encoder"]
+    row = next(row for row in names["paper"].rows if row.id == "text/hash.s0")
+    metrics = make_record(row)["metrics"]
+    cells = dict(zip(titles, found["hashed n-grams, trained here"]))
+    assert cells[r"all (\%)"] == f"{100 * metrics['test_recall1']:.1f}"
+    assert cells["new synonym"] == f"{100 * metrics['test_recall1_word']:.1f}"
+    assert cells["mAP@50 boxes"] == f"{100 * metrics['test_map50']:.1f}"
+    assert set(found["MiniLM, frozen"]) == {"--"}
+    found = cells_of(folder / "tables/comparison.tex")
+    assert [found[name][0] for name in ("before", "after")] == ["54.05", "31.29"]
+    assert found["before, as published"][0] == "113.41" and found["half way"][0] == "40.88"
+    said = numbers_of(folder / "numbers.tex")
+    assert said["HashWord"] == cells["new synonym"] and said["MinilmSeen"] == "--"
+    assert said["ChangeKey"] == "--" and said["Claims"] == str(len(names["ledger"]))
+
+
+def test_an_ablation_is_against_the_same_seed(papers):
+    folder, names = papers
+    found = [row for row in names["paper"].rows if row.table in ("comparison", "ablation")]
+    rows = {row.id: make_record(row)["metrics"]["test_recall1"] for row in found}
+    points = 100 * (rows["ablation/dim_256.s0"] - rows["comparison/before.s0"])
+    found = cells_of(folder / "tables/ablation.tex")
+    cells = dict(zip(found["one change"], found["D 256"]))
+    assert cells["points"] == f"{points:.1f}" and cells["here"] == "dim 16"
+    assert numbers_of(folder / "numbers.tex")["ChangeDim"] == f"{points:+.1f}".replace("-", "$-$")
+    assert names["quantities"]["cost_dim"] == pytest.approx(-points)
+    lines = {"metrics.test_recall1": [0.5, 0.9, 0.1], "seed": [0, 1, 2]}
+    some, one = pd.DataFrame(lines), pd.DataFrame({"metrics.test_recall1": [0.4], "seed": [1]})
+    assert names["lead"](some, one) == pytest.approx(50)
+    assert math.isnan(names["lead"](some, one.iloc[:0]))
+
+
+def test_the_guides_table_is_of_one_process(papers):
+    """Its rates and memory come from the row that had all three networks in turns."""
+    folder, names = papers
+    costs = {"train_s": 0.5, "before_train_s": 1.0, "before_swinb_train_s": 2.0}
+    costs |= {"saved_mib": 30.0, "before_saved_mib": 60.0, "before_swinb_saved_mib": 120.0}
+    names["against"] = pd.DataFrame([{f"cost.{name}": value for name, value in costs.items()}])
+    assert names["in_turns"]("train_s", True) == (1.0, 2.0, 0.5)
+    assert names["in_turns"]("saved_mib") == (60.0, 30.0, 120.0)
+    assert names["less"](60, 30) == "50.0 % less" and names["faster"](1, 2) == "× 2.00"
+    assert names["less"](math.nan, 30) == names["faster"](1, math.nan) == "–"
+    found = cells_of(folder / "tables/guide.tex")
+    assert found["training at the claimed rates (h)"][3:5] == ["8.27", "1.24"]
+    assert found["training (pictures/s)"][:3] == ["50", "100+", "2x"]
+
+
+def test_one_key_gives_every_token_the_same(papers):
+    heard = papers[1]["heard"]
+    assert heard["key"]["spread"] < 1e-12 < 0.1 < heard["tokens"]["spread"]
+    assert heard["key"]["gradient"] < 1e-12 < 0.1 < heard["tokens"]["gradient"]
+    assert 0.08 < heard["zeros"] < 0.12
+    assert numbers_of(papers[0] / "numbers.tex")["KeySpread"] == "less than 1e-12"
+
+
+def test_figures_are_drawn(papers):
+    folder, names = papers
+    figures = {path.stem for path in (folder.parents[1] / "figures/openvocab").glob("*.png")}
+    assert figures == {"architecture", "panels", "attention", "types", "speed", "curves"}
+    assert all(count < 10 for count in map(names["count_boxes"], names["clear"][:1]))
+    assert sum(names["parts"].values()) == 31_294_847
+    listed = {path.name for path in names["paper"].written}
+    assert {"panels.pdf", "guide.tex", "claims.tex", "numbers.tex"} <= listed
+
+
+def test_a_map_lies_on_its_picture(papers):
+    """The square of a wide picture reaches above and below it, and its bars do not count."""
+    from PIL import Image
+
+    names, shares = papers[1], [[0.1] * 8 for _ in range(8)]
+    shares[0][0], shares[4][2] = 9.0, 0.8  # the first is in the bar
+    axes = names["plt"].subplots()[1]
+    names["draw_map"](axes, Image.new("RGB", (200, 100)), shares)
+    picture, shown = axes.images
+    assert picture.get_extent() == [0, 200, 100, 0]
+    assert shown.get_extent() == pytest.approx([0, 200, 150, -50])
+    assert shown.get_clim() == (0, 0.8)
+    names["plt"].close("all")
+
+
+def test_photographs_have_a_table_and_nothing_else(tmp_path, own_data_root, monkeypatch):
+    """With COCO's files: one table; real pictures stay below runs/; no record is a dash."""
+    folder, photographs = scratch(tmp_path / "clone"), tmp_path / "few_photographs"
+    monkeypatch.setenv("LEANSENSE_ROOT", str(folder))
+    (photographs / "annotations").mkdir(parents=True)
+    (photographs / "annotations/instances_train2017.json").write_text("{}")
+    names = {}
+    for with_records in (False, True):
+        for row in read_rows("openvocab", "smoke", str(photographs)):
+            if with_records and row.name == "alone":
+                row.record.parent.mkdir(parents=True, exist_ok=True)
+                row.record.write_text(json.dumps(make_record(row)))
+        names = run_notebook(data=str(photographs))
+        tables = [path for path in names["paper"].written if path.parent.name == "tables"]
+        assert [path.name for path in tables] == ["photographs.tex"]
+        found = cells_of(tables[0])
+        assert set(found["drawn pictures first"]) == {"--"}
+        assert (found["photographs alone"][0] == "24/10") == with_records
+    figures = {path.stem for path in names["paper"].written if path.suffix == ".png"}
+    assert figures == {"types", "speed", "curves"}
+    said = numbers_of(names["paper"].numbers_path)
+    assert said["FewPhotographsAlonePhotographsAsked"] == "10"
+
+
+def test_every_claim_is_judged_or_says_why_not(papers):
+    claims = read_claims("papers/openvocab/claims.yaml")
+    assert len(claims) >= 30
+    for claim in claims:
+        assert claim.get("measure", "hours_after") in papers[1]["quantities"], claim["statement"]
+    said = " ".join(claim["statement"] for claim in claims)
+    for words in ("44%", "~50M", "~28M", "~3GB", "100+", "60+ FPS", "OneCycleLR", "SDPA", "Python"):
+        assert words in said or words == "Python", words
+    wanted = {claim["measure"] for claim in claims if "measure" in claim}
+    assert papers[1]["quantities"].keys() == wanted
+
+
+def test_every_table_and_figure_of_the_paper_is_made():
+    tables = set(re.findall(r"\\input\{(?:coco_mini-\w+/)?tables/(\w+)\}", PAPER))
+    figures = set(re.findall(r"\\includegraphics\[[^\]]*\]\{(\w+)\}", PAPER))
+    assert len(tables) >= 7 and len(figures) >= 6
+    for name in figures:
+        assert re.search(rf'keep\(figure, "{name}"', SOURCE), name
+    assert set(re.findall(r'^show\(\s*"(\w+)"', SOURCE, re.M)) == tables
+
+
+def test_every_number_of_the_paper_is_made(papers):
+    made = numbers_of(papers[0] / "numbers.tex")
+    asked = set(re.findall(r"\\openvocab(?!CocoMini)([A-Za-z]+)", PAPER))
+    assert asked <= made.keys(), asked - made.keys()
+    asked = set(re.findall(r"\\given\{(\w+)\}", PAPER))
+    assert asked <= made.keys(), asked - made.keys()
+
+
+def test_every_caption_says_scale_data_and_hardware():
+    for found in re.findall(r"\\begin\{(?:table|figure)\}(.*?)\\end\{", PAPER, re.S):
+        assert r"\facts{" in found or r"{architecture}" in found, found[:80]
+
+
+def test_prose_has_no_score_of_its_own():
+    """Numbers come from numbers.tex; what stands in the text is the guide's, or a size."""
+    prose = re.sub(r"%.*", "", PAPER[PAPER.index(r"\begin{document}") :].replace(r"\%", ""))
+    assert re.findall(r"\d+\.\d+", re.sub(r"\[[^\]]*\]", "", prose)) == []
+
+
+def test_every_reference_is_cited_and_known():
+    text = (ROOT / "papers/openvocab/refs.bib").read_text()
+    keys = set(re.findall(r"@\w+\{(\w+),", text))
+    cited = {
+        key for group in re.findall(r"\\cite[tp]?\{([^}]*)\}", PAPER) for key in group.split(",")
+    }
+    assert cited == keys
