@@ -106,6 +106,42 @@ def test_evaluation_scores_a_checkpoint_as_its_training_did(base, tmp_path):
     assert "history" not in again
 
 
+def test_the_cost_of_a_network_beside_another():
+    """What the results notebook reads, of a small network; packed attention answers the same."""
+    given = {"preset": "demo", "image_size": 64, "against": "packed", "repeats": 1}
+    record = execute("nbs/openvocab/84_cost.ipynb", **given)["record"]
+    metrics, cost = record["metrics"], record["cost"]
+    assert metrics["params_total"] == metrics["params_trained"] + 63_165_952
+    assert metrics["gflops"] > 0.01
+    for name in (
+        "eval_s",
+        "eval_fps",
+        "eval_mib",
+        "train_s",
+        "train_fps",
+        "train_mib",
+        "saved_mib",
+    ):
+        assert cost[name] > 0 and cost[f"packed_{name}"] > 0
+    assert cost["packed_eval_ratio"] > 0 and cost["packed_train_ratio"] > 0
+    assert cost["packed_difference"] < 1e-5
+    assert record["env"]["device"] and record["params"].keys() == (
+        read_parameters("nbs/openvocab/84_cost.ipynb").keys() - OWNED
+    )
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"amp": "half"}, "amp='half'"),
+        ({"against": "befor"}, "nearest is 'before'"),
+        ({"preset": "aftr"}, "nearest is 'after'"),
+    ],
+)
+def test_a_cost_that_cannot_be_measured_is_one_line(values, said):
+    assert said in message(ValueError, lambda: execute("nbs/openvocab/84_cost.ipynb", **values))
+
+
 def test_every_printed_invocation_is_sound():
     found = invocations(ROW)
     assert len(found) == 14
@@ -191,6 +227,19 @@ def test_ablation_changes_one_thing_each():
         if name.startswith("ablation/"):
             changed = {key for key in before if params[key] != before[key]}
             assert len(changed) == 1 or changed == {"faithful", "head_dropout"}, name
+
+
+def test_compared_rows_take_equally_many_steps():
+    """At demo scale, where a training ends long before it has learned all it can."""
+    steps = {}
+    for row in read_rows("openvocab", "demo"):
+        if "epochs" in row.params:
+            training = int(0.6 * row.params["standin"])
+            each = training // row.params["batch_size"]
+            table = {"ablation": "comparison"}.get(row.table, row.table)
+            steps.setdefault(table, set()).add(row.params["epochs"] * each)
+    assert steps.keys() == {"text", "comparison"}
+    assert all(len(counts) == 1 for counts in steps.values())
 
 
 def test_photographs_are_for_one_table(tmp_path):

