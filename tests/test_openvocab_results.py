@@ -168,7 +168,7 @@ def test_an_ablation_is_against_the_same_seed(papers):
     cells = dict(zip(found["one change"], found["D 256"]))
     assert cells["points"] == f"{points:.1f}" and cells["here"] == "dim 16"
     assert numbers_of(folder / "numbers.tex")["ChangeDim"] == f"{points:+.1f}".replace("-", "$-$")
-    assert names["quantities"]["cost_dim"] == pytest.approx(-points)
+    assert names["quantities"]["gain_dim"] == pytest.approx(points)
     lines = {"metrics.test_recall1": [0.5, 0.9, 0.1], "seed": [0, 1, 2]}
     some, one = pd.DataFrame(lines), pd.DataFrame({"metrics.test_recall1": [0.4], "seed": [1]})
     assert names["lead"](some, one) == pytest.approx(50)
@@ -221,6 +221,22 @@ def test_a_map_lies_on_its_picture(papers):
     assert shown.get_extent() == pytest.approx([0, 200, 150, -50])
     assert shown.get_clim() == (0, 0.8)
     names["plt"].close("all")
+
+
+def test_nothing_has_been_run(tmp_path, own_data_root, monkeypatch):
+    """A clone without a record: dashes, and counts that need none."""
+    monkeypatch.setenv("LEANSENSE_ROOT", str(scratch(tmp_path / "clone")))
+    names = run_notebook()
+    tables = {path.stem: path for path in names["paper"].written if path.suffix == ".tex"}
+    assert tables.keys() == {"text", "cost", "guide", "comparison", "ablation", "claims", "numbers"}
+    assert set(cells_of(tables["text"])["MiniLM, frozen"]) == {"--"}
+    assert cells_of(tables["comparison"])["after"][:2] == ["31.29", "--"]
+    said = numbers_of(tables["numbers"])
+    assert said["BeforeRecall"] == said["SizeBefore"] == said["AskedSeen"] == "--"
+    assert said["HoursBefore"] == "8.27" and said["TextFacts"].endswith("nothing has been run.")
+    assert [path.name for path in names["paper"].written if path.suffix == ".png"] == [
+        "architecture.png"
+    ]
 
 
 def test_photographs_have_a_table_and_nothing_else(tmp_path, own_data_root, monkeypatch):
