@@ -541,6 +541,7 @@ class DeformableAttention(nn.Module):
         levels: int = 4,
         points: int = 4,
         backend: str = "auto",
+        clamp: bool = False,
     ):
         super().__init__()
         if min(dim, heads, levels, points) < 1 or dim % heads:
@@ -549,6 +550,7 @@ class DeformableAttention(nn.Module):
                 ">= 1"
             )
         self.heads, self.levels, self.points, self.backend = heads, levels, points, backend
+        self.clamp = clamp  # no place outside the map, as some published code has it
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj, self.output_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -581,10 +583,11 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets(query).float().unflatten(-1, (*size, 2))
         )  # positions need fp32 under autocast
         weights = self.attention_weights(query).float().unflatten(-1, (self.heads, -1)).softmax(-1)
+        locations = sampling_locations(reference, offsets, shapes)
         out = deformable_attention(
             value.unflatten(-1, (self.heads, -1)),
             shapes,
-            sampling_locations(reference, offsets, shapes),
+            locations.clamp(0, 1) if self.clamp else locations,
             weights.unflatten(-1, size[1:]),
             self.backend,
         )

@@ -18,7 +18,7 @@ from ..layers.bev_pool import BINNINGS, Grid
 from ..layers.camera_encoder import CameraEncoder
 from ..layers.lift_splat import FRUSTUM_SAMPLINGS, LiftSplat
 from ..layers.lift_splat_shoot import LiftSplatShoot, freeze_geometry, make_example
-from ..layers.trunk import Trunk
+from ..layers.trunk import Trunk, from_efficientnet_pytorch
 
 # %% ../../../nbs/simbev/10_model.ipynb #eabdd787
 GRID_CONF = {  # metres: from, to, step
@@ -112,33 +112,6 @@ def _assemble(config: dict) -> LiftSplatShoot:
     return model.to(memory_format=torch.channels_last)
 
 # %% ../../../nbs/simbev/10_model.ipynb #38336152
-_BLOCK = (
-    {
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn1.norm",
-        "_se_reduce": "se.conv_reduce",
-        "_se_expand": "se.conv_expand",
-        "_project_conv": "conv_pw",
-        "_bn2": "bn2",
-    },  # of the first stage
-    {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1.norm",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2.norm",
-        "_se_reduce": "se.conv_reduce",
-        "_se_expand": "se.conv_expand",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    },
-)
-_ENDS = {
-    "_conv_stem": "network.conv_stem",
-    "_bn0": "network.bn1.norm",
-    "_conv_head": "head.conv_head",
-    "_bn1": "head.bn2",
-    "_fc": "head.classifier",
-}
 _TRUNK = "camencode.trunk."
 
 
@@ -149,21 +122,9 @@ def convert_original(
 
     repeats: blocks of each stage of its trunk.
     """
-    places = [(stage, block) for stage, number in enumerate(repeats) for block in range(number)]
-    converted = {}
-    for name, value in weights.items():
-        if name.startswith(_TRUNK):
-            first, *others = name.removeprefix(_TRUNK).split(".")
-            if first == "_blocks":
-                stage, block = places[int(others[0])]
-                own = (
-                    f"network.blocks.{stage}.{block}.{_BLOCK[stage > 0].get(others[1], others[1])}"
-                )
-            else:
-                own = _ENDS.get(first, first)
-            name = f"{_TRUNK}{own}.{others[-1]}"
-        converted[name] = value
-    return converted
+    trunk = {n.removeprefix(_TRUNK): v for n, v in weights.items() if n.startswith(_TRUNK)}
+    own = iter(from_efficientnet_pytorch(trunk, repeats))  # in their order
+    return {_TRUNK + next(own) if n.startswith(_TRUNK) else n: v for n, v in weights.items()}
 
 # %% ../../../nbs/simbev/10_model.ipynb #98df9099
 def load_weights(model: LiftSplatShoot, path: str | Path) -> LiftSplatShoot:
