@@ -82,11 +82,17 @@ def test_a_row_measures_what_the_tables_print(base):
     assert {"test_map", "test_map50", "test_map50_phrase", "test_map50_unseen"} <= metrics.keys()
     assert metrics["test_recall1"] <= metrics["test_recall5"] <= metrics["test_upper"]
     assert metrics["test_n_phrases"] > metrics["test_n_phrases_seen"] > 0
+    assert (
+        sum(metrics[f"test_n_phrases_{kind}"] for kind in ("combination", "subword", "word"))
+        == (metrics["test_n_phrases_unseen"])
+    )
     assert {"test_n_unreachable", "test_blind_recall1", "valid_recall1"} <= metrics.keys()
     assert 0 < metrics["params_text"] < metrics["params"] == metrics["params_trained"]
     assert len(metrics["panels"]) == 4 and len(metrics["history"]["valid_recall1"]) == 1
     answer = metrics["panels"][0]["answers"][0]
     assert {"phrase", "boxes", "truth", "novelty"} == answer.keys() and len(answer["boxes"]) == 1
+    maps = next(panel["attention"] for panel in metrics["panels"] if "attention" in panel)
+    assert 3 <= len(maps) <= 4 and len(maps[0]["answer"]) == 8
     assert str(ROOT) not in json.dumps(record) and str(folder) not in json.dumps(metrics)
     assert (folder / "best.ckpt").is_file() and any((folder / "lightning_logs").iterdir())
 

@@ -11,7 +11,15 @@ from PIL import Image
 
 from conftest import message
 from leansense.openvocab.task import build_detector
-from leansense.openvocab.use import ask, detect, load_detector, main, make_batch, write_answers
+from leansense.openvocab.use import (
+    ask,
+    detect,
+    find_attention,
+    load_detector,
+    main,
+    make_batch,
+    write_answers,
+)
 
 PARAMS = {
     "preset": "demo", "dim": 16, "embed": 16, "image_size": 64,
@@ -151,3 +159,18 @@ def test_a_network_that_answers_nan(model, picture):
     torch.nn.init.constant_(bad.region.bias, math.nan)
     image = Image.open(picture)
     assert "NaN" in message(ValueError, lambda: detect(bad, PARAMS, image, ["a ball"]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"faithful": "key"}, {"anchors": 0, "queries": 5}])
+def test_attention_is_shared_out_among_words_and_cells(picture, changes):
+    """Each cell shares its attention among all words; the answer's is shared among all cells."""
+    torch.manual_seed(0)
+    made, image = build_detector(PARAMS | changes, CAPTIONS).eval(), Image.open(picture)
+    found = find_attention(made, PARAMS, image, ["a red ball", "a cup"])
+    words, answers = (np.array([one[name] for one in found]) for name in ("words", "answer"))
+    assert words.shape == answers.shape == (2, 8, 8)  # cells of 8 pixels
+    assert [one["phrase"] for one in found] == ["a red ball", "a cup"]
+    total = words[0] if changes.get("faithful") else words.sum(0)
+    assert np.allclose(total, 1, atol=2e-3)
+    assert (answers >= 0).all() and (0 < answers.sum((1, 2))).all()
+    assert (answers.sum((1, 2)) < 1).all()  # the coarser cells have their share too
