@@ -152,7 +152,7 @@ def test_a_long_picture_is_resized_before_it_is_padded(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "new", watched)
     found = leaf.prepare(tmp_path / "a.png", 50)
     assert found.shape == (50, 50, 3) and max(sides, default=0) <= 60
-    assert found[:24].max() == 0 and found[25, 0].max() < 10 and found[25, -1].min() > 245
+    assert found[:24].max() == 0 and found[24, 0].max() < 10 and found[24, -1].min() > 245
 
 
 def test_what_cannot_be_seen_is_black(tmp_path):

@@ -228,7 +228,9 @@ def test_moved_roots_name_the_place_searched(tmp_path):
 
 
 def frame(path, **named) -> simbev.Frame:
-    return simbev.Frame("a", "s", "train", ("i",) * 6, np.eye(3), np.eye(4), str(path), **named)
+    return simbev.Frame(
+        "a", "s", "train", ("i",) * 6, np.eye(3), np.eye(4), str(path), side=0, **named
+    )
 
 
 def test_labels_are_looked_at_before_memory(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'LISTS', 'ARRAY', 'COLUMNS', 'Refused', 'shorten', 'refusing', 'check_file', 'read_bytes', 'read_text',
-           'read_json', 'read_yaml', 'read_csv', 'read_array', 'find_outside', 'warn_outside']
+           'read_json', 'read_yaml', 'read_xml', 'read_csv', 'read_array', 'find_outside', 'warn_outside']
 
 # %% ../../../nbs/core/63_files.ipynb #9c548810
 import contextlib
@@ -154,6 +154,20 @@ def read_yaml(path: str | Path, limit: int = 1 << 22, **words: str):
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise Refused(f"is not YAML ({shorten(error, 80)})") from None
+
+# %% ../../../nbs/core/63_files.ipynb #fddcc4f0
+def read_xml(path: str | Path, limit: int = TEXT, **words: str):
+    """The root element of an XML file without definitions of its own; one-line errors."""
+    from xml.etree import ElementTree
+
+    with refusing(path, **words):
+        data = read_bytes(path, limit, **words)
+        if b"<!DOCTYPE" in data or b"<!ENTITY" in data or b"\0" in data[:100]:
+            raise Refused("defines words of its own (<!DOCTYPE), or is not UTF-8")
+        try:
+            return ElementTree.fromstring(data)
+        except ElementTree.ParseError as error:
+            raise Refused(f"not XML ({shorten(error, 80)})") from None
 
 # %% ../../../nbs/core/63_files.ipynb #9734d4e1
 COLUMNS = 1000  # more is no table that a system here reads

@@ -7,8 +7,6 @@ __all__ = ['find_files', 'name_part', 'divide', 'read_categories', 'recognise', 
 
 # %% ../../../nbs/openvocab/03_coco.ipynb #f7055706
 import hashlib
-import json
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.check import Report
+from ..core.files import Refused, read_json, shorten
 from ..core.images import size_of
 from .flickr import Mention, Object, OpenVocab, Sample, Sentence, check_box
 
@@ -69,10 +68,9 @@ def divide(ids: Sequence[str], given: Sequence[str]) -> tuple[list[str], str]:
 def _read_json(path: Path, needed: Sequence[str]) -> dict:
     """The lists of a COCO file; ValueError naming it and what it lacks."""
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path}: not JSON ({said}); write it again") from None
+        found = read_json(path, finite=False)  # each box is checked with its annotation
+    except Refused as error:
+        raise ValueError(f"{path}: {error.reason}; write it again") from None
     for name in needed:
         if not isinstance(found, dict) or not isinstance(found.get(name), list):
             fix = "write COCO instances: images, annotations and categories"
@@ -87,8 +85,10 @@ def read_categories(entries: Sequence[dict], where: str) -> dict[object, Mention
     found = {}
     for entry in entries:
         number, name = entry.get("id"), " ".join(str(entry.get("name") or "").split())
-        if number is None or not name:
-            raise ValueError(f"{where}: the phrase of category {number} is empty; write its name")
+        if type(number) not in (int, str) or not name:
+            raise ValueError(
+                f"{where}: the phrase of category {shorten(number, 40)} is empty; write its name"
+            )
         if number in found:
             raise ValueError(f"{where}: category {number} is there twice; remove one")
         kind = "_".join(str(entry.get("supercategory") or "other").split())
@@ -102,23 +102,31 @@ def _read_box(entry: dict, size: tuple[int, int], where: str) -> tuple[float, ..
     """x1, y1, x2, y2 of an annotation; ValueError naming it if that is no box in the picture."""
     box = entry.get("bbox")
     numbers = isinstance(box, list) and [isinstance(v, (int, float)) for v in box] == [True] * 4
-    if not numbers or not all(map(math.isfinite, box)):
-        raise ValueError(f"{where}: bbox {box} is no box; write x, y, width and height")
+    if not numbers or not all(abs(v) < 1e9 for v in box):  # NaN is not below either
+        said = f"bbox {shorten(box, 80)} is no box"
+        raise ValueError(f"{where}: {said}; write x, y, width and height")
     x, y, width, height = map(float, box)
     corners = (x, y, x + width, y + height)
     check_box(corners, *size, where)
     return corners
 
 
+def _is_known(number: object, known: dict) -> bool:
+    """Whether a file's number (or word) is a key; a list or an object never is."""
+    return isinstance(number, (int, str, float)) and number in known
+
+
 def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report: Report) -> dict:
     """{picture: (objects, crowds)}; a fault of an annotation goes into the report."""
     placed = {number: ([], []) for number in images}
     for entry in found["annotations"]:
-        where, number = f"{path}, annotation {entry.get('id')}", entry.get("image_id")
-        if number not in images:
-            report.add(where, f"image {number} is unknown", "list it in images or remove this")
-        elif entry.get("category_id") not in categories:
-            what = f"category {entry.get('category_id')} is unknown"
+        number, kind = entry.get("image_id"), entry.get("category_id")
+        where = f"{path}, annotation {shorten(entry.get('id'), 40)}"
+        if not _is_known(number, images):
+            said = f"image {shorten(number, 40)} is unknown"
+            report.add(where, said, "list it in images or remove this")
+        elif not _is_known(kind, categories):
+            what = f"category {shorten(kind, 40)} is unknown"
             report.add(where, what, "list it in categories or remove this")
         else:
             try:
@@ -127,7 +135,7 @@ def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report
                 what, _, fix = str(error).removeprefix(f"{where}: ").rpartition("; ")
                 report.add(where, what, fix)
                 continue
-            chain = categories[entry["category_id"]].phrase_id
+            chain = categories[kind].phrase_id
             placed[number][bool(entry.get("iscrowd"))].append(Object(box, (chain,)))
     return placed
 
@@ -149,8 +157,8 @@ def _read_images(found: dict, path: Path, root: Path, report: Report) -> dict:
     folder = _find_folder(path, root, first)
     for entry in found["images"]:
         number, name = entry.get("id"), str(entry.get("file_name") or "")
-        where = f"{path}, image {number}"
-        if number is None or not name:
+        where = f"{path}, image {shorten(number, 40)}"
+        if type(number) not in (int, str) or not name:
             report.add(where, "it has no id or no file_name", "write both")
         elif number in images or name in names:
             report.add(where, f"{name} is there twice", "remove one")
@@ -158,7 +166,7 @@ def _read_images(found: dict, path: Path, root: Path, report: Report) -> dict:
             names.add(name)
             size = entry.get("width"), entry.get("height")
             try:
-                if not all(isinstance(n, int) and n > 0 for n in size):
+                if not all(type(n) is int and 0 < n < 10**6 for n in size):
                     size = size_of(folder / name, entry="image")
                 images[number] = (folder / name, size)
             except (OSError, ValueError) as error:
@@ -179,9 +187,9 @@ def _read_captions(path: Path, images: dict, report: Report) -> dict:
         return found
     for entry in _read_json(beside, ("annotations",))["annotations"]:
         number, text = entry.get("image_id"), " ".join(str(entry.get("caption") or "").split())
-        if number not in images:
-            where = f"{beside}, annotation {entry.get('id')}"
-            report.add(where, f"image {number} is unknown", "remove this caption")
+        if not _is_known(number, images):
+            where = f"{beside}, annotation {shorten(entry.get('id'), 40)}"
+            report.add(where, f"image {shorten(number, 40)} is unknown", "remove this caption")
         else:
             own = found.setdefault(number, [])
             own.append(Sentence(text, (), len(own) + 1))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report
+from ..core.files import warn_outside
 from ..core.images import Mapped, index_content, open_image, size_of, stored_rows
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
@@ -325,6 +326,7 @@ def check(folder: str | Path) -> Report:
     """Everything that is wrong with the data set in `folder`; opens every picture."""
     root = resolve(folder)
     data, report = coco.scan(root) if coco.recognise(root) else flickr.scan(root)
+    warn_outside(report, root, data.files)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         looks = list(pool.map(_look, data.samples))
     for sample, said in zip(data.samples, looks):

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from xml.etree import ElementTree
 
 from ..core.check import Report, fingerprint
+from ..core.files import read_bytes, read_text, read_xml, shorten
 from ..core.parameters import nearest
 
 # %% ../../../nbs/openvocab/02_flickr.ipynb #29842565
@@ -98,11 +98,10 @@ CAPTIONS = 5
 
 def read_sentences(path: str | Path) -> tuple[Sentence, ...]:
     """The five captions of a sentence file; ValueError naming file and line."""
+    fix = "copy it there or take the picture out of its list"
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        fix = "copy it there or take the picture out of its list"
-        raise FileNotFoundError(f"{path}: sentence file is missing; {fix}") from None
+        data = read_bytes(path, what="sentence file", absent=fix)
+        lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         place = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {place}: not UTF-8; save the file as UTF-8") from None
@@ -164,9 +163,12 @@ def _number(node, name: str, where: str) -> int:
     """The whole number in a child of a node; ValueError naming `where`."""
     text = node.findtext(name) if node is not None else None
     try:
-        return int(text)
+        number = int(text)
+        if abs(number) > 10**9:
+            raise ValueError
+        return number
     except (TypeError, ValueError):
-        said = "is missing" if text is None else f"is {text!r}"
+        said = "is missing" if text is None else f"is {shorten(text, 40)!r}"
         raise ValueError(f"{where}: {name} {said}; a whole number is needed") from None
 
 
@@ -192,13 +194,8 @@ def _read_object(node, size: tuple[int, int], where: str):
 # %% ../../../nbs/openvocab/02_flickr.ipynb #7cc123f5
 def read_annotation(path: str | Path) -> Annotation:
     """The boxes of an XML file; ValueError naming the file and what is wrong."""
-    try:
-        top = ElementTree.parse(path).getroot()
-    except FileNotFoundError:
-        fix = "copy it there or take the picture out of its list"
-        raise FileNotFoundError(f"{path}: annotation is missing; {fix}") from None
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path}: not XML ({error}); copy it again") from None
+    fix = "copy it there or take the picture out of its list"
+    top = read_xml(path, what="annotation", fix="copy it again", absent=fix)
     size = top.find("size")
     width, height, depth = (_number(size, n, str(path)) for n in ("width", "height", "depth"))
     if width < 1 or height < 1:
@@ -272,11 +269,8 @@ class OpenVocab:
 # %% ../../../nbs/openvocab/02_flickr.ipynb #18b846d5
 def read_list(path: str | Path) -> list[str]:
     """The identities in a list of pictures; ValueError naming a line that repeats or is damaged."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        fix = "write one identity a line"
-        raise FileNotFoundError(f"{path}: list of pictures is missing; {fix}") from None
+    fix = "write one identity a line"
+    lines = read_text(path, what="list of pictures", fix=fix, absent=fix).splitlines()
     found = {}
     for number, line in enumerate(lines, 1):
         name = line.strip().removesuffix(".jpg")
@@ -296,9 +290,9 @@ def read_unrelated(path: str | Path) -> set[tuple[str, int]]:
     if not Path(path).exists():
         return set()
     found = set()
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.split()
-        sound = len(words) == 2 and words[1].isdigit() and 1 <= int(words[1]) <= CAPTIONS
+        sound = len(words) == 2 and words[1].isdecimal() and 1 <= int(words[1]) <= CAPTIONS
         if sound:
             found.add((words[0].removesuffix(".jpg"), int(words[1])))
         elif words and not line.lstrip().startswith("#"):

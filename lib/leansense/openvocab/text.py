@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.check import content_digest
+from ..core.files import read_json
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
 from ..core.store import written_once
@@ -270,7 +271,7 @@ def _load(folder: Path) -> tuple[nn.Module, Callable]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no text encoder: there is no config.json")
     try:
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        kind = read_json(folder / "config.json", dict, 1 << 22)["model_type"]
         clip = kind in ("clip", "clip_text_model")
         model = transformers.CLIPTextModel if clip else transformers.AutoModel
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -527,8 +527,8 @@ def read_label_grid(
         said = {key: config[key] for key in ("bev_res", "bev_dim") if key in config}
     elif isinstance(config, str) and not os.path.isfile(reroot(config, root)):
         if not any("its config is not there" in problem.what for problem in report.warnings):
-            said = f"its config is not there ({shorten(reroot(config, root), 200)})"
-            report.warn(where, said, "copy configs/ too: it says how large a label's cell is")
+            what = f"its config is not there ({shorten(reroot(config, root), 200)})"
+            report.warn(where, what, "copy configs/ too: it says how large a label's cell is")
     elif isinstance(config, str):
         where = reroot(config, root)
         try:
