@@ -42,6 +42,7 @@ from .split import make_split
 from ..core.checkpoint import MARK, check_finite, check_weights, read_checkpoint
 from ..core.paths import resolve, write_atomic
 from ..core.schedule import Recipe
+from ..core.text import say
 from ..world.channel import Array
 
 # %% ../../../nbs/beam/40_use.ipynb #93014819
@@ -361,9 +362,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--absent", action="store_true", help="do without frames that are missing")
     given = vars(parser.parse_args(argv))
     try:
-        print(f"{len(write_predictions(**given))} windows in {given['out']}")
+        say(f"{len(write_predictions(**given))} windows in {given['out']}")
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 1
     return 0
 

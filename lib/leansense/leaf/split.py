@@ -21,6 +21,7 @@ import numpy as np
 from ..core.check import Report
 from ..core.images import open_image, stored_rows
 from ..core.paths import data_root, resolve
+from ..core.text import say
 from .layouts import SPLITS, Leaf, Sample, find_absent, scan, write_metadata
 
 # %% ../../../nbs/leaf/06_split.ipynb #96db33a4
@@ -282,7 +283,7 @@ def _source(folder: str) -> Leaf:
 def _leaks(given: argparse.Namespace) -> int:
     """List the near-copies across splits."""
     found = find_leaks(_source(given.folder), given.threshold)
-    print(*found, f"{len(found)} near-copy pair(s) across splits", sep="\n")
+    say(*found, f"{len(found)} near-copy pair(s) across splits")
     return 1 if found else 0
 
 
@@ -323,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _leaks(given) if given.command == "leaks" else _split(given)
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 2
 
 

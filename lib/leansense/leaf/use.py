@@ -16,6 +16,7 @@ from torch import nn
 
 from ..core.images import normalise, to_tensor
 from ..core.paths import write_atomic
+from ..core.text import say
 from .checkpoint import load_checkpoint
 from .data import prepare
 
@@ -146,17 +147,15 @@ def main(argv: list[str] | None = None) -> int:
         model, meta = load_checkpoint(given.checkpoint)
         if given.what == "export":
             error = export_onnx(model, meta, given.where)
-            print(f"{given.where}: largest difference from PyTorch {error:.1e}")
+            say(f"{given.where}: largest difference from PyTorch {error:.1e}")
             return 0
         answers = predict(model, meta, find_pictures(given.where))
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 2
     for answer in answers:
-        print(
-            answer.get("error")
-            or f"{answer['path']}\t{answer['label']}\t{answer['confidence']:.3f}"
-        )
+        said = "{path}\t{label}\t{confidence:.3f}".format(**answer) if "label" in answer else ""
+        say(said or answer["error"])
     if given.out:
         write_atomic(given.out, json.dumps(answers, indent=1) + "\n")
     return int(any("error" in answer for answer in answers))

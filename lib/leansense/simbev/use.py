@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.checkpoint import check_finite, check_weights, read_checkpoint
 from ..core.paths import write_atomic
+from ..core.text import say
 from ..layers.bev_drawing import draw_sample
 from ..layers.bev_metrics import count_overlap, iou
 from ..layers.conventions import INPUTS, SQUARE
@@ -153,9 +154,9 @@ def main(argv: list[str] | None = None) -> int:
             given.checkpoint, given.folder, given.out, given.split, given.limit
         )
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 1
-    print(f"{len(made)} frames in {given.out}")
+    say(f"{len(made)} frames in {given.out}")
     return 0
 
 

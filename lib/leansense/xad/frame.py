@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.outside import read_yaml
 from ..core.paths import resolve
 from ..layers.conventions import SQUARE, quaternion_to_matrix, scale_intrinsics
 from ..layers.image_augment import choose_middle, make_matrix
@@ -44,8 +45,6 @@ def _boxes(content: dict) -> Boxes:
 
 def read_frame(folder: str | Path) -> Frame:
     """The frame in `folder`; FileNotFoundError or ValueError, one line, naming the file."""
-    import yaml
-
     folder = Path(folder)
     path = folder / "sample0000.yaml"
     images = tuple(str(folder / "imgs" / f"{name}.jpg") for name in CAMERAS)
@@ -54,12 +53,12 @@ def read_frame(folder: str | Path) -> Frame:
             fix = "copy the frame's YAML file, its scan 0.bin and imgs/CAM_*.jpg there"
             raise FileNotFoundError(f"{file}: file of the real frame is missing; {fix}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path, path.name, "copy it again")
         cameras = [content["cams"][name] for name in CAMERAS]
         rots, trans = zip(*(_pose(entry, "sensor2ego") for entry in cameras))
         k = np.array([entry["cam_intrinsic"] for entry in cameras], float)
         boxes, lidar = _boxes(content), _pose(content, "lidar2ego")
-    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{path}: is not the file of a frame ({said}); copy it again") from None
     return Frame(

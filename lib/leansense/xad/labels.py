@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import file_digests
+from ..core.outside import read_yaml
 from ..core.paths import data_root
 from ..core.store import stored_array
 from ..layers.conventions import SQUARE, cell_centres, choose
@@ -185,16 +186,13 @@ def read_names(path: str | Path = "") -> dict[str, tuple[str, ...]]:
     """
     if not path:
         return NEUTRAL
-    import yaml
-
     fix = "give the lists actions (4 names) and descriptions (8 names)"
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = read_yaml(path, fix=fix)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: file of label names is missing; {fix}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{path}: is not YAML ({said}); {fix}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
     for key, names in NEUTRAL.items():
         given = found.get(key) if isinstance(found, dict) else None
         texts = isinstance(given, list) and all(isinstance(name, str) for name in given)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..core.checkpoint import MARK, check_finite, check_weights, read_checkpoint
 from ..core.paths import resolve, write_atomic
+from ..core.text import say
 from ..layers.conventions import SQUARE
 from .data import CLASSES, collate, dataset, loaders
 from .draw import draw_scene
@@ -159,9 +160,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         made = write_predictions(given.checkpoint, folder, given.out, given.part, given.limit)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 1
-    print(f"{len(made)} samples in {given.out}")
+    say(f"{len(made)} samples in {given.out}")
     return 0
 
 
