@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,11 @@ from leansense.beam.layouts import (
 from .model import build
 from .rebuild import RebuildTask
 from .split import make_split
-from ..core.checkpoint import MARK, check_finite, check_weights, read_checkpoint
+from ..core.checkpoint import MARK, read_checkpoint
 from ..core.paths import resolve, write_atomic
 from ..core.schedule import Recipe
 from ..core.text import say
+from ..core.weights import rebuild, unwrap
 from ..world.channel import Array
 
 # %% ../../../nbs/beam/40_use.ipynb #93014819
@@ -58,12 +60,14 @@ def _described(kept: Mapping, path: str | Path) -> dict:
     return params
 
 
-def _build(params: Mapping, rebuilds: bool) -> nn.Module:
-    """The untrained network of a row; of a rebuilding its task, which is a network as well."""
+def _settings(params: Mapping) -> dict:
+    """What `build` takes of a row's parameters, without files."""
     taken = inspect.signature(build).parameters.keys() - {"weights", "map_weights"}
-    settings = {name: params[name] for name in taken if name in params}
-    if not rebuilds:
-        return build(**settings)
+    return {name: params[name] for name in sorted(taken) if name in params}
+
+
+def _build_task(params: Mapping, **settings) -> nn.Module:
+    """The untrained task of a rebuilding, which is a network as well."""
     if not {"source", "target"} <= params.keys():
         raise ValueError("its parameters do not say what is rebuilt, source and target")
     base = build(**settings | {"faithful": False, "modality_missing": ""})
@@ -78,18 +82,11 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """
     kept = read_checkpoint(path)
     params, parts = _described(kept, path), ("model.", "base.", "rebuild.")
-    rebuilds = any(name.startswith(parts[1:]) for name in kept["state_dict"])
-    try:
-        model = _build(params, rebuilds)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its network cannot be built: {error}") from None
-    weights = {name: value for name, value in kept["state_dict"].items() if name.startswith(parts)}
-    if not rebuilds:
-        weights = {name.removeprefix(parts[0]): value for name, value in weights.items()}
-    check_weights(model, weights, path)
-    check_finite(weights, path)
-    model.load_state_dict(weights)
-    return model.eval(), params
+    given = unwrap(kept["state_dict"])
+    rebuilds = any(name.startswith(parts[1:]) for name in given)
+    weights = {name: value for name, value in given.items() if name.startswith(parts)}
+    make = partial(_build_task, params) if rebuilds else build
+    return rebuild(make, _settings(params), weights, path), params
 
 # %% ../../../nbs/beam/40_use.ipynb #4547bdbd
 def _newest(root: Path, scenario: int, params: Mapping) -> Sample:

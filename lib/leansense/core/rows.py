@@ -502,6 +502,8 @@ def run_row(row: Row, threads: int = 1, progress: bool = False) -> Path:
 
     The executed notebook stays at `<row.folder>.ipynb`; a failure leaves its line at `….error`.
     """
+    if strayed := _strayed([row]):  # not even the reason is written there
+        raise RuntimeError(f"{row.system} {row.id}: {strayed[0]}")
     before = _written(row)
     values = row.params | {
         "seed": row.seed,
@@ -510,8 +512,7 @@ def run_row(row: Row, threads: int = 1, progress: bool = False) -> Path:
         "progress": progress,
     }
     try:
-        keep_below(row.record, "papers", "runs")
-        keep_below(row.folder, "runs").mkdir(parents=True, exist_ok=True)
+        row.folder.mkdir(parents=True, exist_ok=True)
         note_of(row).unlink(missing_ok=True)
         Path(f"{row.folder}.made").unlink(missing_ok=True)
         for word, name in row.needs.items():

@@ -8,6 +8,7 @@ __all__ = ['load_checkpoint', 'predict', 'write_predictions', 'main']
 # %% ../../../nbs/simbev/40_use.ipynb #6af1f4a5
 import inspect
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +16,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.checkpoint import check_finite, check_weights, read_checkpoint
+from ..core.checkpoint import read_checkpoint
 from ..core.paths import write_atomic
 from ..core.text import say
+from ..core.weights import rebuild, unwrap
 from ..layers.bev_drawing import draw_sample
 from ..layers.bev_metrics import count_overlap, iou
+from ..layers.bev_pool import CELLS, Grid
 from ..layers.conventions import INPUTS, SQUARE
 from .data import dataset, loaders
 from .layouts import SPLITS, parse_classes
@@ -40,8 +43,12 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
     if unknown:
         said = f"its network has settings that are not known here ({', '.join(unknown)})"
         raise ValueError(f"{path}: {said}: {again}")
-    height, width = config.get("final_dim", (128, 352))
-    grid = GRID_CONF | (config.get("grid_conf") or {})
+    size = config.get("final_dim", (128, 352))
+    if not (isinstance(size, list | tuple) and len(size) == 2):
+        raise ValueError(f"{path}: final_dim is {size!r}, not a height and a width: {again}")
+    (height, width), grid = size, GRID_CONF | dict(config.get("grid_conf") or {})
+    if (cells := math.prod(Grid(**grid).nx)) > CELLS:
+        raise ValueError(f"{path}: its grid has {cells} cells, {CELLS} are the most: {again}")
     own = {"final_h": height, "final_w": width}
     own |= {name: list(bound) for name, bound in grid.items()}
     for name, value in own.items():
@@ -60,22 +67,16 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model, in evaluation mode, and the row's parameters of a model_*.pt, or a ValueError."""
     kept = read_checkpoint(path)
-    if "settings" not in kept or not isinstance(kept.get("model_state_dict"), dict):
+    weights = unwrap(kept.get("model_state_dict"))
+    if "settings" not in kept or not weights:
         raise ValueError(
             f"{path}: no checkpoint of SimBEV training: name a model_*.pt that it wrote"
         )
-    config, params = _described(kept, path)
     try:
-        model = build(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its network cannot be built: {error}") from None
-    weights = {
-        name.removeprefix("module."): value for name, value in kept["model_state_dict"].items()
-    }
-    check_weights(model, weights, path)
-    check_finite(weights, path)
-    model.load_state_dict(weights)
-    return model.eval(), params
+        config, params = _described(kept, path)
+    except (TypeError, KeyError, AttributeError) as error:  # settings of another kind
+        raise ValueError(f"{path}: its settings are not sound ({error}): train again") from None
+    return rebuild(build, config, weights, path), params
 
 # %% ../../../nbs/simbev/40_use.ipynb #48b2e49d
 @torch.no_grad()
