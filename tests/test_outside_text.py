@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from leansense.core.check import Problem, Report
 from leansense.core.tables import Column, booktabs
-from leansense.core.text import plot, say, shorten, terminal, tex
+from leansense.core.text import say, shorten, terminal, tex
 
 LABELS = {
     "bracket": "[x] first",

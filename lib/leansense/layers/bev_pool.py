@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .backend import Backend, choose, is_traced, load, register, wide_type
+from leansense.layers.backend import (
+    Backend,
+    choose,
+    is_traced,
+    load,
+    refuse_old_onnx,
+    register,
+    wide_type,
+)
 
 # %% ../../../nbs/layers/30_bev_pool.ipynb #b2a59087
 STEPS, CELLS = 10_000, 1 << 22  # of one bound; of a grid that somebody's checkpoint describes
@@ -234,6 +242,7 @@ class PoolPlan:
         ordered=False: without the sorted lists, for the back ends index_add and reference only
         (what ONNX can build).
         """
+        refuse_old_onnx("bev_pool")
         _check_points(points, grid, binning)
         with (
             nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False),
@@ -559,6 +568,7 @@ def bev_pool(
         feat: (B, N, C, H, W) or (B N, C, H, W); the result has its type, sums are fp32.
         backend: auto | triton | cc | torch | index_add | reference.
     """
+    refuse_old_onnx("bev_pool")
     _check(depth, feat, plan)
     traced = is_traced(depth, feat)
     chosen = backend if traced else choose("bev_pool", backend, depth, feat)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .backend import refuse_old_onnx
 from .bev_pool import BINNINGS, PLAIN, Grid, PoolPlan, bev_pool
 
 # %% ../../../nbs/layers/33_lift_splat.ipynb #b161cf2d
@@ -164,7 +165,7 @@ def frustum_points(frustum: Frustum) -> torch.Tensor:
 
 # %% ../../../nbs/layers/33_lift_splat.ipynb #f995f011
 def check_precision(**tensors: torch.Tensor) -> None:
-    """ValueError for a camera tensor in 16 bits, which would move the points, or without numbers."""
+    """ValueError for a camera tensor in 16 bits, which moves the points, or without numbers."""
     for name, value in tensors.items():
         short = value.dtype in (torch.float16, torch.bfloat16)
         if short or value.is_complex() or value.dtype == torch.bool:
@@ -225,6 +226,7 @@ def get_geometry(
     (B, N, 3, 3), post_trans (B, N, 3): the image augmentation, its planar part. Never half
     precision, autocast or not.
     """
+    refuse_old_onnx("get_geometry")
     shape = rots.shape[:-2]
     wanted = {
         "rots": (*shape, 3, 3),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ..core.export import write_onnx
 from torch import nn
 
 from ..core.images import normalise, to_tensor
@@ -67,6 +68,10 @@ def predict(model: nn.Module, meta: dict, paths: list[Path], batch_size: int = 3
             else []
         )
         for answer, chance in zip(readable, chances):
+            if not np.isfinite(chance).all():
+                said = "the network answers with NaN: use another checkpoint"
+                answer["error"] = f"{answer['path']}: {said}"
+                continue
             best = int(np.argmax(chance))
             sure = bool(chance[best] >= meta["unsure_below"])
             answer |= {
@@ -95,38 +100,11 @@ def export_onnx(model: nn.Module, meta: dict, path: str | Path, tolerance: float
     The error is against PyTorch: ValueError, and no file, when it is above `tolerance`.
     Needs the extra `onnx`.
     """
-    import onnxruntime
-
-    path, size, asked = (
-        Path(path),
-        meta["image_size"],
-        _Confidence(model, meta["temperature"]).eval(),
-    )
+    size, asked = meta["image_size"], _Confidence(model, meta["temperature"]).eval()
     generator = torch.Generator().manual_seed(0)
     two, three = (torch.randn(n, 3, size, size, generator=generator) for n in (2, 3))
-    program = torch.onnx.export(
-        asked,
-        (two,),
-        dynamo=True,
-        input_names=["image"],
-        output_names=["confidence"],
-        dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-        verbose=False,
-    )
-    content = program.model_proto
-    for key in ("label2id", "image_size", "unsure_below"):
-        content.metadata_props.add(key=key, value=json.dumps(meta[key]))
-    session = onnxruntime.InferenceSession(
-        content.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    with torch.no_grad():
-        error = float(
-            np.abs(session.run(None, {"image": three.numpy()})[0] - asked(three).numpy()).max()
-        )
-    if not error <= tolerance:
-        raise ValueError(f"{path}: not written, its answers differ from PyTorch's by {error:.1e}")
-    write_atomic(path, content.SerializeToString())
-    return error
+    notes = {key: meta[key] for key in ("label2id", "image_size", "unsure_below")}
+    return write_onnx(asked, {"image": two}, [three], "confidence", path, True, notes, tolerance)
 
 # %% ../../../nbs/leaf/40_use.ipynb #30a9e29a
 def main(argv: list[str] | None = None) -> int:
