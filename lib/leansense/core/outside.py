@@ -16,11 +16,12 @@ import yaml
 from .paths import root
 from .text import shorten
 
+# %% ../../../nbs/core/04_outside.ipynb #d1fb12f9
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MODULE = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 LONGEST = 100  # characters: a file name has endings beside it, and 255 bytes in all
 
-# %% ../../../nbs/core/04_outside.ipynb #d1fb12f9
+
 def find_misnomer(kind: str, name: object) -> str:
     """Why `name` cannot name a system, table, row, notebook or file; empty if it can."""
     said = f"{shorten(repr(name), 60)} cannot name a {kind}"

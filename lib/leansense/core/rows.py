@@ -327,7 +327,7 @@ def _left_out(block: dict, data: str, every: bool = False) -> bool:
     except (ValueError, NotImplementedError, IndexError):  # an absolute pattern finds nothing there
         return True
 
-# %% ../../../nbs/core/10_rows.ipynb #71faa544
+# %% ../../../nbs/core/10_rows.ipynb #3fb00fae
 def _blocks(block: object, kind: str, where: str) -> tuple[dict, list[str]]:
     """The named tables or rows in a block, and the complaints about their names and words."""
     found, wrong = {}, []
@@ -354,7 +354,7 @@ def _strayed(rows: list[Row]) -> list[str]:
             wrong.append(str(error))
     return wrong
 
-
+# %% ../../../nbs/core/10_rows.ipynb #71faa544
 def read_rows(system: str, scale: str = "demo", data: str = "", every: bool = False) -> list[Row]:
     """All rows of a system in the file's order; RowsError with all complaints if one cannot run.
 

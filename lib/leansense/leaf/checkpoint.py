@@ -68,7 +68,7 @@ def rebuild(path: str | Path) -> tuple[nn.Module, dict]:
         )
     return rebuild_network(build, config, weights, path), content
 
-# %% ../../../nbs/leaf/30_checkpoint.ipynb #78d889b4
+# %% ../../../nbs/leaf/30_checkpoint.ipynb #e7ba78ed
 def _is_number(value: object, least: float) -> bool:
     """Whether `value` is a finite number above `least`."""
     return (
@@ -107,7 +107,7 @@ def _find_fault(meta: dict) -> str:
         return str(error)
     return ""
 
-
+# %% ../../../nbs/leaf/30_checkpoint.ipynb #78d889b4
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model, in evaluation mode, and meta of a checkpoint; one-line error for other files."""
     path = Path(path)
