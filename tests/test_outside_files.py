@@ -205,4 +205,4 @@ def test_reasons_are_shortened_and_survive_a_process():
             raise error
     with pytest.raises(KeyboardInterrupt), files.refusing("a.bin"):
         raise KeyboardInterrupt
-    assert json.dumps(files.shorten("a\n b")) == '"a b"'
+    assert json.dumps(files.one_line("a\n b")) == '"a b"'

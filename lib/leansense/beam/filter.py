@@ -14,6 +14,7 @@ import numpy as np
 from .features import DENSE, average_background, read_points, remove_background
 from .layouts import PARTS, number_of
 from ..core.paths import resolve, write_atomic
+from ..core.text import say
 
 # %% ../../../nbs/beam/09_filter.ipynb #7a4ab7f6
 def write_points(path: Path, points: np.ndarray) -> Path:
@@ -82,9 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         done = filter_dataset(given.folder, given.least)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 1
-    print("\n".join(f"{name}: {count} frames" for name, count in done.items()))
+    say(*(f"{name}: {count} frames" for name, count in done.items()))
     return 0
 
 

@@ -36,11 +36,15 @@ def parse_modalities(text: str | Iterable[str], what: str = "modalities") -> tup
 
 # %% ../../../nbs/beam/12_missing.ipynb #d64655a3
 def presence(batch: Mapping) -> Tensor:
-    """The mask (B, 3, S) of a batch; all True where the batch has none."""
-    if "present" in batch:
-        return batch["present"]
+    """The mask (B, 3, S) of a batch; all True where the batch has none; ValueError: none at all."""
     maps = next((batch[name] for name in MODALITIES if name in batch), None)
     size, frames = (len(batch["gps"]), 1) if maps is None else maps.shape[:2]
+    if "present" in batch:
+        given, wanted = batch["present"], (size, len(MODALITIES), frames)
+        if given.dtype != torch.bool or (tuple(given.shape) != wanted and maps is not None):
+            said = f"present is {given.dtype} {tuple(given.shape)}"
+            raise ValueError(f"{said}: give torch.bool {wanted}, one for each modality and frame")
+        return given
     return torch.ones(size, 3, frames, dtype=torch.bool, device=batch["gps"].device)
 
 

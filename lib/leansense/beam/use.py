@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,11 @@ from leansense.beam.layouts import (
 from .model import build
 from .rebuild import RebuildTask
 from .split import make_split
-from ..core.checkpoint import MARK, check_finite, check_weights, read_checkpoint
+from ..core.checkpoint import MARK, read_checkpoint
 from ..core.paths import resolve, write_atomic
 from ..core.schedule import Recipe
+from ..core.text import say
+from ..core.weights import rebuild, unwrap
 from ..world.channel import Array
 
 # %% ../../../nbs/beam/40_use.ipynb #93014819
@@ -57,12 +60,14 @@ def _described(kept: Mapping, path: str | Path) -> dict:
     return params
 
 
-def _build(params: Mapping, rebuilds: bool) -> nn.Module:
-    """The untrained network of a row; of a rebuilding its task, which is a network as well."""
+def _settings(params: Mapping) -> dict:
+    """What `build` takes of a row's parameters, without files."""
     taken = inspect.signature(build).parameters.keys() - {"weights", "map_weights"}
-    settings = {name: params[name] for name in taken if name in params}
-    if not rebuilds:
-        return build(**settings)
+    return {name: params[name] for name in sorted(taken) if name in params}
+
+
+def _build_task(params: Mapping, **settings) -> nn.Module:
+    """The untrained task of a rebuilding, which is a network as well."""
     if not {"source", "target"} <= params.keys():
         raise ValueError("its parameters do not say what is rebuilt, source and target")
     base = build(**settings | {"faithful": False, "modality_missing": ""})
@@ -77,18 +82,11 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """
     kept = read_checkpoint(path)
     params, parts = _described(kept, path), ("model.", "base.", "rebuild.")
-    rebuilds = any(name.startswith(parts[1:]) for name in kept["state_dict"])
-    try:
-        model = _build(params, rebuilds)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its network cannot be built: {error}") from None
-    weights = {name: value for name, value in kept["state_dict"].items() if name.startswith(parts)}
-    if not rebuilds:
-        weights = {name.removeprefix(parts[0]): value for name, value in weights.items()}
-    check_weights(model, weights, path)
-    check_finite(weights, path)
-    model.load_state_dict(weights)
-    return model.eval(), params
+    given = unwrap(kept["state_dict"])
+    rebuilds = any(name.startswith(parts[1:]) for name in given)
+    weights = {name: value for name, value in given.items() if name.startswith(parts)}
+    make = partial(_build_task, params) if rebuilds else build
+    return rebuild(make, _settings(params), weights, path), params
 
 # %% ../../../nbs/beam/40_use.ipynb #4547bdbd
 def _newest(root: Path, scenario: int, params: Mapping) -> Sample:
@@ -325,13 +323,13 @@ def write_predictions(
     """
     if limit < 0:
         raise ValueError(f"limit={limit}: give a number of windows, 0 for all")
-    model, params = load_checkpoint(checkpoint)
+    model, params = load_checkpoint(resolve(checkpoint))
     windows = find_windows(folder, params, split, absent, scenario)
     windows = windows[: limit or len(windows)]
     temperature = fit_temperature(model, params, calibrate, absent) if calibrate else 0.0
     made = []
     for answer, window, batch, chances in predict(model, params, windows, top, temperature, absent):
-        stem = Path(out) / answer["id"].replace("/", "_")
+        stem = resolve(out) / answer["id"].replace("/", "_")
         made.append(write_atomic(f"{stem}.json", json.dumps(answer, allow_nan=False) + "\n"))
         draw_answer(stem, window, batch, chances[0], top, view)
     return made
@@ -361,9 +359,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--absent", action="store_true", help="do without frames that are missing")
     given = vars(parser.parse_args(argv))
     try:
-        print(f"{len(write_predictions(**given))} windows in {given['out']}")
+        say(f"{len(write_predictions(**given))} windows in {given['out']}")
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 1
     return 0
 

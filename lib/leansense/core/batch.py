@@ -29,6 +29,7 @@ from pathlib import Path
 import psutil
 
 from .digest import digest
+from .outside import find_misnomer, keep_below
 from .parameters import Parameter, nearest, read_parameters
 from .paths import root, run_folder, write_atomic
 from .process import PARENT, end_with, lives, mark, stop, stoppable
@@ -49,6 +50,7 @@ from leansense.core.rows import (
     systems,
     without_places,
 )
+from .text import say
 from .warm import THREADS, Warm, imported
 
 # %% ../../../nbs/core/16_batch.ipynb #ec10160a
@@ -222,6 +224,7 @@ def pdf_current(system: str, scale: str, data: str = "") -> bool:
 def clear(steps: list[Step], fresh: bool = False) -> None:
     """Take away void reasons, stamps of rows that have to run, folders of a fresh start."""
     for step in steps:
+        keep_below(step.row.folder, "runs")  # nothing is deleted anywhere else
         note_of(step.row).unlink(missing_ok=True)
         if step.reason:
             row_stamp(step.row).unlink(missing_ok=True)
@@ -594,7 +597,7 @@ def _run_rows(system: str, todo: list[Step], go: Callable, log: Path, bar: Progr
         if began and began[1] in ids:
             started.append(began[1])
         elif line.startswith("set aside: "):
-            print(line)
+            say(line)
         done = [name for name in ids if row_stamp(ids[name]).exists()]
         ended = {*done, *(name for name in ids if note_of(ids[name]).exists())}
         work = [name for name in dict.fromkeys(started) if name not in ended]
@@ -706,10 +709,7 @@ def tables(
         plans = {
             name: plan(name, scale, data, fresh) for name in ([system] if system else systems())
         }
-        print(
-            "\n".join(announce(name, steps, scale, data, cores) for name, steps in plans.items()),
-            flush=True,
-        )
+        say(*(announce(name, steps, scale, data, cores) for name, steps in plans.items()))
         refused = [line for steps in plans.values() if (line := edited_defaults(steps))]
         if refused and scale != "smoke":
             raise RowsError("\n".join(refused))
@@ -719,17 +719,20 @@ def tables(
             clear_results(name, steps, scale, data)
             config = {"scale": scale, "data": data, "fresh": fresh}
             failed += _execute(name, steps, options, config, cores)
-            print(_closing(name, scale, data), flush=True)
+            say(_closing(name, scale, data))
     return failed
 
 # %% ../../../nbs/core/16_batch.ipynb #445187ae
 def _step(what: str, system: str, scale: str, data: str) -> int:
     """Make one system's results or PDF, for Snakemake; the exit status, and a reason in a file."""
     end_with(os.environ.get(PARENT, ""))
-    stamp = results_stamp(system, scale, data, what)
+    if why := find_misnomer("system", system):
+        say(f"error: {why}", error=True)
+        return 1
+    stamp = keep_below(results_stamp(system, scale, data, what), "runs")
     stamp.parent.mkdir(parents=True, exist_ok=True)
     try:
-        print(run_results(system, scale, data) if what == "results" else run_pdf(system, scale))
+        say(run_results(system, scale, data) if what == "results" else run_pdf(system, scale))
         return 0
     except Exception as error:
         kind = "tables and figures" if what == "results" else "PDF"
@@ -737,7 +740,7 @@ def _step(what: str, system: str, scale: str, data: str) -> int:
         executed = stamp.with_name("90_results.ipynb").relative_to(root())
         line += f"; see {executed}" if what == "results" else ""
         line = f"no {kind}: {without_places(line, *([data] if data else []))}"
-        print(f"error: {line}", file=sys.stderr)
+        say(f"error: {line}", error=True)
         write_atomic(_reason(stamp), line + "\n")
         return 1
 
@@ -799,13 +802,13 @@ def main(argv: list[str] | None = None) -> int:
                 )
                 failed += _readme() if given.scale == "demo" and not given.data else []
     except (ValueError, OSError) as error:
-        print(cause(error) if isinstance(error, OSError) else error, file=sys.stderr)
+        say(cause(error) if isinstance(error, OSError) else error, error=True)
         return 2
     except KeyboardInterrupt as stopped:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 128 + stopped.args[0] if stopped.args else 130
     for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
+        say(f"failed: {line}", error=True)
     return 1 if failed else 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import leansense
 from .parameters import nearest
 from .paths import data_root, write_atomic
+from .text import say, shorten, terminal
 
 # %% ../../../nbs/core/60_check.ipynb #6aeae978
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Problem:
     error: type[Exception] = ValueError
 
     def __str__(self) -> str:
-        return " ".join(
-            f"{self.path}: {self.what}; {self.fix}".split()
-        )  # one line, whatever a decoder answered
+        parts = shorten(self.path, 1000), shorten(self.what, 500), shorten(self.fix, 500)
+        line = "{}: {}; {}".format(*parts)
+        return terminal(" ".join(line.split()))  # one line, whatever a decoder answered
 
 # %% ../../../nbs/core/60_check.ipynb #2e1a3413
 @dataclass
@@ -175,9 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         report = check(given.system, given.folder)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 2
-    print(report)
+    say(report)
     return 0 if report.ok else 1
 
 

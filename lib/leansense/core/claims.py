@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
+from .outside import read_yaml
 from .parameters import nearest
 from .paths import resolve
 from .tables import DASH, Column, verdict
@@ -23,7 +23,9 @@ ENTRIES = ("statement", "unit", "claimed", "tolerance", "measure", "block", "can
 def read_claims(path: str | Path) -> list[dict]:
     """The claims in a file of the repository; ValueError naming file and claim when incomplete."""
     path = resolve(path)
-    claims = yaml.safe_load(path.read_text(encoding="utf-8"))
+    claims = read_yaml(path, fix="restore it from git")
+    if not (isinstance(claims, list) and all(isinstance(claim, dict) for claim in claims)):
+        raise ValueError(f"{path}: expected a list of claims, each with its entries")
     for number, claim in enumerate(claims, 1):
         where = f"{path}, claim {number}"
         for entry in claim.keys() - set(ENTRIES):

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .paths import write_atomic
+from .text import plot
 
 # %% ../../../nbs/core/50_figures.ipynb #a9d0e78f
 COLUMN, PAGE = 3.25, 6.75  # inches
@@ -99,7 +100,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str], axes) -> None:
             color="white" if share[i, j] > 0.55 else "black",
             fontsize=7,
         )
-    names = [name.replace("_", " ") for name in classes]
+    names = [plot(name.replace("_", " ")) for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="true")
@@ -119,5 +120,5 @@ def sheet(
         axes.axis("off")
         if i < len(images):
             axes.imshow(images[i])
-            axes.set_title(titles[i], fontsize=6, color=colours[i] if colours else "black")
+            axes.set_title(plot(titles[i]), fontsize=6, color=colours[i] if colours else "black")
     return figure

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .check import file_digests
-from .files import Refused, check_file, refusing, shorten
+from .files import Refused, check_file, one_line, refusing
 from .store import stored_array
 
 # %% ../../../nbs/core/64_images.ipynb #015999ec
@@ -74,7 +74,7 @@ def _opened(path: str | Path, entry: str) -> Iterator:
         except Image.UnidentifiedImageError:
             raise Refused(f"image cannot be decoded (is none of {', '.join(FORMATS)})") from None
         except Exception as error:
-            said = shorten(str(error).replace(str(path), "the file") or type(error).__name__)
+            said = one_line(str(error).replace(str(path), "the file") or type(error).__name__)
             raise Refused(f"image cannot be decoded ({said})") from None
 
 

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -22,13 +23,13 @@ import unicodedata
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import yaml
-
 from .digest import digest
+from .outside import find_misnomer, keep_below, read_yaml
 from .parameters import find_faults, nearest, read_parameters
 from .paths import resolve, root, write_atomic
 from .process import PARENT, end_with
 from .record import RUNNER, is_noted, note_checkpoint, stale, without_paths
+from .text import say, shorten
 
 # %% ../../../nbs/core/10_rows.ipynb #8917eb28
 SCALES = ("smoke", "demo", "paper")
@@ -125,22 +126,36 @@ _WORDS = {
 }
 
 
+_MAPPINGS = {"params", "real", "scales", "claim"}
+
+
 class RowsError(ValueError):
     """What is wrong with a rows.yaml, a line each."""
+
+
+def _quote(value: object) -> str:
+    """A value as a complaint quotes it, in short."""
+    return shorten(repr(value), 80)
 
 
 def _foreign(block: object, kind: str, where: str) -> list[str]:
     """Complaints about a block that is no mapping or holds words that mean nothing there."""
     if not isinstance(block, dict):
-        return [f"{where}: expected `name: value` lines, got {block!r}"]
+        return [f"{where}: expected `name: value` lines, got {_quote(block)}"]
+    for word in _MAPPINGS & block.keys():
+        inner = block[word]
+        if not (
+            isinstance(inner, dict | None) and all(isinstance(key, str) for key in inner or ())
+        ):
+            return [f"{where}: {word}: expected `name: value` lines, got {_quote(inner)}"]
     lines = [
-        f"{where}: unknown word '{word}'; {nearest(str(word), _WORDS[kind])}"
+        f"{where}: unknown word {_quote(word)}; {nearest(str(word), _WORDS[kind])}"
         for word in block
         if word not in _WORDS[kind]
     ]
     needs = block.get("needs") or {}
     if not (isinstance(needs, dict) and all(type(v) in (str, type(None)) for v in needs.values())):
-        lines.append(f"{where}: needs: expected `parameter: table/row`, got {needs!r}")
+        lines.append(f"{where}: needs: expected `parameter: table/row`, got {_quote(needs)}")
     for name, scale in (block.get("scales") or {}).items():
         if name not in SCALES:
             lines.append(f"{where}: unknown scale '{name}'; {nearest(str(name), SCALES)}")
@@ -170,6 +185,8 @@ def _expand(
     """The rows of one line of the matrix, one a seed, and the complaints about it."""
     where = f"papers/{system}/rows.yaml: {table}/{name}"
     settings, params = _merge(layers, scale, bool(data))
+    if why := find_misnomer("notebook", settings.get("notebook", "80_row")):
+        return [], [f"{where}: {why}"]
     notebook = f"nbs/{system}/{settings.get('notebook', '80_row')}.ipynb"
     try:
         parameters = read_parameters(notebook)
@@ -190,14 +207,16 @@ def _expand(
     ]
     seeds, cores = settings.get("seeds", [0]), settings.get("cores", 1)
     if not (
-        isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+        isinstance(seeds, list)
+        and seeds
+        and all(type(seed) is int and 0 <= seed < 1 << 32 for seed in seeds)
     ):
         wrong, seeds = (
-            [*wrong, f"{where}: seeds must be a list of whole numbers, got {seeds!r}"],
+            [*wrong, f"{where}: seeds must be a list of whole numbers, got {_quote(seeds)}"],
             [],
         )
     if cores != "all" and not (type(cores) is int and cores > 0):
-        wrong.append(f"{where}: cores must be a whole number or 'all', got {cores!r}")
+        wrong.append(f"{where}: cores must be a whole number or 'all', got {_quote(cores)}")
     here = str(place(data)) if data and "data" in parameters else ""
     values = {
         key: parameter.default for key, parameter in parameters.items() if key not in RUNNER
@@ -211,25 +230,15 @@ def _expand(
 # %% ../../../nbs/core/10_rows.ipynb #5007cf11
 def read_matrix(system: str) -> dict:
     """The parsed rows.yaml of a system; one-line error when it is missing or no YAML."""
-    path = root() / "papers" / system / "rows.yaml"
+    path, here = root() / "papers" / system / "rows.yaml", f"papers/{system}/rows.yaml"
     if system not in systems():
-        raise RowsError(f"no system '{system}'; {nearest(system, systems())}")
-    if not system.isidentifier():
-        raise RowsError(
-            f"papers/{system}: a system's name is a module's: letters, digits and '_' will do"
-        )
+        raise RowsError(f"no system {_quote(system)}; {nearest(system, systems())}")
+    if why := find_misnomer("system", system):
+        raise RowsError(f"papers: {why}")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError as error:
-        raise RowsError(
-            f"papers/{system}/rows.yaml: byte {error.start} is not UTF-8; restore it from git"
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}" if mark else ""
-        raise RowsError(
-            f"papers/{system}/rows.yaml{at}: {getattr(error, 'problem', error)}"
-        ) from None
+        return read_yaml(path, here, "restore it from git") or {}
+    except ValueError as error:
+        raise RowsError(str(error)) from None
 
 
 def _check_request(scale: str, data: str) -> None:
@@ -253,13 +262,18 @@ def _word(name: str, value: object) -> str:
     return f"{name}_{re.sub('[^A-Za-z0-9.]+', '_', str(value)).strip('_')}"
 
 
+_ROWS = 10_000  # of one grid
+
+
 def _gridded(grid: object, where: str) -> tuple[dict, list[str]]:
     """The rows that a table's grid stands for, by name, and the complaints about it."""
     if grid is None:
         return {}, []
     sound = isinstance(grid, dict) and all(isinstance(v, list) and v for v in grid.values())
     if not (sound and grid):
-        return {}, [f"{where}: grid: expected `parameter: [value, ...]` lines, got {grid!r}"]
+        return {}, [f"{where}: grid: expected `parameter: [value, ...]` lines, got {_quote(grid)}"]
+    if (count := math.prod(map(len, grid.values()))) > _ROWS:
+        return {}, [f"{where}: grid: stands for {count} rows, {_ROWS} are allowed"]
     rows, wrong = {}, []
     for values in itertools.product(*grid.values()):
         pairs = list(zip(map(str, grid), values))
@@ -308,27 +322,39 @@ def _left_out(block: dict, data: str, every: bool = False) -> bool:
         return True
     if every or not (data and block.get("holds")):
         return False
-    return not any(place(data).glob(str(block["holds"])))
+    try:
+        return not any(place(data).glob(str(block["holds"])))
+    except (ValueError, NotImplementedError, IndexError):  # an absolute pattern finds nothing there
+        return True
 
-# %% ../../../nbs/core/10_rows.ipynb #71faa544
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
+# %% ../../../nbs/core/10_rows.ipynb #3fb00fae
 def _blocks(block: object, kind: str, where: str) -> tuple[dict, list[str]]:
     """The named tables or rows in a block, and the complaints about their names and words."""
     found, wrong = {}, []
     for name, inner in (block or {}).items() if isinstance(block or {}, dict) else ():
-        if _NAME.fullmatch(str(name)):
-            found[str(name)] = inner
+        if why := find_misnomer(kind, name):
+            wrong.append(f"{where}: {why}")
+        elif str(name) in found:
+            wrong.append(f"{where}: '{name}' is there twice; take one away")
         else:
-            wrong.append(
-                f"{where}: {name!r} cannot name a {kind}; letters, digits, '_', '-' and '.' can"
-            )
+            found[str(name)] = inner
     if not isinstance(block or {}, dict):
-        wrong.append(f"{where}: expected `name: ...` lines, got {block!r}")
+        wrong.append(f"{where}: expected `name: ...` lines, got {_quote(block)}")
     return found, wrong
 
 
+def _strayed(rows: list[Row]) -> list[str]:
+    """Complaints about links by which a row's files would lie outside this clone."""
+    wrong = []
+    for row in rows:
+        try:
+            keep_below(row.folder, "runs")
+            keep_below(row.record, "papers", "runs")
+        except ValueError as error:
+            wrong.append(str(error))
+    return wrong
+
+# %% ../../../nbs/core/10_rows.ipynb #71faa544
 def read_rows(system: str, scale: str = "demo", data: str = "", every: bool = False) -> list[Row]:
     """All rows of a system in the file's order; RowsError with all complaints if one cannot run.
 
@@ -346,13 +372,15 @@ def read_rows(system: str, scale: str = "demo", data: str = "", every: bool = Fa
         rows, more = _blocks(block.get("rows"), "row", f"{here}: {table}")
         grid, worse = _gridded(block.get("grid"), f"{here}: {table}")
         worse += [f"{here}: {table}: grid: row '{n}' is there already" for n in grid if n in rows]
+        worse += [f"{here}: {table}: grid: {w}" for n in grid if (w := find_misnomer("row", n))]
         rows, wrong = rows | grid, wrong + more + worse
         for name, line in rows.items():
             foreign = _foreign(line, "row", f"{here}: {table}/{name}")
             wrong += foreign
-            if isinstance(line, dict) and not _foreign(block, "table", ""):
+            if not foreign and not _foreign(block, "table", ""):
                 more, lines = _expand(system, table, name, [matrix, block, line], scale, data)
                 found, wrong = found + more, wrong + lines
+    wrong += _strayed(found) if not wrong else []
     found, more = _linked(found, here) if not wrong else ([], [])
     if wrong + more:
         raise RowsError("\n".join(wrong + more))
@@ -474,6 +502,8 @@ def run_row(row: Row, threads: int = 1, progress: bool = False) -> Path:
 
     The executed notebook stays at `<row.folder>.ipynb`; a failure leaves its line at `….error`.
     """
+    if strayed := _strayed([row]):  # not even the reason is written there
+        raise RuntimeError(f"{row.system} {row.id}: {strayed[0]}")
     before = _written(row)
     values = row.params | {
         "seed": row.seed,
@@ -542,19 +572,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rows = read_rows(given.system, given.scale, given.data)
         if given.what == "run":
-            print(run_row(_one(rows, given.row), given.threads, given.progress))
+            say(run_row(_one(rows, given.row), given.threads, given.progress))
         elif given.what == "list":
-            print(
+            say(
                 "\n".join(
                     f"{row.id}\t{row.label}\t{json.dumps(row.params, sort_keys=True)}"
                     for row in rows
                 )
             )
         else:
-            print(f"{given.system}: {len(rows)} rows at scale {given.scale}, all sound")
+            say(f"{given.system}: {len(rows)} rows at scale {given.scale}, all sound")
     except (RowsError, RuntimeError, OSError) as error:
         line = without_places(cause(error)) if isinstance(error, OSError) else error
-        print(f"error: {line}", file=sys.stderr)
+        say(f"error: {line}", error=True)
         return 1
     return 0
 

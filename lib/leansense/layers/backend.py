@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIABLE', 'INSTRUCTIONS', 'MEASURED', 'TUNED', 'log', 'OPERATORS', 'DEVICES', 'allowed', 'NativeError',
            'usable_isas', 'isa', 'use_isa', 'tell_once', 'pick', 'triton_why_not', 'float64_why_not', 'Backend',
-           'register', 'load', 'choose', 'is_traced', 'wide_type', 'without_autocast']
+           'register', 'load', 'choose', 'refuse_old_onnx', 'is_traced', 'wide_type', 'without_autocast']
 
 # %% ../../../nbs/layers/00_backend.ipynb #8bc20c10
 import contextlib
@@ -222,6 +222,15 @@ def choose(operator: str, wanted: str, *inputs: Any) -> str:
     return pick(operator, wanted, probes)
 
 # %% ../../../nbs/layers/00_backend.ipynb #1584b76b
+def refuse_old_onnx(what: str) -> None:
+    """RuntimeError, one line, when the older ONNX exporter, which records a run, is looking on."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"{what}: the older ONNX exporter writes a file that runtimes refuse: "
+            "call torch.onnx.export(..., dynamo=True)"
+        )
+
+
 def is_traced(*tensors: Any) -> bool:
     """Whether a compiler, an exporter or a dispatch mode looks on, or a tensor is no plain one.
 

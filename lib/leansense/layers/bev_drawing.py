@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..core.images import to_picture
+from ..core.text import plot
 from .conventions import INPUTS, SQUARE
 from .lift_splat import project
 
@@ -85,5 +86,5 @@ def draw_sample(
         axes.scatter(u[seen], v[seen], s=0.5, color="#56b4e9", linewidths=0)
         axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         if names:
-            axes.set_title(names[n].replace("_", " "), fontsize=5, pad=1)
+            axes.set_title(plot(names[n].replace("_", " ")), fontsize=5, pad=1)
     draw_map(figure.add_subplot(grid[:, columns]), item["target"][0], found, xbound, ybound)

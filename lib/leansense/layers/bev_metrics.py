@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torchmetrics import Metric
 
+from .bev_loss import check_maps
+
 # %% ../../../nbs/layers/58_bev_metrics.ipynb #216c66fa
 def count_overlap(
     logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None
@@ -20,6 +22,7 @@ def count_overlap(
 
     mask: 0 where a cell does not count.
     """
+    check_maps(logits, target, mask)
     found, meant = logits > 0, target > 0.5
     if mask is not None:
         found, meant = found & (mask > 0), meant & (mask > 0)
@@ -42,6 +45,7 @@ def count_by_logit(
 
     mask: 0 where a cell does not count. ValueError for logits that are NaN or infinite.
     """
+    check_maps(logits, target, mask)
     classes = logits.shape[1]
     if not bool(logits.isfinite().all()):
         raise ValueError("logits hold NaN or infinity: the weights have diverged")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FRUSTUM_SAMPLINGS', 'Rig', 'looking_along', 'surround_rig', 'augmentation_matrix', 'Frustum', 'make_frustum',
-           'frustum_points', 'inverse3', 'camera_matrix', 'get_geometry', 'project', 'PlanMemory', 'LiftSplat']
+           'frustum_points', 'check_precision', 'inverse3', 'camera_matrix', 'get_geometry', 'project', 'PlanMemory',
+           'LiftSplat']
 
 # %% ../../../nbs/layers/33_lift_splat.ipynb #8ae7286e
 import math
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .backend import refuse_old_onnx
 from .bev_pool import BINNINGS, PLAIN, Grid, PoolPlan, bev_pool
 
 # %% ../../../nbs/layers/33_lift_splat.ipynb #b161cf2d
@@ -150,6 +152,8 @@ def make_frustum(
         u, v = (
             torch.linspace(0, size - 1, n) for size, n in zip(input_size[::-1], (width, height))
         )
+    if grid.dbound[0] <= 0:
+        raise ValueError(f"dbound={grid.dbound}: begins behind the camera; give depths above 0")
     d = grid.dbound[0] + grid.dbound[2] * torch.arange(grid.depths, dtype=torch.float64)
     return Frustum(*(x.to(device, torch.float32) for x in (u, v, d)))
 
@@ -160,9 +164,23 @@ def frustum_points(frustum: Frustum) -> torch.Tensor:
     return torch.stack((u, v, d), -1)
 
 # %% ../../../nbs/layers/33_lift_splat.ipynb #f995f011
+def check_precision(**tensors: torch.Tensor) -> None:
+    """ValueError for a camera tensor in 16 bits, which moves the points, or without numbers."""
+    for name, value in tensors.items():
+        short = value.dtype in (torch.float16, torch.bfloat16)
+        if short or value.is_complex() or value.dtype == torch.bool:
+            why = "rounds positions to other cells" if short else "holds no measures"
+            raise ValueError(f"{name} is {value.dtype}, which {why}: give it in float32")
+
+
 def _wide(x: torch.Tensor) -> torch.dtype:
     """Double precision, on devices that have it."""
     return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _seen() -> bool:
+    """Whether somebody records what runs, who would keep a look at the numbers."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def inverse3(m: torch.Tensor) -> torch.Tensor:
@@ -175,7 +193,7 @@ def inverse3(m: torch.Tensor) -> torch.Tensor:
         (torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)), -1
     )
     det = (a * adjugate[..., 0]).sum(-1)
-    if m.device.type == "cpu" and not torch.compiler.is_compiling() and not (det.abs() > 0).all():
+    if m.device.type == "cpu" and not _seen() and not (det.abs() > 0).all():
         raise ValueError(
             "a camera matrix is singular or not finite: check intrins and post_rots (zero focal "
             "length?)"
@@ -208,6 +226,7 @@ def get_geometry(
     (B, N, 3, 3), post_trans (B, N, 3): the image augmentation, its planar part. Never half
     precision, autocast or not.
     """
+    refuse_old_onnx("get_geometry")
     shape = rots.shape[:-2]
     wanted = {
         "rots": (*shape, 3, 3),
@@ -221,6 +240,7 @@ def get_geometry(
             raise ValueError(
                 f"{name} is {tuple(given.shape)}; with rots (B, N, 3, 3) it must be {want}"
             )
+        check_precision(**{name: given})
     with torch.autocast(rots.device.type, enabled=False):
         to_ego = rots.to(_wide(rots)) @ inverse3(camera_matrix(intrins, post_rots, post_trans))
         u, v, d = (x.to(rots.device) for x in frustum)
@@ -247,6 +267,8 @@ def project(
     A point is visible where its depth is positive and its pixel inside the image; others are
     returned all the same.
     """
+    cameras = dict(rots=rots, trans=trans, intrins=intrins)
+    check_precision(points=points, **cameras, post_rots=post_rots, post_trans=post_trans)
     with torch.autocast(rots.device.type, enabled=False):
         points = points.to(_wide(points)) if points.ndim == 4 else points.to(_wide(points))[:, None]
         in_camera = (points - trans.to(points)[..., None, :]) @ rots.to(points)  # rows: R^T (p - t)

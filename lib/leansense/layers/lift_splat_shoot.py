@@ -11,16 +11,34 @@ from torch import nn
 
 from .bev_pool import Grid
 from .conventions import INPUTS
-from .lift_splat import LiftSplat, frustum_points, make_frustum, surround_rig
+from leansense.layers.lift_splat import (
+    LiftSplat,
+    check_precision,
+    frustum_points,
+    make_frustum,
+    surround_rig,
+)
 
 # %% ../../../nbs/layers/54_lift_splat_shoot.ipynb #0f5b26d9
 CAMERA_SHAPES = dict(zip(INPUTS[1:], ((3, 3), (3,), (3, 3), (3, 3), (3,))))  # behind (B, N)
 
 
 def check_images(
-    imgs: torch.Tensor, batch: int, cameras: int, size: tuple[int, int]
+    imgs: torch.Tensor,
+    batch: int,
+    cameras: int,
+    size: tuple[int, int],
+    module: nn.Module | None = None,
 ) -> torch.Tensor:
-    """imgs as (batch * cameras, 3, H, W); ValueError when the shape is another one."""
+    """imgs as (batch * cameras, 3, H, W); ValueError when shape or type is another one.
+
+    module: takes the images, in the type of its weights or, under autocast, in any but double
+    """
+    own = next((p.dtype for p in module.parameters()), torch.float32) if module else imgs.dtype
+    cast = torch.is_autocast_enabled(imgs.device.type) and imgs.dtype != torch.float64
+    if not imgs.is_floating_point() or (imgs.dtype != own and not cast):
+        own = own if own.is_floating_point else torch.float32
+        raise ValueError(f"imgs is {imgs.dtype}: give normalised images as {own}")
     whole, flat = (batch, cameras, 3, *size), (batch * cameras, 3, *size)
     if imgs.shape != whole and imgs.shape != flat:
         raise ValueError(
@@ -40,6 +58,7 @@ def check_cameras(**tensors: torch.Tensor) -> tuple[int, int]:
                 f"{name} has shape {tuple(tensors[name].shape)}: needs {(*lead, *tail)}, "
                 "as many samples and cameras as rots"
             )
+    check_precision(**tensors)
     seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if rots.device.type == "cpu" and not seen:  # elsewhere it would wait for the device
         for name, value in tensors.items():
@@ -80,7 +99,7 @@ class LiftSplatShoot(nn.Module):
         """The splatted map (B, C, X, Y) before the BEV encoder."""
         batch, number = check_cameras(**dict(zip(CAMERA_SHAPES, cameras)))
         depth, features = self.camencode(
-            check_images(imgs, batch, number, self.config["final_dim"])
+            check_images(imgs, batch, number, self.config["final_dim"], self.camencode)
         )
         return self.lift(depth, features, *cameras)
 

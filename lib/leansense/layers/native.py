@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,15 @@ def compiler() -> list[str]:
     )
 
 # %% ../../../nbs/layers/01_native.ipynb #e67b1274
+def _open_parent(folder: Path) -> Path | None:
+    """A folder above `folder` in which anybody may rename it and put another in its place."""
+    for parent in Path(os.path.realpath(folder)).parents:
+        mode = parent.stat().st_mode
+        if mode & 0o002 and not mode & stat.S_ISVTX:  # /tmp is sticky: there only owners rename
+            return parent
+    return None
+
+
 def cache_folder() -> Path:
     """Where compiled libraries are kept: LEANSENSE_CACHE, else leansense/ in the user's cache.
 
@@ -67,9 +77,11 @@ def cache_folder() -> Path:
         raise NativeError(
             f"{folder}: {error.strerror}; name a folder of your own in LEANSENSE_CACHE"
         ) from None
-    if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
+    own = not hasattr(os, "getuid") or state.st_uid == os.getuid()
+    opened = folder if not own or state.st_mode & 0o022 else _open_parent(folder)
+    if hasattr(os, "getuid") and opened:
         raise NativeError(
-            f"{folder}: other users can write to it; chmod go-w it, or name another in "
+            f"{opened}: other users can write to it; chmod go-w it, or name another in "
             "LEANSENSE_CACHE"
         )
     if not os.access(folder, os.W_OK):

@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.checkpoint import check_finite, check_weights, load_file
+from ..core.checkpoint import check_finite, load_file
 from ..core.paths import write_atomic
 from ..core.record import plain, portable, versions
+from ..core.weights import LARGEST, unwrap
+from ..core.weights import rebuild as rebuild_network
 from .model import build, check_size
 from .task import NETWORK
 
@@ -53,34 +55,20 @@ def save_checkpoint(path: Path, model: nn.Module, meta: dict) -> Path:
 # %% ../../../nbs/leaf/30_checkpoint.ipynb #42f6300f
 def rebuild(path: str | Path) -> tuple[nn.Module, dict]:
     """The network in a file that training wrote, in evaluation mode, and the file's content."""
-    content = load_file(path, finite=True)
+    content = load_file(path)
     content = content if isinstance(content, dict) else {}
     meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
     config = content.get(NETWORK, meta.get(NETWORK))
-    weights = content.get("state_dict", content.get("model"))
-    if not isinstance(config, dict) or not isinstance(weights, dict):
+    weights = unwrap(content)
+    if not isinstance(config, dict) or not weights:
         older = "; it is of an older version: train again" if "mark" in meta else ""
         raise ValueError(
             f"{path}: not a checkpoint of a leaf classifier{older};"
             " give a <model-name>_best.pt of this repository"
         )
-    if "state_dict" in content:  # Lightning's name for the task's attribute stands in front
-        weights = {
-            name.removeprefix("model."): v
-            for name, v in weights.items()
-            if name.startswith("model.")
-        }
-    try:
-        model = build(**config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path}: describes a network that cannot be built ({error}); train again"
-        ) from None
-    check_weights(model, weights, path)
-    model.load_state_dict(weights, assign=True)
-    return model.eval(), content
+    return rebuild_network(build, config, weights, path), content
 
-# %% ../../../nbs/leaf/30_checkpoint.ipynb #78d889b4
+# %% ../../../nbs/leaf/30_checkpoint.ipynb #e7ba78ed
 def _is_number(value: object, least: float) -> bool:
     """Whether `value` is a finite number above `least`."""
     return (
@@ -111,13 +99,15 @@ def _find_fault(meta: dict) -> str:
     for name, least in (("temperature", 0.0), ("unsure_below", -1e-9)):
         if not _is_number(meta.get(name), least):
             return f"{name} is {meta.get(name)!r}, not a number above {max(least, 0):g}"
+    if size > LARGEST:
+        return f"image_size is {size}, {LARGEST} is the most"
     try:
         check_size(size)
     except ValueError as error:
         return str(error)
     return ""
 
-
+# %% ../../../nbs/leaf/30_checkpoint.ipynb #78d889b4
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model, in evaluation mode, and meta of a checkpoint; one-line error for other files."""
     path = Path(path)

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..core.check import Report
-from ..core.files import shorten
+from ..core.files import one_line
 from ..core.images import ENDINGS
 from ..core.paths import resolve
 from .layouts import Leaf, Sample, read_classes
@@ -34,7 +34,7 @@ def _list_files(folder: Path, left: Counter) -> list[str]:
     for here, folders, files in os.walk(folder, followlinks=True):
         real, place = os.path.realpath(here), os.path.relpath(here, folder)
         if real in seen:
-            left[f"folder that is there twice, by a link ({shorten(place, 60)})"] += 1
+            left[f"folder that is there twice, by a link ({one_line(place, 60)})"] += 1
             folders.clear()
             continue
         seen.add(real)
@@ -49,7 +49,7 @@ def _check_names(folder: Path, names: list[str]) -> None:
     bad = [name for name in names if name.encode(errors="replace").decode() != name]
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        named = ascii(shorten(bad[0], 100))
+        named = ascii(one_line(bad[0], 100))
         raise ValueError(f"{folder}: the name {named} is not UTF-8{more}; rename it")
 
 # %% ../../../nbs/leaf/03_folders.ipynb #a06f4955
@@ -63,11 +63,11 @@ def _choose_classes(folder: Path, found: list[str], notes: list[str]) -> tuple[s
     report.raise_if_bad()
     unknown = [name for name in found if name not in classes]
     if unknown:
-        said = f"has no class {shorten(', '.join(unknown), 120)!r}, which is a folder here"
+        said = f"has no class {one_line(', '.join(unknown), 120)!r}, which is a folder here"
         raise ValueError(f"{path}: {said}; add it, or rename or remove the folder")
     empty = [name for name in classes if name not in found]
     if empty:
-        notes.append(f"no picture of {shorten(', '.join(empty), 120)}, which label2id.json lists")
+        notes.append(f"no picture of {one_line(', '.join(empty), 120)}, which label2id.json lists")
     return classes
 
 
@@ -80,9 +80,9 @@ def _place(names: list[str], left: Counter) -> tuple[bool, list[tuple[str, str, 
         if not levels:
             left["picture in no class folder"] += 1
         elif bool(part_of[first]) != divided:
-            left[f"picture in {shorten(first, 40)}, no class"] += 1
+            left[f"picture in {one_line(first, 40)}, no class"] += 1
         elif divided and len(levels) < 2:
-            left[f"picture in {shorten(first, 40)}, in no class folder"] += 1
+            left[f"picture in {one_line(first, 40)}, in no class folder"] += 1
         else:
             found.append((name, levels[0] if divided else first, part_of[first] or "train"))
     return divided, found

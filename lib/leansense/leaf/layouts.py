@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..core.check import Report, fingerprint
-from ..core.files import Refused, read_csv, read_json, shorten
+from ..core.files import Refused, one_line, read_csv, read_json
 from ..core.images import ENDINGS, index_content
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve, write_atomic
@@ -175,7 +175,7 @@ def read_classes(path: Path, report: Report) -> tuple[str, ...]:
     numbers = list(ids.values()) if isinstance(ids, dict) else []
     whole = all(type(k) is int for k in numbers)
     if not numbers or not whole or sorted(numbers) != list(range(len(numbers))):
-        what = f"the numbers are {shorten(numbers, 80)}" if numbers else "holds no class"
+        what = f"the numbers are {one_line(numbers, 80)}" if numbers else "holds no class"
         report.add(path, what, f"number the classes 0 to {max(len(numbers) - 1, 0)}, each once")
         return ()
     return tuple(sorted(ids, key=ids.get))
@@ -246,7 +246,7 @@ def describe_gaps(data: Leaf) -> list[str]:
     for part in ("valid", "test"):
         lacking = [name for name, count in counts[part].items() if not count]
         if lacking and len(lacking) < total:
-            named = shorten(", ".join(lacking), 120)
+            named = one_line(", ".join(lacking), 120)
             cap = (total - len(lacking)) / total
             said = f"macro-F1 is the mean over all {total} classes and cannot pass {cap:.2f} there"
             lines.append(f"{part} has no picture of {named}: {said}")

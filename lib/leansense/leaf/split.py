@@ -21,6 +21,7 @@ import numpy as np
 from ..core.check import Report
 from ..core.images import open_image, stored_rows
 from ..core.paths import data_root, resolve
+from ..core.text import say
 from .folders import read_folders
 from leansense.leaf.layouts import (
     SPLITS,
@@ -279,7 +280,7 @@ def _source(folder: str) -> Leaf:
 def _leaks(given: argparse.Namespace) -> int:
     """List the near-copies across splits."""
     found = find_leaks(_source(given.folder), given.threshold)
-    print(*found, f"{len(found)} near-copy pair(s) across splits", sep="\n")
+    say(*found, f"{len(found)} near-copy pair(s) across splits")
     return 1 if found else 0
 
 
@@ -297,10 +298,10 @@ def _split(given: argparse.Namespace) -> int:
         given.threshold,
     )
     write_metadata(data, target)
-    print(f"{target}: " + ", ".join(f"{name} {len(data.part(name))}" for name in SPLITS))
+    say(f"{target}: " + ", ".join(f"{name} {len(data.part(name))}" for name in SPLITS))
     kept = ("the division into folders was kept",) if data.layout == "divided" else ()
     for line in (*kept, *data.notes, *describe_gaps(data)):
-        print(f"  {line}")
+        say(f"  {line}")
     return 0
 
 # %% ../../../nbs/leaf/06_split.ipynb #fbb39a9a
@@ -323,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _leaks(given) if given.command == "leaks" else _split(given)
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 2
 
 

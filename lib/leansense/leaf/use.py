@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.export import write_onnx
 from ..core.images import ENDINGS, normalise, to_tensor
 from ..core.paths import resolve, write_atomic
+from ..core.text import say
 from .checkpoint import load_checkpoint
 from .data import prepare
 
@@ -78,6 +80,10 @@ def predict(model: nn.Module, meta: dict, paths: list[Path], batch_size: int = 3
             else []
         )
         for answer, chance in zip(readable, chances):
+            if not np.isfinite(chance).all():
+                said = "the network answers with NaN: use another checkpoint"
+                answer["error"] = f"{answer['path']}: {said}"
+                continue
             best = int(np.argmax(chance))
             sure = bool(chance[best] >= meta["unsure_below"])
             answer |= {
@@ -106,38 +112,11 @@ def export_onnx(model: nn.Module, meta: dict, path: str | Path, tolerance: float
     The error is against PyTorch: ValueError, and no file, when it is above `tolerance`.
     Needs the extra `onnx`.
     """
-    import onnxruntime
-
-    path, size, asked = (
-        Path(path),
-        meta["image_size"],
-        _Confidence(model, meta["temperature"]).eval(),
-    )
+    size, asked = meta["image_size"], _Confidence(model, meta["temperature"]).eval()
     generator = torch.Generator().manual_seed(0)
     two, three = (torch.randn(n, 3, size, size, generator=generator) for n in (2, 3))
-    program = torch.onnx.export(
-        asked,
-        (two,),
-        dynamo=True,
-        input_names=["image"],
-        output_names=["confidence"],
-        dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
-        verbose=False,
-    )
-    content = program.model_proto
-    for key in ("label2id", "image_size", "unsure_below"):
-        content.metadata_props.add(key=key, value=json.dumps(meta[key]))
-    session = onnxruntime.InferenceSession(
-        content.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    with torch.no_grad():
-        error = float(
-            np.abs(session.run(None, {"image": three.numpy()})[0] - asked(three).numpy()).max()
-        )
-    if not error <= tolerance:
-        raise ValueError(f"{path}: not written, its answers differ from PyTorch's by {error:.1e}")
-    write_atomic(path, content.SerializeToString())
-    return error
+    notes = {key: meta[key] for key in ("label2id", "image_size", "unsure_below")}
+    return write_onnx(asked, {"image": two}, [three], "confidence", path, True, notes, tolerance)
 
 # %% ../../../nbs/leaf/40_use.ipynb #30a9e29a
 def _tell(answers: list[dict], out: str) -> int:
@@ -149,11 +128,10 @@ def _tell(answers: list[dict], out: str) -> int:
     except OSError as error:
         failed = str(error)  # the answers can still be seen
     for answer in answers:
-        said = answer.get("error")
-        line = said or f"{answer['path']}\t{answer['label']}\t{answer['confidence']:.3f}"
-        print(line.encode(errors="backslashreplace").decode())  # a name need not be UTF-8
+        said = "{path}\t{label}\t{confidence:.3f}".format(**answer) if "label" in answer else ""
+        say(said or answer["error"])  # a name need not be UTF-8
     if failed:
-        print(failed, file=sys.stderr)
+        say(failed, error=True)
     return 2 if failed else int(any("error" in answer for answer in answers))
 
 
@@ -176,12 +154,12 @@ def main(argv: list[str] | None = None) -> int:
             if len(given.where) > 1:
                 raise ValueError(f"{given.where[1]}: export writes one file; name one")
             error = export_onnx(model, meta, resolve(given.where[0]))
-            print(f"{given.where[0]}: largest difference from PyTorch {error:.1e}")
+            say(f"{given.where[0]}: largest difference from PyTorch {error:.1e}")
             return 0
         found, wrong = _gather(given.where)
         answers = predict(model, meta, found) + wrong
     except (ValueError, OSError) as error:
-        print(str(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
+        say(error, error=True)
         return 2
     return _tell(answers, given.out)
 

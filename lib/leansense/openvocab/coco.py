@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.check import Report
-from ..core.files import Refused, read_json, shorten
+from ..core.files import Refused, one_line, read_json
 from ..core.images import size_of
 from .flickr import Mention, Object, OpenVocab, Sample, Sentence, check_box
 
@@ -87,7 +87,7 @@ def read_categories(entries: Sequence[dict], where: str) -> dict[object, Mention
         number, name = entry.get("id"), " ".join(str(entry.get("name") or "").split())
         if type(number) not in (int, str) or not name:
             raise ValueError(
-                f"{where}: the phrase of category {shorten(number, 40)} is empty; write its name"
+                f"{where}: the phrase of category {one_line(number, 40)} is empty; write its name"
             )
         if number in found:
             raise ValueError(f"{where}: category {number} is there twice; remove one")
@@ -103,7 +103,7 @@ def _read_box(entry: dict, size: tuple[int, int], where: str) -> tuple[float, ..
     box = entry.get("bbox")
     numbers = isinstance(box, list) and [isinstance(v, (int, float)) for v in box] == [True] * 4
     if not numbers or not all(abs(v) < 1e9 for v in box):  # NaN is not below either
-        said = f"bbox {shorten(box, 80)} is no box"
+        said = f"bbox {one_line(box, 80)} is no box"
         raise ValueError(f"{where}: {said}; write x, y, width and height")
     x, y, width, height = map(float, box)
     corners = (x, y, x + width, y + height)
@@ -121,12 +121,12 @@ def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report
     placed = {number: ([], []) for number in images}
     for entry in found["annotations"]:
         number, kind = entry.get("image_id"), entry.get("category_id")
-        where = f"{path}, annotation {shorten(entry.get('id'), 40)}"
+        where = f"{path}, annotation {one_line(entry.get('id'), 40)}"
         if not _is_known(number, images):
-            said = f"image {shorten(number, 40)} is unknown"
+            said = f"image {one_line(number, 40)} is unknown"
             report.add(where, said, "list it in images or remove this")
         elif not _is_known(kind, categories):
-            what = f"category {shorten(kind, 40)} is unknown"
+            what = f"category {one_line(kind, 40)} is unknown"
             report.add(where, what, "list it in categories or remove this")
         else:
             try:
@@ -157,7 +157,7 @@ def _read_images(found: dict, path: Path, root: Path, report: Report) -> dict:
     folder = _find_folder(path, root, first)
     for entry in found["images"]:
         number, name = entry.get("id"), str(entry.get("file_name") or "")
-        where = f"{path}, image {shorten(number, 40)}"
+        where = f"{path}, image {one_line(number, 40)}"
         if type(number) not in (int, str) or not name:
             report.add(where, "it has no id or no file_name", "write both")
         elif number in images or name in names:
@@ -188,8 +188,8 @@ def _read_captions(path: Path, images: dict, report: Report) -> dict:
     for entry in _read_json(beside, ("annotations",))["annotations"]:
         number, text = entry.get("image_id"), " ".join(str(entry.get("caption") or "").split())
         if not _is_known(number, images):
-            where = f"{beside}, annotation {shorten(entry.get('id'), 40)}"
-            report.add(where, f"image {shorten(number, 40)} is unknown", "remove this caption")
+            where = f"{beside}, annotation {one_line(entry.get('id'), 40)}"
+            report.add(where, f"image {one_line(number, 40)} is unknown", "remove this caption")
         else:
             own = found.setdefault(number, [])
             own.append(Sentence(text, (), len(own) + 1))

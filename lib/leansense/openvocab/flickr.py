@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..core.check import Report, fingerprint
-from ..core.files import read_bytes, read_text, read_xml, shorten
+from ..core.files import one_line, read_bytes, read_text, read_xml
 from ..core.parameters import nearest
 
 # %% ../../../nbs/openvocab/02_flickr.ipynb #29842565
@@ -168,7 +168,7 @@ def _number(node, name: str, where: str) -> int:
             raise ValueError
         return number
     except (TypeError, ValueError):
-        said = "is missing" if text is None else f"is {shorten(text, 40)!r}"
+        said = "is missing" if text is None else f"is {one_line(text, 40)!r}"
         raise ValueError(f"{where}: {name} {said}; a whole number is needed") from None
 
 

@@ -201,7 +201,7 @@ def write_answers(
     made = []
     for path in pictures:
         answers, figure = _ask(model, params, path, phrases, top, floor)
-        stem = Path(out) / Path(path).stem
+        stem = resolve(out) / Path(path).stem
         answer = {"picture": Path(path).name, "answers": answers}
         made.append(write_atomic(f"{stem}.json", json.dumps(answer, allow_nan=False) + "\n"))
         save(figure, stem)[0].unlink()  # the PDF; one picture is enough

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report, fingerprint
-from ..core.files import Refused, read_array, read_bytes, shorten
+from ..core.files import Refused, one_line, read_array, read_bytes
 from ..core.files import read_json as read_guarded
 from ..core.images import open_image
 from ..core.parameters import nearest
@@ -172,7 +172,7 @@ def find_missing(
             error = FileNotFoundError
             if not path.startswith(inside):
                 way = f"copy it there, or let its path name what lies below {root}"
-        report.add(shorten(path, 300), f"{what} {bad[path]}", way, error)
+        report.add(one_line(path, 300), f"{what} {bad[path]}", way, error)
     if len(bad) > 10:
         there = [path for path in bad if path.startswith(inside)] if root else list(bad)
         where = os.path.commonpath(there) if len(there) == len(bad) else root
@@ -206,7 +206,7 @@ def _sample(entry, where: str, label: str, report: Report) -> tuple | None:
         count = len(images) if isinstance(images, list) else "no list of"
         paths = images if isinstance(images, list) else []
         named = ", ".join(filter(None, (find_camera(p) for p in paths if isinstance(p, str))))
-        seen = f" ({shorten(named, 120)})" if named else ""
+        seen = f" ({one_line(named, 120)})" if named else ""
         fix = f"give six paths, in the order {', '.join(CAMERAS)}"
         report.add(where, f"{count} images{seen}", fix)
         return None
@@ -437,7 +437,7 @@ def read_calibration(metadata, where: Path, report: Report) -> dict | None:
     if gone:
         there = ", ".join(sorted(k for k in map(str, metadata) if k.startswith("CAM_"))) or "none"
         lacking = ", ".join(f"CAM_{name.upper()}" for name in gone)
-        said = f"metadata of {lacking} is missing; it has {shorten(there, 160)}"
+        said = f"metadata of {lacking} is missing; it has {one_line(there, 160)}"
         report.add(where, said, "record six cameras of these names, or write the infos again")
         return None
     k = _lenses(metadata, str(where), report)
@@ -480,12 +480,12 @@ def _report_sensors(entries: list[tuple[int, dict]], where: str, report: Report)
             danger = "GT_DET is a pickle, and loading one can run any code in it"
             fix = f"{danger}: export GT_SEG from SimBEV instead"
         there = sorted(str(k) for k in entry if str(k).startswith("RGB-CAM_"))
-        have = f"; its cameras are {shorten(', '.join(there), 160) or 'none'}"
+        have = f"; its cameras are {one_line(', '.join(there), 160) or 'none'}"
         said = f"missing {', '.join(missing)}{have if set(missing) - {'GT_SEG'} else ''}"
         more = f" and {len(frames) - 1} more frames" if len(frames) > 1 else ""
         report.add(f"{where} frame {number}{more}", said, fix)
     if unread:
-        said = f"cameras that are not read: {shorten(', '.join(sorted(unread)), 160)}"
+        said = f"cameras that are not read: {one_line(', '.join(sorted(unread)), 160)}"
         read = ", ".join(_NEEDED[:6])
         report.warn(where, said, f"only {read} are; rename one if another is meant")
 
@@ -527,7 +527,7 @@ def read_label_grid(
         said = {key: config[key] for key in ("bev_res", "bev_dim") if key in config}
     elif isinstance(config, str) and not os.path.isfile(reroot(config, root)):
         if not any("its config is not there" in problem.what for problem in report.warnings):
-            what = f"its config is not there ({shorten(reroot(config, root), 200)})"
+            what = f"its config is not there ({one_line(reroot(config, root), 200)})"
             report.warn(where, what, "copy configs/ too: it says how large a label's cell is")
     elif isinstance(config, str):
         where = reroot(config, root)
@@ -832,7 +832,7 @@ def read_label(frame: Frame) -> np.ndarray:
         ) from None
     except Exception as error:  # zip, zlib and PIL have errors of their own
         said = getattr(error, "reason", "") or str(error).replace(frame.label, "the file")
-        reason = shorten(said)
+        reason = one_line(said)
         raise ValueError(
             f"{frame.label}: label {reason}; write it again or remove its sample"
         ) from None

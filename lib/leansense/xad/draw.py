@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..core.figures import COLOURS
+from ..core.text import plot
 from ..layers.bev_drawing import locate_cells
 from ..layers.conventions import INPUTS, SQUARE
 from ..layers.lift_splat import project
@@ -67,7 +68,7 @@ def draw_cameras(
         one.grid(False)
         if names:
             one.set_title(
-                names[n].removeprefix("CAM_").replace("_", " ").lower(), fontsize=5, pad=1
+                plot(names[n].removeprefix("CAM_").replace("_", " ").lower()), fontsize=5, pad=1
             )
     for number in SHOWN:
         where = locate_cells(torch.as_tensor(classes) == number, xbound, ybound)
@@ -93,7 +94,7 @@ def draw_labels(
     for place, name, want in zip(places, names, wanted):
         weight = "bold" if want else "normal"
         text = axes.text(
-            0.02, place, name.replace("_", " "), fontsize=5, va="center", weight=weight
+            0.02, place, plot(name.replace("_", " ")), fontsize=5, va="center", weight=weight
         )
         text.set_in_layout(False)  # long names do not narrow the axes
     axes.axvline(0.5, color="0.6", lw=0.5, zorder=0)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.files import read_yaml, shorten
+from ..core.files import one_line
+from ..core.outside import read_yaml
 from ..core.paths import resolve
 from ..layers.conventions import SQUARE, quaternion_to_matrix, scale_intrinsics
 from ..layers.image_augment import choose_middle, make_matrix
@@ -53,13 +54,13 @@ def read_frame(folder: str | Path) -> Frame:
             fix = "copy the frame's YAML file, its scan 0.bin and imgs/CAM_*.jpg there"
             raise FileNotFoundError(f"{file}: file of the real frame is missing; {fix}")
     try:
-        content = read_yaml(path, 1 << 26)
+        content = read_yaml(path, path.name, "copy it again")
         cameras = [content["cams"][name] for name in CAMERAS]
         rots, trans = zip(*(_pose(entry, "sensor2ego") for entry in cameras))
         k = np.array([entry["cam_intrinsic"] for entry in cameras], float)
         boxes, lidar = _boxes(content), _pose(content, "lidar2ego")
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        said = getattr(error, "reason", "") or shorten(error)
+        said = one_line(error)
         raise ValueError(f"{path}: is not the file of a frame ({said}); copy it again") from None
     return Frame(
         content["token"], content["scene_token"], "test", "one key frame of nuScenes", images,

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import file_digests
-from ..core.files import Refused, read_array, read_json, read_yaml
+from ..core.files import Refused, read_array, read_json
+from ..core.outside import read_yaml
 from ..core.paths import data_root
 from ..core.store import stored_array
 from ..layers.conventions import SQUARE, cell_centres, choose
@@ -185,7 +186,12 @@ def read_names(path: str | Path = "") -> dict[str, tuple[str, ...]]:
     if not path:
         return NEUTRAL
     fix = "give the lists actions (4 names) and descriptions (8 names)"
-    found = read_yaml(path, what="file of label names", fix=fix, absent=fix)
+    try:
+        found = read_yaml(path, fix=fix)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: file of label names is missing; {fix}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
     for key, names in NEUTRAL.items():
         given = found.get(key) if isinstance(found, dict) else None
         texts = isinstance(given, list) and all(isinstance(name, str) for name in given)

@@ -504,7 +504,7 @@ class XadNet(nn.Module):
         cameras = (rots, trans, intrins, post_rots, post_trans)
         batch, number = check_cameras(**dict(zip(CAMERA_SHAPES, cameras)))
         size = self.config["final_h"], self.config["final_w"]
-        depth, features, image = self.camera(check_images(imgs, batch, number, size))
+        depth, features, image = self.camera(check_images(imgs, batch, number, size, self.camera))
         logits, refined = self.bev_encoder(self.lift(depth, features, *cameras))
         if self.text is None:
             return logits, None, None

@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'SPLITS', 'scene_names', 'find_leaks', 'choose_scenes']
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..core.files import read_json, shorten
+from ..core.files import one_line, read_json
 from ..core.parameters import nearest
 
 # %% ../../../nbs/xad/06_split.ipynb #b61295d1
@@ -112,7 +112,7 @@ def _declared(path: Path) -> dict:
                 if part not in PARTS or not all(isinstance(name, str) for name in scenes):
                     raise ValueError(f"{part} is no list of scene names")
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        said = getattr(error, "reason", "") or shorten(error)
+        said = getattr(error, "reason", "") or one_line(error)
         raise ValueError(f"{path}: is not a list of scenes ({said}); {fix}") from None
     return found
 

@@ -7,6 +7,7 @@ __all__ = ['load_checkpoint', 'name_labels', 'describe_map', 'predict', 'write_p
 
 # %% ../../../nbs/xad/40_use.ipynb #14119f95
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.checkpoint import MARK, check_finite, check_weights, read_checkpoint
+from ..core.checkpoint import MARK, read_checkpoint
 from ..core.paths import resolve, write_atomic
+from ..core.text import say
+from ..core.weights import rebuild
+from ..layers.bev_pool import CELLS, Grid
 from ..layers.conventions import SQUARE
 from .data import CLASSES, collate, dataset, loaders
 from .draw import draw_scene
@@ -36,20 +40,14 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         raise ValueError(f"{path}: its parameters name no lss_version: {again}")
     if params.get("pretrain") or stage == "pretrain":
         raise ValueError(f"{path}: of a first stage, which knows no labels: {again}")
-    settings = network_settings(params) | {"weights": "", "backbone_weights": ""}
+    files = {"weights": "", "backbone_weights": "", "pretrained": False}
     try:
-        model = build(**settings | {"pretrained": False})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its network cannot be built: {error}") from None
-    weights = {
-        name.removeprefix("model."): value
-        for name, value in kept["state_dict"].items()
-        if name.startswith("model.")
-    }
-    check_weights(model, weights, path)
-    check_finite(weights, path)
-    model.load_state_dict(weights)
-    return model.eval(), params
+        settings = network_settings(params) | files
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: its parameters are not sound ({error}): {again}") from None
+    if (cells := math.prod(Grid(**settings["grid_conf"]).nx)) > CELLS:
+        raise ValueError(f"{path}: its grid has {cells} cells, {CELLS} are the most: {again}")
+    return rebuild(build, settings, kept["state_dict"], path), params
 
 # %% ../../../nbs/xad/40_use.ipynb #d9da893f
 def name_labels(names: Sequence[str], logits: torch.Tensor) -> list[dict]:
@@ -124,11 +122,11 @@ def write_predictions(
 
     from leansense.core.figures import PAGE, save, style
 
-    model, params = load_checkpoint(checkpoint)
+    model, params = load_checkpoint(resolve(checkpoint))
     bounds = [params.get(name, SQUARE) for name in ("xbound", "ybound")]
     names, made = model.config["cams"], []
     for answer, item, classes in predict(model, params, folder, part, limit):
-        stem, labels = Path(out) / answer["id"], {}
+        stem, labels = resolve(out) / answer["id"], {}
         for kind in ("action", "description"):
             given = answer[f"{kind}s"]
             chances = [one["probability"] for one in given]
@@ -159,9 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         made = write_predictions(given.checkpoint, folder, given.out, given.part, given.limit)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 1
-    print(f"{len(made)} samples in {given.out}")
+    say(f"{len(made)} samples in {given.out}")
     return 0
 
 
