@@ -526,7 +526,8 @@ def read_label_grid(
     if isinstance(config, dict):
         said = {key: config[key] for key in ("bev_res", "bev_dim") if key in config}
     elif isinstance(config, str) and not os.path.isfile(reroot(config, root)):
-        if not any("its config is not there" in problem.what for problem in report.warnings):
+        known = any("its config is not there" in problem.what for problem in report.warnings)
+        if not (resolution or known):
             what = f"its config is not there ({one_line(reroot(config, root), 200)})"
             report.warn(where, what, "copy configs/ too: it says how large a label's cell is")
     elif isinstance(config, str):

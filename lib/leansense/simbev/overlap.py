@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..core.check import Report
-from ..core.files import read_array
+from ..core.files import Refused, read_array
 from ..core.images import open_image
 from ..layers.conventions import SQUARE, check_rigid
 from leansense.layers.splat_overlap import (
@@ -39,9 +39,14 @@ def read_points(path: str) -> np.ndarray:
 
     def accept(shape: tuple, dtype: np.dtype) -> str:
         sound = len(shape) == 2 and shape[1] >= 3 and dtype.kind == "f"
-        return "" if sound else f"lidar scan is {dtype} of shape {shape}, not (n, 3) numbers"
+        return "" if sound else f"is {dtype} of shape {shape}, not (n, 3) numbers"
 
-    return read_array(path, "data", accept, what="lidar scan", fix="copy it again")[:, :3]
+    words = {"what": "lidar scan", "fix": "copy it again"}
+    try:
+        return read_array(path, "data", accept, **words)[:, :3]
+    except Refused as error:
+        said = f"lidar scan cannot be read ({error.reason})"
+        raise ValueError(f"{path}: {said}; copy it again") from None
 
 # %% ../../../nbs/simbev/07_overlap.ipynb #939e827f
 def lift_frame(
