@@ -127,18 +127,25 @@ def test_json_from_outside(tmp_path, kind):
     assert str(path) in text and said in text
 
 
-def test_yaml_aliases_and_tags_are_refused(tmp_path):
-    path = tmp_path / "a.yaml"
-    levels = [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 9)]
-    path.write_text("\n".join(["a0: &a0 [lol]", *levels]))
-    assert "alias" in one_line(files.read_yaml, path)
-    path.write_text("a: !!python/object/apply:os.system ['true']")
-    assert "is not YAML" in one_line(files.read_yaml, path)
-    path.write_text("a: [1, 2]\nb: 'two * three'")
-    assert files.read_yaml(path) == {"a": [1, 2], "b": "two * three"}
+def test_xml_from_outside(tmp_path):
+    """2.3: definitions of its own may stand for gigabytes, or for another file."""
+    path = tmp_path / "a.xml"
+    words = "".join(f'<!ENTITY a{k} "{f"&a{k - 1};" * 9}">' for k in range(1, 12))
+    for text, said in (
+        (f'<!DOCTYPE x [<!ENTITY a0 "lol">{words}]><x>&a11;</x>', "<!DOCTYPE"),
+        ('<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/hostname">]><x>&a;</x>', "<!DOCTYPE"),
+        ("<x><y></x>", "not XML"),
+        ("", "not XML"),
+    ):
+        path.write_text(text)
+        assert said in one_line(files.read_xml, path)
+    path.write_bytes("<x>é</x>".encode("utf-16"))
+    assert "not UTF-8" in one_line(files.read_xml, path)
+    path.write_text("<x><y>12</y></x>")
+    assert files.read_xml(path).findtext("y") == "12"
 
 
-@pytest.mark.parametrize("read", [files.read_text, files.read_json, files.read_yaml,
+@pytest.mark.parametrize("read", [files.read_text, files.read_json, files.read_xml,
                                   files.read_csv, files.read_array])  # fmt: skip
 def test_what_is_no_file_is_not_opened(tmp_path, read):
     """2.3: a pipe blocks whoever opens it, and a device has no end."""
@@ -153,7 +160,7 @@ def test_size_is_asked_before_reading(tmp_path):
     path = tmp_path / "large.txt"
     with open(path, "wb") as file:
         file.truncate(1 << 40)  # a terabyte of nothing, on no disk
-    for read in (files.read_text, files.read_json, files.read_yaml, files.read_csv):
+    for read in (files.read_text, files.read_json, files.read_xml, files.read_csv):
         assert "bytes, more than the" in one_line(read, path)
 
 

@@ -15,11 +15,11 @@ from conftest import message
 from leansense.beam import features
 from leansense.beam.layouts import parse_beams
 from leansense.core.check import Report
-from leansense.core.files import Refused
 from leansense.leaf import data as leaf
 from leansense.leaf.layouts import describe_gaps, write_metadata
 from leansense.leaf.split import main as split_main
 from leansense.leaf.split import make_split, read_folders
+from leansense.openvocab import coco, flickr
 from leansense.simbev import layouts as simbev
 from leansense.simbev.overlap import read_depth, read_points
 from leansense.xad.frames import _is_size
@@ -331,12 +331,61 @@ def test_labels_of_a_moment_from_outside(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((200, 201)))
     assert "map has shape (200, 201)" in message(ValueError, read_map, str(tmp_path / "a.npy"))
     os.mkfifo(tmp_path / "pipe")
-    for read in (read_map, read_names, lambda p: read_list(p, 4, "action")):
+    for read in (read_map, lambda p: read_list(p, 4, "action")):
         assert "is a pipe" in message(ValueError, read, str(tmp_path / "pipe"))
+    assert "not a file" in message(ValueError, read_names, str(tmp_path / "pipe"))
     (tmp_path / "a.json").write_text("[0, 1, 1e999, 0]")
     assert "1e999" in message(ValueError, read_list, str(tmp_path / "a.json"), 4, "action")
-    (tmp_path / "a.yaml").write_text("a: &a [x]\nactions: *a\n")
-    assert "alias" in message(Refused, read_names, tmp_path / "a.yaml")
+    levels = (f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 9))
+    (tmp_path / "a.yaml").write_text("\n".join(["a0: &a0 [lol]", *levels]))
+    assert "aliases written out" in message(ValueError, read_names, tmp_path / "a.yaml")
     for size in ([1, float("nan"), 1], [1, 2, "3"], [1, 2], None, [1, 2, 10**9], [True, 1, 1]):
         assert not _is_size(size)
     assert _is_size([1, 2.5, 3]) and json.loads("[1]") == [1]
+
+
+# ---- Flickr and COCO
+
+
+def test_annotations_from_outside(tmp_path):
+    """2.3: XML bombs, numbers without end, objects for numbers: a line with the file."""
+    box = "<object><name>1</name><bndbox><xmin>{}</xmin><ymin>1</ymin></bndbox></object>"
+    size = "<size><width>{}</width><height>9</height><depth>3</depth></size>"
+    for text, said in (
+        ("<!DOCTYPE a []><annotation/>", "<!DOCTYPE"),
+        (f"<annotation>{size.format('9' * 400)}</annotation>", "width is"),
+        (f"<annotation>{size.format(9)}{box.format('1e999')}</annotation>", "xmin is"),
+    ):
+        (tmp_path / "a.xml").write_text(text)
+        told = message(ValueError, flickr.read_annotation, tmp_path / "a.xml")
+        assert str(tmp_path / "a.xml") in told and said in told and len(told) < 500
+    os.mkfifo(tmp_path / "pipe")
+    for read in (flickr.read_annotation, flickr.read_sentences, flickr.read_list):
+        assert "is a pipe" in message(ValueError, read, tmp_path / "pipe")
+
+
+def instances(category=1, image=1, box=(1, 2, 3, 4)) -> str:
+    """A COCO file of one category, one picture and one box."""
+    return json.dumps({
+        "categories": [{"id": category, "name": "a"}],
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 9, "height": 9}],
+        "annotations": [{"image_id": image, "category_id": 1, "bbox": box}],
+    })  # fmt: skip
+
+
+COCO = {
+    "deep": ("[" * 100_000, "nested too deeply"),
+    "no list": ('{"images": {}}', "has no categories"),
+    "an object as id": (instances(category={}), "category {} is empty"),
+    "an infinite box": (instances(box=[1, 2, float("inf"), 4]), "is no box"),
+    "a list as image": (instances(image=[1]), "image [1] is unknown"),
+}
+
+
+@pytest.mark.parametrize("kind", COCO)
+def test_instances_from_outside(tmp_path, kind):
+    """2.3: what JSON may hold and COCO does not."""
+    content, said = COCO[kind]
+    (tmp_path / "instances_train.json").write_text(content)
+    _, report = coco.scan(tmp_path)
+    assert any(said in str(problem) for problem in report.errors), str(report)
