@@ -191,7 +191,7 @@ def test_files_outside_the_folder_are_counted(tmp_path):
     assert files.find_outside(root, names) == []
     away = ["linked/b", "link", "../other/b", str(other / "b"), "own/../../other/b"]
     assert files.find_outside(root, [*names, *away]) == away
-    assert files.find_outside(root, ["missing", "../missing"]) == ["../missing"]
+    assert files.find_outside(root, ["missing", "../missing", "a\0b/c"]) == ["../missing"]
     report = Report("leaf", str(root))
     files.warn_outside(report, root, [*names, *away])
     assert report.ok and "5 of the files that are read lie outside" in str(report)

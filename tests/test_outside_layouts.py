@@ -13,6 +13,7 @@ from PIL import Image
 
 from conftest import message
 from leansense.beam import features
+from leansense.beam.data import prepare_image
 from leansense.beam.layouts import parse_beams
 from leansense.core.check import Report
 from leansense.leaf import data as leaf
@@ -288,6 +289,16 @@ def test_point_clouds_from_outside(tmp_path, kind):
     (tmp_path / "a.ply").write_bytes(BROKEN[kind])
     text = message(ValueError, features.read_points, tmp_path / "a.ply")
     assert text.startswith(f"{tmp_path / 'a.ply'}: ") and text.endswith("remove its rows")
+
+
+def test_a_segmentation_of_another_size_is_named(tmp_path):
+    draw(tmp_path, "unit1/camera_data/a.png")
+    (tmp_path / "unit1" / "camera_data_seg").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "unit1" / "camera_data_seg" / "a.png")
+    picture = str(tmp_path / "unit1" / "camera_data" / "a.png")
+    assert "camera_data_seg/a.png: segmentation" in message(
+        ValueError, prepare_image, picture, 8, 1
+    )
 
 
 def test_cubes_and_texts_from_outside(tmp_path):

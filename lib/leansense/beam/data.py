@@ -56,6 +56,9 @@ def prepare_image(path: str, size: int, add_seg: int = 0) -> np.ndarray:
     if add_seg:
         whole = np.asarray(picture).astype(np.float32)
         mask = np.asarray(open_image(beside(path, "camera_data_seg")))[..., 2:] > 127
+        if mask.shape[:2] != whole.shape[:2]:
+            said = "segmentation has another size than its picture"
+            raise ValueError(f"{beside(path, 'camera_data_seg')}: {said}; copy both again")
         picture = Image.fromarray(np.clip(0.8 * whole + 0.5 * whole * mask, 0, 255).astype("uint8"))
     small = picture.resize((size, size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
@@ -125,7 +128,8 @@ class Frames:
             seg = [str(Path(p).relative_to(root)) for p in map(_segmented, paths) if p]
             lines += [digest for _, digest in file_digests(root, seg).values()]
         key = hashlib.blake2b("\n".join([*lines, extra]).encode(), digest_size=16).hexdigest()
-        target = data_root() / "cache" / "beam" / f"{kind}-v1-{options.size}-{key}.npy"
+        name = f"{kind}-v{2 if kind == 'image' else 1}-{options.size}-{key}.npy"
+        target = data_root() / "cache" / "beam" / name
         self.good = None
         if damaged == "absent":
             marks = target.with_name(f"good-{target.name}")

@@ -275,11 +275,13 @@ def find_outside(folder: str | Path, paths: Iterable[str | Path]) -> list[str]:
     for path in dict.fromkeys(map(str, paths)):
         whole = os.path.join(folder, path)
         here, name = os.path.split(whole)
-        if here not in places:  # a folder is followed once, however many files it has
-            places[here] = os.path.realpath(here)
-        real = os.path.join(places[here], name)
-        real = os.path.realpath(whole) if os.path.islink(whole) else os.path.normpath(real)
-        if not real.startswith(inside):
+        try:
+            if here not in places:  # a folder is followed once, however many files it has
+                places[here] = os.path.realpath(here)
+            real = os.path.realpath(whole) if os.path.islink(whole) else f"{places[here]}/{name}"
+        except ValueError:  # no file has such a name
+            continue
+        if not os.path.normpath(real).startswith(inside):
             found.append(path)
     return found
 

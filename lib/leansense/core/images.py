@@ -46,7 +46,7 @@ def _check_size(file, stored: int) -> None:
     if file.format == "PNG" and pixels / 8 > 1032 * stored:  # deflate packs no tighter
         raise Refused(f"{said} by its header, which {stored:,} bytes cannot hold")
 
-
+# %% ../../../nbs/core/64_images.ipynb #73f540e9
 @contextlib.contextmanager
 def _opened(path: str | Path, entry: str) -> Iterator:
     """The PIL file at `path`, header read and found in order; all errors inside in one line."""

@@ -38,7 +38,7 @@ def map_pixels(data: Leaf, size: int):
     if not 1 <= size <= 4096:
         raise ValueError(f"image size {size}: give pixels along one side, such as 224")
     rows, paths, key = data.rows()
-    target = data_root() / "cache" / "leaf" / f"pixels-v1-{size}-{key}.npy"
+    target = data_root() / "cache" / "leaf" / f"pixels-v2-{size}-{key}.npy"
     shape = (size, size, 3)
     return rows, stored_rows(target, shape, "uint8", paths, lambda path: prepare(path, size))
 

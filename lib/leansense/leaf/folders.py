@@ -87,7 +87,7 @@ def _place(names: list[str], left: Counter) -> tuple[bool, list[tuple[str, str, 
             found.append((name, levels[0] if divided else first, part_of[first] or "train"))
     return divided, found
 
-
+# %% ../../../nbs/leaf/03_folders.ipynb #31214571
 def read_folders(folder: str | Path) -> Leaf:
     """Pictures in class folders as a `Leaf`: all train, or in the parts that they are divided into.
 

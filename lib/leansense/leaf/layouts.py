@@ -214,7 +214,7 @@ def _find_file(folder: Path, name: str) -> tuple[str, str]:
             break
     return way, path
 
-
+# %% ../../../nbs/leaf/02_layouts.ipynb #502413f2
 def _read_samples(
     where: Path, rows: list, classes: Sequence[str], names: tuple[str, str], report: Report
 ) -> list[Sample]:

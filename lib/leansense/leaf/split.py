@@ -60,7 +60,7 @@ def hash_poses(path: str | Path) -> np.ndarray:
 def hash_all(data: Leaf) -> np.ndarray:
     """(N, 8, 4) uint64 pose hashes of the samples, in their order; computed once per content."""
     rows, paths, key = data.rows()
-    path = data_root() / "cache" / "leaf" / f"phash-v1-{key}.npy"
+    path = data_root() / "cache" / "leaf" / f"phash-v2-{key}.npy"
     return np.asarray(stored_rows(path, (8, 4), np.uint64, paths, hash_poses))[rows]
 
 # %% ../../../nbs/leaf/06_split.ipynb #53502553

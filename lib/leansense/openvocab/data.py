@@ -80,7 +80,7 @@ def map_pixels(data: OpenVocab, side: int) -> tuple[list[int], np.ndarray]:
             open_image(s.path, entry="annotation")  # says what is missing
     rows, files, key = index_content(data.folder, names)
     size_in = {name: (s.width, s.height) for name, s in zip(names, data.samples)}
-    target = data_root() / "cache" / "openvocab" / f"pixels-v1-{side}-{key}.npy"
+    target = data_root() / "cache" / "openvocab" / f"pixels-v2-{side}-{key}.npy"
     root = Path(data.folder)
     return rows, stored_rows(
         target,

@@ -49,7 +49,7 @@ def cache_pixels(
             f"image size {size}: give (H, W) in pixels, each from 8 to 4096, such as (224, 480)"
         )
     rows, files, key = index_content(folder, paths)
-    base, name = data_root() / "cache" / "simbev", f"pixels-v1-{size[0]}x{size[1]}-{key}.npy"
+    base, name = data_root() / "cache" / "simbev", f"pixels-v2-{size[0]}x{size[1]}-{key}.npy"
     array = stored_rows(base / name, (*size, 3), "uint8", files, lambda p: read_image(p, size))
     sizes = stored_rows(base / f"sizes-v1-{key}.npy", (2,), "int32", files, read_size)
     return rows, array, sizes

@@ -103,7 +103,7 @@ class Pixels(Mapped):
         self.array = None
         if len(self.paths) * size[0] * size[1] * 3 <= limit * 1e9:
             self.rows, files, key = index_content(folder, self.paths)
-            path = data_root() / "cache" / "xad" / f"pixels-v1-{size[0]}x{size[1]}-{key}.npy"
+            path = data_root() / "cache" / "xad" / f"pixels-v2-{size[0]}x{size[1]}-{key}.npy"
             self.array = stored_rows(
                 path, (*size, 3), "uint8", files, lambda path: read_image(path, size)
             )
