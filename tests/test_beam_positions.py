@@ -68,7 +68,7 @@ def test_faults(folder, tmp_path):
 def test_pickled_arrays_are_refused(folder):
     path = next(folder.glob("scenario1_seq_index*.npy"))
     np.save(path, np.array([{}] * 5, dtype=object))
-    assert "is not a numpy array" in message(ValueError, load, folder)
+    assert "holds Python objects" in message(ValueError, load, folder)
 
 
 def test_splits(folder):

@@ -702,7 +702,7 @@ def test_damaged_coco(tmp_path, change, said):
 def test_coco_that_is_no_json(tmp_path):
     root = write_coco(tmp_path / "mine", coco_content())
     (root / "annotations/instances_train2017.json").write_text('{"images": [')
-    assert "instances_train2017.json: not JSON (" in message(ValueError, openvocab.load, root)
+    assert "instances_train2017.json: is not JSON (" in message(ValueError, openvocab.load, root)
 
 
 @pytest.mark.parametrize(

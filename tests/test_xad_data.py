@@ -350,7 +350,7 @@ def test_label_names(copy, tmp_path):
     assert xad.load(copy.parent, labels=str(mine)).descriptions == tuple("abcdefgh")
     for text in ("actions: [go, halt, left, right]", "[1", "actions: [a, a, b, c]", "3"):
         mine.write_text(text)
-        assert message(ValueError, read_names, mine).startswith(f"{mine}: ")
+        assert message(ValueError, read_names, mine).startswith(str(mine))
     assert "is missing" in message(FileNotFoundError, read_names, tmp_path / "none.yaml")
 
 

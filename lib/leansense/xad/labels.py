@@ -17,7 +17,6 @@ import numpy as np
 
 from ..core.check import file_digests
 from ..core.files import Refused, read_array, read_json
-from ..core.outside import read_yaml
 from ..core.paths import data_root
 from ..core.store import stored_array
 from ..layers.conventions import SQUARE, cell_centres, choose
@@ -185,6 +184,8 @@ def read_names(path: str | Path = "") -> dict[str, tuple[str, ...]]:
     """
     if not path:
         return NEUTRAL
+    from leansense.core.outside import read_yaml
+
     fix = "give the lists actions (4 names) and descriptions (8 names)"
     try:
         found = read_yaml(path, fix=fix)
