@@ -119,6 +119,18 @@ def test_a_record_is_not_written_through_a_link(here, tmp_path):
     assert "not below papers/ or runs/" in message(RowsError, read_rows, "toy")
 
 
+@pytest.mark.parametrize("place", ["papers/toy/tables", "figures/toy"])
+def test_a_table_or_figure_is_not_written_through_a_link(here, tmp_path, place):
+    from leansense.core.tables import Paper
+
+    (tmp_path / "mine").mkdir()
+    (here / place).parent.mkdir(parents=True, exist_ok=True)
+    (here / place).symlink_to(tmp_path / "mine")
+    assert "take the name or link away" in message(ValueError, Paper, "toy")
+    (here / place).unlink()
+    assert Paper("toy").system == "toy"
+
+
 def test_runs_may_be_on_another_disk(here, tmp_path):
     (tmp_path / "disk").mkdir()
     shutil.rmtree(here / "runs", ignore_errors=True)

@@ -82,7 +82,8 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """
     kept = read_checkpoint(path)
     params, parts = _described(kept, path), ("model.", "base.", "rebuild.")
-    given = unwrap(kept["state_dict"])
+    given = unwrap(kept["state_dict"]).items()
+    given = {n.replace("_orig_mod.", "").removeprefix("module."): v for n, v in given}
     rebuilds = any(name.startswith(parts[1:]) for name in given)
     weights = {name: value for name, value in given.items() if name.startswith(parts)}
     make = partial(_build_task, params) if rebuilds else build

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from .parameters import code_cells, notebook_cells
 from .paths import resolve, root, write_atomic
+from .text import say
 
 # %% ../../../nbs/core/70_notebooks.ipynb #d212b515
 def is_teaching(notebook: Path) -> bool:
@@ -269,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{', '.join(rows)}: run by the batch, so kept without outputs")
         wrong = store_all(notebooks, asked.jobs or len(os.sched_getaffinity(0)))
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 1
     print(f"{len(notebooks) - len(wrong)} of {len(notebooks)} notebooks have their outputs")
     return int(bool(wrong))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .outside import keep_below
 from .paths import root, write_atomic
 from .record import read, vouched
 from .rows import Row, note_of, paper_folder, read_rows, set_name, without_places
@@ -217,6 +218,8 @@ class Paper:
         top = base.parents[1]
         self.tables = base / sub / "tables" if sub else base / "tables"
         self.figures = top / "figures" / system / sub if sub else top / "figures" / system
+        keep_below(self.tables, "papers", "runs")  # a link in a clone may lead anywhere
+        keep_below(self.figures, "figures", "runs")
         self.numbers_path = self.tables.parent / "numbers.tex"
         self.source = f"nbs/{system}/90_results.ipynb"
         self.rows, self.numbers, self.written = read_rows(system, scale, data), {}, []

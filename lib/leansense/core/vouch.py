@@ -33,6 +33,7 @@ from leansense.core.record import (
     vouchers,
 )
 from .rows import Row, RowsError, fingerprint, paper_folder, read_rows, systems
+from .text import say
 from .warm import Job, run_rows
 
 # %% ../../../nbs/core/18_vouch.ipynb #b6be481a
@@ -300,10 +301,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         refused = vouch(given.systems or systems(), given.commit, given.workers)
     except (RowsError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return 2
     for line in refused:
-        print(f"not vouched for: {line}", file=sys.stderr)
+        say(f"not vouched for: {line}", error=True)
     return 1 if refused else 0
 
 

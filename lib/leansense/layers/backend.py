@@ -224,7 +224,9 @@ def choose(operator: str, wanted: str, *inputs: Any) -> str:
 # %% ../../../nbs/layers/00_backend.ipynb #1584b76b
 def refuse_old_onnx(what: str) -> None:
     """RuntimeError, one line, when the older ONNX exporter, which records a run, is looking on."""
-    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        return
+    if torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             f"{what}: the older ONNX exporter writes a file that runtimes refuse: "
             "call torch.onnx.export(..., dynamo=True)"

@@ -23,6 +23,16 @@ from leansense.layers.lift_splat import (
 CAMERA_SHAPES = dict(zip(INPUTS[1:], ((3, 3), (3,), (3, 3), (3, 3), (3,))))  # behind (B, N)
 
 
+def _check_type(imgs: torch.Tensor, module: nn.Module | None) -> None:
+    """ValueError for images that a convolution of `module` would refuse in words of its own."""
+    first = None if module is None else next(module.parameters(), None)
+    own = torch.float32 if first is None else first.dtype
+    cast = torch.is_autocast_enabled(imgs.device.type) and imgs.dtype != torch.float64
+    fits = module is None or imgs.dtype == own or cast
+    if not (imgs.is_floating_point() and fits):
+        raise ValueError(f"imgs is {imgs.dtype}: give normalised images as {own}")
+
+
 def check_images(
     imgs: torch.Tensor,
     batch: int,
@@ -34,11 +44,8 @@ def check_images(
 
     module: takes the images, in the type of its weights or, under autocast, in any but double
     """
-    own = next((p.dtype for p in module.parameters()), torch.float32) if module else imgs.dtype
-    cast = torch.is_autocast_enabled(imgs.device.type) and imgs.dtype != torch.float64
-    if not imgs.is_floating_point() or (imgs.dtype != own and not cast):
-        own = own if own.is_floating_point else torch.float32
-        raise ValueError(f"imgs is {imgs.dtype}: give normalised images as {own}")
+    if not torch.compiler.is_compiling():  # whose graph has no place for this question
+        _check_type(imgs, module)
     whole, flat = (batch, cameras, 3, *size), (batch * cameras, 3, *size)
     if imgs.shape != whole and imgs.shape != flat:
         raise ValueError(

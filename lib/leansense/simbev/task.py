@@ -378,7 +378,7 @@ def stage_resume(resume: str, folder: str | Path, model: nn.Module | None = None
     if resume in ("", "auto"):
         return resume
     path, folder = Path(resume), Path(folder)
-    kept = read_checkpoint(path)  # says in one line what is wrong with a file
+    kept = read_checkpoint(path, finite=True)  # says in one line what is wrong with a file
     if "model_state_dict" not in kept:
         said = f"{path}: no checkpoint of SimBEV training"
         raise ValueError(f"{said}: name a model_*.pt or last.ckpt that it wrote")
