@@ -11,8 +11,6 @@ import os
 import re
 from pathlib import Path
 
-import yaml
-
 from .paths import root
 from .text import shorten
 
@@ -56,8 +54,10 @@ def keep_below(path: str | Path, *tops: str) -> Path:
 BYTES, VALUES, DEPTH = 1 << 20, 100_000, 40  # the largest matrix here has 11 kB and 1,000 values
 
 
-def _measure(node: yaml.Node, known: dict, above: int = 0) -> tuple[int, int]:
+def _measure(node, known: dict, above: int = 0) -> tuple[int, int]:
     """(values, levels) of a YAML tree, aliases written out; YAMLError: too deep, or a key twice."""
+    import yaml  # only who reads some needs it
+
     if above > DEPTH:
         raise yaml.MarkedYAMLError(
             problem=f"more than {DEPTH} levels deep", problem_mark=node.start_mark
@@ -82,6 +82,8 @@ def _measure(node: yaml.Node, known: dict, above: int = 0) -> tuple[int, int]:
 # %% ../../../nbs/core/04_outside.ipynb #f434f849
 def _parse(text: str) -> object:
     """The content of YAML `text`; YAMLError with the line that is wrong."""
+    import yaml
+
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -105,6 +107,8 @@ def read_yaml(path: str | Path, named: str = "", fix: str = "restore it") -> obj
         named: how a message calls the file; empty: by its path
         fix: what to do about a file that is not right
     """
+    import yaml
+
     path, named = Path(path), named or str(path)
     if path.exists() and not path.is_file():  # a pipe would wait for ever
         raise ValueError(f"{named}: not a file; {fix}")
