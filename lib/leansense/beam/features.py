@@ -251,7 +251,7 @@ def _read_numbers(path: str | Path, what: str, wanted: str, fix: str) -> np.ndar
     except ValueError:
         raise ValueError(f"{path}: {what} is not {wanted}; {fix}") from None
 
-
+# %% ../../../nbs/beam/04_features.ipynb #aba99818
 def read_place(path: str | Path) -> np.ndarray:
     """(latitude, longitude) in degrees from a text of two lines; one-line errors, naming it."""
     again = "write latitude and longitude, a line each"

@@ -113,7 +113,7 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict:
         raise Refused(f"names {one_line(twice, 40)!r} twice")
     return found
 
-
+# %% ../../../nbs/core/63_files.ipynb #58b63528
 def read_json(
     path: str | Path,
     kind: type = object,

@@ -100,7 +100,7 @@ def _declared(file) -> float:
         return 2.0 ** bits[0] - 1 if bits and 8 < bits[0] < 16 else 0.0
     return 0.0
 
-
+# %% ../../../nbs/core/64_images.ipynb #7c288191
 def _to_eight_bits(image, top: float):
     """A picture of one deep channel as PIL L; `top`: the declared highest value, or 0."""
     import numpy as np
@@ -137,7 +137,7 @@ def _to_rgb(image, file):
             return seen
     return image.convert("RGB")
 
-
+# %% ../../../nbs/core/64_images.ipynb #ae134e7e
 def _turn(image, file):
     """A picture turned as the EXIF tag of its file says."""
     from PIL import Image
@@ -150,7 +150,7 @@ def _turn(image, file):
     }  # fmt: skip
     return image.transpose(known[way]) if way in known else image
 
-
+# %% ../../../nbs/core/64_images.ipynb #cbae525e
 def _load(file, draft: int) -> None:
     """Decode a PIL file: a JPEG no smaller than `draft` needs, and one above PIXELS smaller."""
     if draft:

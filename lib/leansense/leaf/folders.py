@@ -27,7 +27,7 @@ def _part_of(name: str) -> str:
     stem = re.sub(r"[ _-]?(images?|imgs?|set|data)$", "", name.lower())
     return _PARTS.get(stem, "")
 
-
+# %% ../../../nbs/leaf/03_folders.ipynb #32360074
 def _list_files(folder: Path, left: Counter) -> list[str]:
     """Every file below a folder that is not hidden, relative; what is not entered goes to left."""
     found, seen = [], set()
@@ -43,7 +43,7 @@ def _list_files(folder: Path, left: Counter) -> list[str]:
         found += [name if place == "." else f"{Path(place).as_posix()}/{name}" for name in visible]
     return sorted(found)
 
-
+# %% ../../../nbs/leaf/03_folders.ipynb #27d98faf
 def _check_names(folder: Path, names: list[str]) -> None:
     """ValueError naming the first file whose name cannot be written into a table."""
     bad = [name for name in names if name.encode(errors="replace").decode() != name]
@@ -70,7 +70,7 @@ def _choose_classes(folder: Path, found: list[str], notes: list[str]) -> tuple[s
         notes.append(f"no picture of {one_line(', '.join(empty), 120)}, which label2id.json lists")
     return classes
 
-
+# %% ../../../nbs/leaf/03_folders.ipynb #ed9f2b5e
 def _place(names: list[str], left: Counter) -> tuple[bool, list[tuple[str, str, str]]]:
     """(whether they are divided, [(name, class, part)]) of pictures; the others go to left."""
     part_of = {name.split("/")[0]: _part_of(name.split("/")[0]) for name in names if "/" in name}

@@ -129,7 +129,7 @@ def _has_pictures(folder: Path) -> bool:
             return True
     return False
 
-
+# %% ../../../nbs/leaf/02_layouts.ipynb #e475a058
 def _read_table(path: Path, report: Report) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Header and (line number, row) of a csv file; what cannot be read goes to the report."""
     if not path.is_file():
@@ -201,7 +201,7 @@ def _report_words(
                 fix,
             )
 
-
+# %% ../../../nbs/leaf/02_layouts.ipynb #cd6b7625
 def _find_file(folder: Path, name: str) -> tuple[str, str]:
     """(name, path) that a cell means: as it is written, else without spaces, with slashes.
 
@@ -310,17 +310,6 @@ def find_absent(samples: Sequence[Sample], report: Report) -> set[str]:
     return bad
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #d975bbc1
-def locate(
-    folder: str | Path = "", metadata: str | Path = "", label2id: str | Path = ""
-) -> tuple[Path, Path]:
-    """The paths of the table and of the class list; relative ones count from the repository."""
-    place = resolve(folder) if str(folder) else data_root()
-    table = resolve(metadata) if str(metadata) else place / "metadata.csv"
-    if not str(metadata) and not table.exists() and (place / "train.csv").exists():
-        table = place / "train.csv"
-    return table, resolve(label2id) if str(label2id) else table.parent / "label2id.json"
-
-
 def _read_kaggle(table: Path, rows: list, ids: Path, report: Report) -> Leaf:
     """Classes and samples of the Kaggle layout, all in train."""
     rows = [(line, {key: cell.strip() for key, cell in row.items()}) for line, row in rows]
@@ -343,6 +332,17 @@ def _read_published(table: Path, rows: list, ids: Path, report: Report) -> Leaf:
     ]
     samples = _read_samples(table, listed, classes, (table.name, ids.name), report)
     return Leaf(table.parent.name, str(table.parent), "published", classes, tuple(samples))
+
+# %% ../../../nbs/leaf/02_layouts.ipynb #ca272c90
+def locate(
+    folder: str | Path = "", metadata: str | Path = "", label2id: str | Path = ""
+) -> tuple[Path, Path]:
+    """The paths of the table and of the class list; relative ones count from the repository."""
+    place = resolve(folder) if str(folder) else data_root()
+    table = resolve(metadata) if str(metadata) else place / "metadata.csv"
+    if not str(metadata) and not table.exists() and (place / "train.csv").exists():
+        table = place / "train.csv"
+    return table, resolve(label2id) if str(label2id) else table.parent / "label2id.json"
 
 
 def scan(
@@ -387,7 +387,7 @@ def _keep_or_write(path: Path, content: dict) -> Callable[[], None]:
         raise FileExistsError(f"{path}: exists and says otherwise of the classes; {fix}")
     return lambda: None
 
-
+# %% ../../../nbs/leaf/02_layouts.ipynb #af209271
 def write_metadata(data: Leaf, out: str | Path) -> Path:
     """Write metadata.csv (`out`: folder or csv), label2id.json, id2label.json; the csv's path.
 

@@ -134,7 +134,7 @@ def _tell(answers: list[dict], out: str) -> int:
         say(failed, error=True)
     return 2 if failed else int(any("error" in answer for answer in answers))
 
-
+# %% ../../../nbs/leaf/40_use.ipynb #61866664
 def main(argv: list[str] | None = None) -> int:
     """The command line: predict | export; status 1: some pictures not read, 2: nothing done."""
     import argparse

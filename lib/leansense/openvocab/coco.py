@@ -115,7 +115,7 @@ def _is_known(number: object, known: dict) -> bool:
     """Whether a file's number (or word) is a key; a list or an object never is."""
     return isinstance(number, (int, str, float)) and number in known
 
-
+# %% ../../../nbs/openvocab/03_coco.ipynb #09fa3d01
 def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report: Report) -> dict:
     """{picture: (objects, crowds)}; a fault of an annotation goes into the report."""
     placed = {number: ([], []) for number in images}

@@ -95,7 +95,7 @@ def _is_size(size: object) -> bool:
     numbers = isinstance(size, list) and len(size) == 3 and {*map(type, size)} <= {int, float}
     return numbers and all(0 < side < 1e6 for side in size)
 
-
+# %% ../../../nbs/xad/03_frames.ipynb #1d8fb031
 def read_boxes(rows: Sequence[dict], tables: Tables, pose: tuple, report: Report) -> Boxes:
     """Rows of sample_annotation as boxes in the frame of an ego pose (rotation, translation)."""
     turn, shift = pose

@@ -47,7 +47,7 @@ def _misfit(row: dict) -> str:
     sound = type(moment) in (int, float) and abs(moment) < 1e18
     return "" if sound else f"timestamp is {one_line(moment, 40)}, not a number"
 
-
+# %% ../../../nbs/xad/02_tables.ipynb #8db3f3b7
 def read_table(folder: Path, name: str, report: Report) -> dict[str, dict]:
     """The rows of one table by token; what is wrong with it goes into the report, by row."""
     path, found = Path(folder) / f"{name}.json", {}
