@@ -292,7 +292,7 @@ def spoilt(how: str, content: dict) -> None:
     elif how == "inf":
         content["model"]["backbone.bn1.running_var"][3] = float("inf")
     elif how == "prefixed":
-        content["model"] = {f"module.{name}": value for name, value in content["model"].items()}
+        content["model"] = {f"student.{name}": value for name, value in content["model"].items()}
     elif how == "missing":
         content["model"].pop("classifier.weight")
     elif how == "more classes":
