@@ -24,8 +24,8 @@ override PORT := $(value PORT)
 export SYSTEM SCALE DATA PROFILE CORES FRESH PORT
 
 bin := .venv/bin
-# what tests, export, benchmark and pretrained rows need on top of the requirements
-EXTRAS := dev,onnx,bench,weights
+# what tests, export, benchmark and pretrained rows (weights of images and of text) need on top of the requirements
+EXTRAS := dev,onnx,bench,weights,text
 ready := .venv/ready-$(shell cat settings.ini setup.py pyproject.toml | cksum | cut -d' ' -f1)
 export LEANSENSE_ROOT := $(CURDIR)
 

@@ -384,7 +384,7 @@ def test_environment_agrees_with_settings():
         for p in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
         if isinstance(p, dict)
     ]
-    assert pip == [{"pip": ["-e .[dev,onnx,bench,weights]"]}]
+    assert pip == [{"pip": ["-e .[dev,onnx,bench,weights,text]"]}]
     assert pins["python"].startswith(SETTINGS["min_python"])
 
 
@@ -501,7 +501,7 @@ def test_lock_can_be_installed():
     from packaging.utils import canonicalize_name
 
     pins = {canonicalize_name(name): version for name, version in lock().items()}
-    for extra in ("", "dev_", "onnx_", "bench_", "weights_"):
+    for extra in ("", "dev_", "onnx_", "bench_", "weights_", "text_"):
         for line in SETTINGS[f"{extra}requirements"].split():
             requirement = Requirement(line)
             version = pins.get(canonicalize_name(requirement.name))
