@@ -245,7 +245,9 @@ def test_an_order_needs_every_seed():
     say, differ = space["say_order"], space["differences"]
     assert say(pd.Series([1.0, 2.0, 0.1])) == "holds: 3 of 3 seeds"
     assert say(pd.Series([1.0, -2.0, 0.1])) == "undecided: 2 of 3 seeds"
-    assert say(pd.Series([-1.0, 0.0])) == "reversed: 0 of 2 seeds"
+    assert say(pd.Series([-1.0, -0.1])) == "reversed: 0 of 2 seeds"
+    assert say(pd.Series([-1.0, 0.0])) == "undecided: 0 of 2 seeds"
+    assert say(pd.Series([0.0, 0.0])) == "undecided: none differs"
     assert say(pd.Series([3.0])) == "higher, one seed" and say(pd.Series(dtype=float)) == "not run"
     first = pd.DataFrame({"seed": [0, 1, 2], "x": [0.5, 0.6, 0.7]})
     second = pd.DataFrame({"seed": [2, 0, 5], "x": [0.6, 0.6, 0.0]})
