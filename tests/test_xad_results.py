@@ -10,16 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, code_cells
 from leansense.core.claims import read_claims
 from leansense.core.tables import escape
 
 NOTEBOOK = "nbs/xad/90_results.ipynb"
-CELLS = [
-    "".join(cell["source"])
-    for cell in json.loads((ROOT / NOTEBOOK).read_text())["cells"]
-    if cell["cell_type"] == "code"
-]
+CELLS = code_cells(NOTEBOOK)
 SOURCE = "\n".join(CELLS)
 PAPER = (ROOT / "papers/xad/main.tex").read_text()
 SMOKE = "runs/smoke/papers/xad"
