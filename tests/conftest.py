@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, no display, scratch repositories, warm processes, gates."""
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -60,6 +61,20 @@ def message(kind: type[Exception], call: Callable, *arguments, **named) -> str:
 
 
 # --- scratch repositories and processes ---
+
+
+def code_cells(notebook: str) -> list[str]:
+    """The sources of a notebook's code cells."""
+    cells = json.loads((ROOT / notebook).read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def set_one(weights: dict, value: float) -> dict:
+    """The weights with `value` in one place of the first matrix."""
+    name = next(n for n, v in weights.items() if v.is_floating_point() and v.ndim > 1)
+    bad = weights[name].clone()
+    bad[(0,) * bad.ndim] = value
+    return weights | {name: bad}
 
 
 @pytest.fixture

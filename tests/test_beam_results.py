@@ -1,6 +1,5 @@
 """The beam paper: what each cell is made of, what the guide implies of itself, no loose ends."""
 
-import json
 import math
 import re
 
@@ -8,15 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, code_cells
 from leansense.core.claims import read_claims
 
 NOTEBOOK = "nbs/beam/90_results.ipynb"
-CELLS = [
-    "".join(cell["source"])
-    for cell in json.loads((ROOT / NOTEBOOK).read_text())["cells"]
-    if cell["cell_type"] == "code"
-]
+CELLS = code_cells(NOTEBOOK)
 SOURCE = "\n".join(CELLS)
 PAPER = (ROOT / "papers/beam/main.tex").read_text()
 

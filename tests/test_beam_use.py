@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import set_one
 from leansense.beam.data import dataset, loaders
 from leansense.beam.model import build
 from leansense.beam.rebuild import RebuildTask
@@ -44,18 +45,11 @@ def write(path: Path, weights: dict, params: object = PARAMS, prefix: str = "mod
     return path
 
 
-def one(weights: dict, value: float) -> dict:
-    name = next(n for n, v in weights.items() if v.is_floating_point() and v.ndim > 1)
-    bad = weights[name].clone()
-    bad[(0,) * bad.ndim] = value
-    return weights | {name: bad}
-
-
 FAULTS = {
     "a key is missing": (lambda w: {"weights": dict(list(w.items())[1:])}, "of another model"),
     "one too many": (lambda w: {"weights": w | {"x": torch.zeros(1)}}, "of another model"),
-    "NaN": (lambda w: {"weights": one(w, math.nan)}, "hold NaN"),
-    "infinity": (lambda w: {"weights": one(w, math.inf)}, "hold Inf"),
+    "NaN": (lambda w: {"weights": set_one(w, math.nan)}, "hold NaN"),
+    "infinity": (lambda w: {"weights": set_one(w, math.inf)}, "hold Inf"),
     "another exchange": (lambda w: {"params": PARAMS | {"FFM": "mamba"}}, "of another model"),
     "another width": (lambda w: {"params": PARAMS | {"width": 16}}, "of another model"),
     "unknown arch": (lambda w: {"params": PARAMS | {"arch": "mambafuson"}}, "cannot be built"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import message
+from conftest import message, set_one
 from leansense.openvocab.task import build_detector
 from leansense.openvocab.use import (
     ask,
@@ -57,18 +57,11 @@ def test_a_checkpoint_gives_its_answers_again(tmp_path, model, picture):
     assert detect(again, PARAMS, image, phrases) == detect(model, PARAMS, image, phrases)
 
 
-def one(weights: dict, value: float) -> dict:
-    name = next(n for n, v in weights.items() if v.is_floating_point() and v.ndim > 1)
-    bad = weights[name].clone()
-    bad[(0,) * bad.ndim] = value
-    return weights | {name: bad}
-
-
 FAULTS = {
     "a weight is missing": (lambda w: (dict(list(w.items())[1:]), PARAMS), "of another model"),
     "one too many": (lambda w: (w | {"x": torch.zeros(1)}, PARAMS), "of another model"),
-    "not a number": (lambda w: (one(w, math.nan), PARAMS), "hold NaN"),
-    "infinity": (lambda w: (one(w, math.inf), PARAMS), "hold Inf"),
+    "not a number": (lambda w: (set_one(w, math.nan), PARAMS), "hold NaN"),
+    "infinity": (lambda w: (set_one(w, math.inf), PARAMS), "hold Inf"),
     "another width": (lambda w: (w, PARAMS | {"dim": 32}), "of another model"),
     "another text": (lambda w: (w, PARAMS | {"text_encoder": "hash"}), "of another model"),
     "no preset": (lambda w: (w, {"dim": 16}), "name no preset"),

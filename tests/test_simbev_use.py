@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, set_one
 from leansense.core.parameters import read_parameters
 from leansense.simbev.data import dataset, loaders
 from leansense.simbev.model import DEMO, build
@@ -65,15 +65,6 @@ def write(path: Path, weights: dict, model: dict = SETTINGS, params: dict = PARA
     return path
 
 
-def one(weights: dict, value: float) -> dict:
-    name = next(
-        name for name, tensor in weights.items() if tensor.is_floating_point() and tensor.ndim > 1
-    )
-    bad = weights[name].clone()
-    bad[(0,) * bad.ndim] = value
-    return weights | {name: bad}
-
-
 FAULTS = {
     "a key is missing": (
         lambda w: {"weights": dict(list(w.items())[1:])},
@@ -89,8 +80,8 @@ FAULTS = {
         },
         "hold NaN",
     ),
-    "one NaN": (lambda w: {"weights": one(w, math.nan)}, "hold NaN"),
-    "one infinity": (lambda w: {"weights": one(w, math.inf)}, "hold Inf"),
+    "one NaN": (lambda w: {"weights": set_one(w, math.nan)}, "hold NaN"),
+    "one infinity": (lambda w: {"weights": set_one(w, math.inf)}, "hold Inf"),
     "no weights": (lambda w: {"weights": 3}, "no checkpoint of SimBEV training"),
     "a setting is unknown": (
         lambda w: {"model": SETTINGS | {"splat": "old"}},
@@ -152,7 +143,7 @@ def test_a_negative_limit_is_refused(tmp_path, weights, folder, capsys):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_to_start_from_must_be_numbers(tmp_path, weights, value):
-    torch.save({"model_state_dict": one(weights, value)}, tmp_path / "start.pt")
+    torch.save({"model_state_dict": set_one(weights, value)}, tmp_path / "start.pt")
     with pytest.raises(ValueError, match="start.pt hold (NaN|Inf)"):
         build(**SETTINGS, weights=str(tmp_path / "start.pt"))
 

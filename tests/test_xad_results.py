@@ -10,16 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, code_cells
 from leansense.core.claims import read_claims
 from leansense.core.tables import escape
 
 NOTEBOOK = "nbs/xad/90_results.ipynb"
-CELLS = [
-    "".join(cell["source"])
-    for cell in json.loads((ROOT / NOTEBOOK).read_text())["cells"]
-    if cell["cell_type"] == "code"
-]
+CELLS = code_cells(NOTEBOOK)
 SOURCE = "\n".join(CELLS)
 PAPER = (ROOT / "papers/xad/main.tex").read_text()
 SMOKE = "runs/smoke/papers/xad"
@@ -245,7 +241,9 @@ def test_an_order_needs_every_seed():
     say, differ = space["say_order"], space["differences"]
     assert say(pd.Series([1.0, 2.0, 0.1])) == "holds: 3 of 3 seeds"
     assert say(pd.Series([1.0, -2.0, 0.1])) == "undecided: 2 of 3 seeds"
-    assert say(pd.Series([-1.0, 0.0])) == "reversed: 0 of 2 seeds"
+    assert say(pd.Series([-1.0, -0.1])) == "reversed: 0 of 2 seeds"
+    assert say(pd.Series([-1.0, 0.0])) == "undecided: 0 of 2 seeds"
+    assert say(pd.Series([0.0, 0.0])) == "undecided: none differs"
     assert say(pd.Series([3.0])) == "higher, one seed" and say(pd.Series(dtype=float)) == "not run"
     first = pd.DataFrame({"seed": [0, 1, 2], "x": [0.5, 0.6, 0.7]})
     second = pd.DataFrame({"seed": [2, 0, 5], "x": [0.6, 0.6, 0.0]})

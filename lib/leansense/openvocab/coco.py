@@ -79,7 +79,7 @@ def _read_json(path: Path, needed: Sequence[str]) -> dict:
             raise ValueError(f"{path}: an entry of {name} is no object; write one in braces")
     return found
 
-
+# %% ../../../nbs/openvocab/03_coco.ipynb #b1678ba0
 def read_categories(entries: Sequence[dict], where: str) -> dict[object, Mention]:
     """{number: its phrase} of the categories of a file; ValueError if one has no name."""
     found = {}

@@ -215,7 +215,7 @@ def _check_files(frames: Sequence[Frame], report: Report) -> None:
             said = f"{len(bad) - 5} more {what} files are missing or empty"
             report.add(Path(bad[5]).parent, said, fix, FileNotFoundError)
 
-
+# %% ../../../nbs/xad/03_frames.ipynb #58a97ba0
 def _check_maps(root: Path, tables: Tables, report: Report) -> None:
     """Report each file of map.json that is not there: other readers of nuScenes stop at it."""
     there = index_files(root, "maps")

@@ -33,7 +33,7 @@ def _square(xbound: tuple, ybound: tuple) -> tuple[tuple, np.ndarray, np.ndarray
     low, step = (np.array([float(bound[k]) for bound in bounds]) for k in (0, 2))
     return tuple(len(cell_centres(bound)) for bound in bounds), low, step
 
-
+# %% ../../../nbs/xad/04_labels.ipynb #7fd78a70
 def fill_cells(footprints: np.ndarray, xbound: tuple, ybound: tuple) -> np.ndarray:
     """The cells (X, Y) bool that convex footprints (n, 4, 2), metres, cover at least in part."""
     shape, low, step = _square(xbound, ybound)
@@ -115,7 +115,7 @@ def _steps(bound: tuple) -> tuple[int, int, int]:
         raise ValueError(f"bound {list(bound)} reaches beyond local_binmap; end at 50 m or before")
     return round(low) + 100, round(high) + 100, round(step)
 
-
+# %% ../../../nbs/xad/04_labels.ipynb #bc8ec5e0
 def resample_map(static: np.ndarray, xbound: tuple, ybound: tuple) -> np.ndarray:
     """A static map (200, 200) on the cells of the bounds, whose steps are multiples of 0.5 m."""
     (x0, x1, nx), (y0, y1, ny) = _steps(xbound), _steps(ybound)

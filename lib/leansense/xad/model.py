@@ -593,7 +593,7 @@ def _trunk(config: dict) -> nn.Module:
         common |= {"keep_head": True, "bn_momentum": 0.01}
     return Trunk(own, (16, 32)[:maps], **common)
 
-
+# %% ../../../nbs/xad/10_model.ipynb #aeab7850
 def _camera(config: dict, depths: int) -> Camera:
     """The camera encoder."""
     trunk, width = _trunk(config), config["width"]

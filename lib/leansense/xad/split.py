@@ -116,7 +116,7 @@ def _declared(path: Path) -> dict:
         raise ValueError(f"{path}: is not a list of scenes ({said}); {fix}") from None
     return found
 
-
+# %% ../../../nbs/xad/06_split.ipynb #41783290
 def choose_scenes(split: str, folder: str | Path, there: Iterable[str]) -> dict[str, str]:
     """The part of each scene of a split, `there` being the scenes that the tables have.
 

@@ -107,7 +107,7 @@ def _ahead(rng: np.random.Generator, situation: Situation) -> list[Objects]:
         return bars + [_put(rng, "traffic_cone", x - 1.0, y) for y in (-1.6, 0.0, 1.6)]
     return [_put(rng, "car", rng.uniform(28.0, 44.0), 0.0)] if situation.far else []
 
-
+# %% ../../../nbs/xad/05_standin.ipynb #2793fb40
 def place_situation(
     snapshot: Snapshot, situation: Situation, lanes: Sequence[tuple], rng: np.random.Generator
 ) -> Snapshot:
@@ -341,7 +341,7 @@ def _annotations(moment: Moment, images: Images, sample: str) -> tuple[list[dict
             })  # fmt: skip
     return instances, rows
 
-
+# %% ../../../nbs/xad/05_standin.ipynb #9d4c8b30
 def add_moment(tables: dict[str, list[dict]], moment: Moment, images: Images, last: bool) -> str:
     """Add the rows of a moment to the tables; the token of its sample."""
     scene, order = moment.scene, moment.order
