@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from ..core.export import write_onnx
 from torch import nn
 
 from ..core.checkpoint import read_checkpoint
+from ..core.export import write_onnx
 from ..core.paths import write_atomic
 from ..core.text import say
 from ..core.weights import rebuild, unwrap
@@ -47,8 +47,13 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
     size = config.get("final_dim", (128, 352))
     if not (isinstance(size, list | tuple) and len(size) == 2):
         raise ValueError(f"{path}: final_dim is {size!r}, not a height and a width: {again}")
-    (height, width), grid = size, GRID_CONF | dict(config.get("grid_conf") or {})
-    if (cells := math.prod(Grid(**grid).nx)) > CELLS:
+    height, width = size
+    try:
+        grid = GRID_CONF | dict(config.get("grid_conf") or {})
+        cells = math.prod(Grid(**grid).nx)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its grid is not sound ({error}): {again}") from None
+    if cells > CELLS:
         raise ValueError(f"{path}: its grid has {cells} cells, {CELLS} are the most: {again}")
     own = {"final_h": height, "final_w": width}
     own |= {name: list(bound) for name, bound in grid.items()}
