@@ -29,7 +29,7 @@ from .data import dataset, loaders
 from .layouts import SPLITS, parse_classes
 from .model import GRID_CONF, build, example
 
-# %% ../../../nbs/simbev/40_use.ipynb #dc56d410
+# %% ../../../nbs/simbev/40_use.ipynb #c372e6e2
 def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
     """(arguments of build, the row's parameters) in a checkpoint; ValueError: they contradict."""
     again = "name a model_*.pt that training wrote"
@@ -69,7 +69,7 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
         raise ValueError(f"{path}: {said}: {again}")
     return config, params
 
-
+# %% ../../../nbs/simbev/40_use.ipynb #dc56d410
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model, in evaluation mode, and the row's parameters of a model_*.pt, or a ValueError."""
     kept = read_checkpoint(path)
