@@ -65,6 +65,7 @@ def write(path: Path, weights: dict, model: dict = SETTINGS, params: dict = PARA
     return path
 
 
+FINE = SETTINGS["grid_conf"] | {name: [-32.0, 32.0, 0.0064] for name in ("xbound", "ybound")}
 FAULTS = {
     "a key is missing": (
         lambda w: {"weights": dict(list(w.items())[1:])},
@@ -88,6 +89,10 @@ FAULTS = {
         "not known here (splat)",
     ),
     "a setting is wrong": (lambda w: {"model": SETTINGS | {"camC": 0}}, "cannot be built: camC=0"),
+    "a size of one number": (lambda w: {"model": SETTINGS | {"final_dim": 5}}, "not a height"),
+    "a grid that is a word": (lambda w: {"model": SETTINGS | {"grid_conf": "x"}}, "its grid is"),
+    "a grid of 10^8 cells": (lambda w: {"model": SETTINGS | {"grid_conf": FINE}}, "are the most"),
+    "a billion channels": (lambda w: {"model": SETTINGS | {"camC": 10**9}}, "camC is 1000000000"),
     "another trunk": (
         lambda w: {"model": SETTINGS | {"trunk": "resnet10t"}},
         "weights of another model",

@@ -29,7 +29,7 @@ from .data import dataset, loaders
 from .layouts import SPLITS, parse_classes
 from .model import GRID_CONF, build, example
 
-# %% ../../../nbs/simbev/40_use.ipynb #dc56d410
+# %% ../../../nbs/simbev/40_use.ipynb #c372e6e2
 def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
     """(arguments of build, the row's parameters) in a checkpoint; ValueError: they contradict."""
     again = "name a model_*.pt that training wrote"
@@ -47,8 +47,13 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
     size = config.get("final_dim", (128, 352))
     if not (isinstance(size, list | tuple) and len(size) == 2):
         raise ValueError(f"{path}: final_dim is {size!r}, not a height and a width: {again}")
-    (height, width), grid = size, GRID_CONF | dict(config.get("grid_conf") or {})
-    if (cells := math.prod(Grid(**grid).nx)) > CELLS:
+    height, width = size
+    try:
+        grid = GRID_CONF | dict(config.get("grid_conf") or {})
+        cells = math.prod(Grid(**grid).nx)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its grid is not sound ({error}): {again}") from None
+    if cells > CELLS:
         raise ValueError(f"{path}: its grid has {cells} cells, {CELLS} are the most: {again}")
     own = {"final_h": height, "final_w": width}
     own |= {name: list(bound) for name, bound in grid.items()}
@@ -64,7 +69,7 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
         raise ValueError(f"{path}: {said}: {again}")
     return config, params
 
-
+# %% ../../../nbs/simbev/40_use.ipynb #dc56d410
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The model, in evaluation mode, and the row's parameters of a model_*.pt, or a ValueError."""
     kept = read_checkpoint(path)

@@ -43,9 +43,10 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     files = {"weights": "", "backbone_weights": "", "pretrained": False}
     try:
         settings = network_settings(params) | files
+        cells = math.prod(Grid(**settings["grid_conf"]).nx)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: its parameters are not sound ({error}): {again}") from None
-    if (cells := math.prod(Grid(**settings["grid_conf"]).nx)) > CELLS:
+    if cells > CELLS:
         raise ValueError(f"{path}: its grid has {cells} cells, {CELLS} are the most: {again}")
     return rebuild(build, settings, kept["state_dict"], path), params
 
