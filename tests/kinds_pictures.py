@@ -1,0 +1,5 @@
+"""Kinds of pictures from outside."""
+
+from kinds import Kind
+
+KINDS: list[Kind] = []

@@ -1,0 +1,5 @@
+"""Kinds of scenes from outside."""
+
+from kinds import Kind
+
+KINDS: list[Kind] = []

@@ -1,0 +1,5 @@
+"""Kinds of weights from outside."""
+
+from kinds import Kind
+
+KINDS: list[Kind] = []
