@@ -15,7 +15,7 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .text import shorten
@@ -39,31 +39,47 @@ def _refuse(path: str | Path, reason: str, fix: str) -> Refused:
     return error
 
 
-@contextlib.contextmanager
+def _say_why(error: Exception, path: str | Path) -> str:
+    """What is wrong with the file at `path`, without its name."""
+    if isinstance(error, Refused):
+        return error.reason or str(error)
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "takes more memory than there is"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text (byte {error.start})"
+    said = getattr(error, "strerror", None) or error or type(error).__name__
+    return one_line(str(said).replace(str(path), "the file"))
+
+
+class _Refusing:
+    """The block of `refusing`; no generator, since a data set enters it once a file."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        path, what, fix, absent = self.words
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{path}: {what} is missing; {absent}") from None
+        if isinstance(error, Exception):
+            raise _refuse(path, _say_why(error, path), fix) from None
+
+
 def refusing(
     path: str | Path, what: str = "file", fix: str = "write it again", absent: str = "copy it there"
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Any exception inside becomes one line naming `path`: Refused, or FileNotFoundError.
 
     Args:
         what: the sort of file, in the line of one that is missing
         fix, absent: what to do about a bad file, and about a missing one
     """
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: {what} is missing; {absent}") from None
-    except Refused as error:
-        raise _refuse(path, error.reason or str(error), fix) from None
-    except RecursionError:
-        raise _refuse(path, "is nested too deeply", fix) from None
-    except MemoryError:
-        raise _refuse(path, "takes more memory than there is", fix) from None
-    except UnicodeDecodeError as error:
-        raise _refuse(path, f"is not UTF-8 text (byte {error.start})", fix) from None
-    except Exception as error:
-        said = getattr(error, "strerror", None) or error or type(error).__name__
-        raise _refuse(path, one_line(str(said).replace(str(path), "the file")), fix) from None
+    return _Refusing(path, what, fix, absent)
 
 # %% ../../../nbs/core/63_files.ipynb #0bff89e2
 TEXT = 1 << 26  # bytes of a text that a person or a program may have written
@@ -82,18 +98,30 @@ def check_file(path: str | Path, limit: float = math.inf) -> int:
     return found.st_size
 
 
+def _read(path: str | Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit`; Refused, without the path."""
+    size = check_file(path, limit)
+    with open(path, "rb", 0) as file:
+        data = file.read(size + 1)
+        if len(data) == size:
+            return data
+        # a very large one comes in parts; or it has changed, or is no file on a disk
+        data += io.BufferedReader(file).read(limit + 1 - len(data))
+    if len(data) > limit:
+        raise Refused(f"has more than the {limit:,} bytes that are read")
+    return data
+
+
 def read_bytes(path: str | Path, limit: int = TEXT, **words: str) -> bytes:
     """The bytes of a regular file of at most `limit`; one-line errors (`words`: `refusing`'s)."""
     with refusing(path, **words):
-        check_file(path, limit)
-        with open(path, "rb") as file:
-            return file.read(limit + 1)
+        return _read(path, limit)
 
 
 def read_text(path: str | Path, limit: int = TEXT, **words: str) -> str:
     """The UTF-8 text of a file, without its byte-order mark; one-line errors."""
     with refusing(path, **words):
-        return read_bytes(path, limit, **words).decode("utf-8-sig")
+        return _read(path, limit).decode("utf-8-sig")
 
 # %% ../../../nbs/core/63_files.ipynb #b2081728
 def _finite(text: str) -> float:
@@ -129,7 +157,7 @@ def read_json(
         finite: numbers are finite; False where the caller asks each one, and names its place
     """
     with refusing(path, **words):
-        data = read_bytes(path, limit, **words)
+        data = _read(path, limit)
         hooks = {"object_pairs_hook": _each_once} if once else {}
         if finite:
             hooks |= {"parse_float": _finite, "parse_constant": _finite}
@@ -147,7 +175,7 @@ def read_xml(path: str | Path, limit: int = TEXT, **words: str):
     from xml.etree import ElementTree
 
     with refusing(path, **words):
-        data = read_bytes(path, limit, **words)
+        data = _read(path, limit)
         if b"<!DOCTYPE" in data or b"<!ENTITY" in data or b"\0" in data[:100]:
             raise Refused("defines words of its own (<!DOCTYPE), or is not UTF-8")
         try:
@@ -173,7 +201,7 @@ def read_csv(
 ) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """(header, [(line number, cells)]) of a csv file; cells as long as the header at least."""
     with refusing(path, **words):
-        text = read_text(path, limit, **words)
+        text = _read(path, limit).decode("utf-8-sig")
         first = text.partition("\n")[0]
         mark = ";" if ";" in first and "," not in first else ","
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
