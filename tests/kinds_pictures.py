@@ -49,7 +49,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(size, bits: int, colour: int, rows: bytes = b"", extra: bytes = b"", laced=0) -> bytes:
-    """A PNG file, byte by byte; `colour`: 0 grey, 2 RGB, 3 palette; `laced`: 1 in seven passes."""
+    """A PNG file, byte by byte; `colour`: 0 grey, 2 RGB, 3 palette, 6 RGBA; `laced`: 1 in seven passes."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, laced))
     body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + head + extra + body
@@ -70,6 +70,8 @@ def laced() -> bytes:
 def deep(top: int, colour: int = 0, extra: bytes = b"") -> bytes:
     """A PNG of 16 bits whose white is `top`."""
     array = ((COLOUR if colour else RAMP) / 255 * top).round().astype(">u2")
+    if colour == 6:
+        array = np.dstack([array, np.full_like(RAMP, 65535, dtype=">u2")]).astype(">u2")
     return png((SIDE, SIDE), 16, colour, lines(array), extra)
 
 
@@ -91,6 +93,16 @@ def tiff(array, tags=(), **options) -> bytes:
     return saved(array, "TIFF", tiffinfo=dict(tags), **options)
 
 
+def plain_tiff(array, white: int) -> bytes:
+    """A TIFF of one strip, byte by byte; `white`: 0: zero is white, 1: zero is black."""
+    kind = 3 if array.dtype.kind == "f" else 1
+    tags = ((256, SIDE), (257, SIDE), (258, 8 * array.itemsize), (259, 1), (262, white),
+            (273, 200), (277, 1), (278, SIDE), (279, array.nbytes), (339, kind))  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    start = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return start.ljust(200, b"\0") + array.tobytes()
+
+
 def with_alpha() -> bytes:
     """Every pixel covers the half of what is behind it, the values are what they are."""
     return saved(np.dstack([COLOUR, np.full_like(RAMP, 128)]), "PNG")
@@ -110,6 +122,13 @@ def turned(way: int, odd: bool = False) -> bytes:
             where = struct.unpack_from(order + "I", content, place + 8)[0]
             struct.pack_into(order + "ii", content, start + where, -72, 1)
     return bytes(content)
+
+
+def lying(kind: str, way: int) -> bytes:
+    """A picture of another format with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[274] = way
+    return saved(COLOUR, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
 
 
 def moving(kind: str, **options) -> bytes:
@@ -164,6 +183,7 @@ DEPTHS = {
     "PNG of 2 bits": ("a.png", lambda: few(2), of_few(2), 0),
     "PNG of 4 bits": ("a.png", lambda: few(4), of_few(4), 0),
     "palette of 4 bits": ("a.png", lambda: few(4, 3), of_few(4), 0),
+    "palette of 8 bits": ("a.png", lambda: few(8, 3), GREY, 0),
     "16-bit grey PNG": ("a.png", lambda: deep(65535), GREY, 1),
     "16-bit colour PNG": ("a.png", lambda: deep(65535, 2), COLOUR, 1),
     "12 bits in 16, sBIT declared": (
@@ -172,6 +192,16 @@ DEPTHS = {
         "a.png", lambda: deep(1023, extra=chunk(b"sBIT", b"\x0a")), GREY, 1),
     "12-bit colour in 16, sBIT declared": (
         "a.png", lambda: deep(4095, 2, chunk(b"sBIT", b"\x0c\x0c\x0c")), COLOUR, 1),
+    "12-bit colour and alpha in 16, sBIT declared": (
+        "a.png", lambda: deep(4095, 6, chunk(b"sBIT", b"\x0c" * 4)), COLOUR, 1),
+    "16 bits, all black": ("a.png", lambda: deep(0), GREY * 0, 0),
+    "16-bit TIFF whose 0 is white": (
+        "a.tif", lambda: plain_tiff(RAMP.astype(np.uint16) * 257, 0), 255 - GREY, 1),
+    "float TIFF whose 0 is white": (
+        "a.tif", lambda: plain_tiff((RAMP / 255).astype(np.float32), 0), 255 - GREY, 1),
+    "8-bit TIFF whose 0 is white": ("a.tif", lambda: plain_tiff(RAMP, 0), 255 - GREY, 0),
+    "float TIFF, all black": (
+        "a.tif", lambda: plain_tiff(RAMP.astype(np.float32) * 0, 1), GREY * 0, 0),
     "16-bit TIFF": ("a.tif", lambda: tiff(RAMP.astype(np.uint16) * 257), GREY, 1),
     "12 bits in a TIFF that declares 4095": (
         "a.tif", lambda: tiff((RAMP / 255 * 4095).astype(np.uint16), {281: 4095}), GREY, 1),
@@ -198,7 +228,6 @@ FORMS = {
     "TIFF": ("a.tiff", lambda: tiff(COLOUR), COLOUR, 0),
     "packed TIFF": ("a.tif", lambda: tiff(COLOUR, compression="tiff_lzw"), COLOUR, 0),
     "TIFF of two pages": ("a.tif", lambda: moving("TIFF"), GREY, 0),
-    "palette": ("a.png", lambda: saved(GREY, "PNG", "P"), GREY, 6),
     "half transparent": ("a.png", with_alpha, COLOUR, 0),
     "white below transparency": (
         "a.png", lambda: saved(np.dstack([GREY * 0 + 255, BLACK]), "PNG"), SEEN, 0),
@@ -207,6 +236,11 @@ FORMS = {
     "EXIF orientation beside a negative rational": ("a.jpg", lambda: turned(6, True), 6, 2),
     **{f"EXIF orientation {way}": ("a.jpg", functools.partial(turned, way), way, 2)
        for way in (1, *TURNS, 99)},
+    **{f"{kind} with an EXIF orientation": (
+        f"a.{end}", functools.partial(lying, kind, 6), 6, 0)
+       for kind, end in (("TIFF", "tif"), ("PNG", "png"), ("WEBP", "webp"))},
+    "an EXIF block of nothing": ("a.jpg", lambda: jpeg(exif=b"Exif\0\0"), COLOUR, 2),
+    "a colour profile of nothing": ("a.jpg", lambda: jpeg(icc_profile=b"x" * 700), COLOUR, 2),
     "a name in Latin-1": ("caf\udce9.png", lambda: saved(COLOUR, "PNG"), COLOUR, 0),
     "a name with a line break and a space before it": (
         " a\nb.png", lambda: saved(COLOUR, "PNG"), COLOUR, 0),
@@ -240,6 +274,10 @@ NONE = {
     "JPEG 2000": ("a.jpg", lambda: saved(COLOUR, "JPEG2000"), "is none of JPEG"),
     "PPM": ("a.jpg", lambda: saved(COLOUR, "PPM"), "is none of JPEG"),
     "PDF called .png": ("a.png", lambda: saved(COLOUR, "PDF"), "is none of JPEG"),
+    "a bad picture with a line break in its name": ("a\nb.png", lambda: b"x", "is none of JPEG"),
+    "a bad picture with a name in Latin-1": ("caf\udce9.png", lambda: b"x", "is none of JPEG"),
+    "a bad picture with a terminal's code in its name": (
+        "\x1b[31m.png", lambda: b"x", "is none of JPEG"),
     "empty": ("a.jpg", lambda: b"", "image "),
     "half a JPEG": ("a.jpg", lambda: half(jpeg()), "image cannot be decoded"),
     "half a PNG": ("a.png", lambda: half(saved(COLOUR, "PNG")), "image cannot be decoded"),
