@@ -1,11 +1,16 @@
 """Kinds of pictures, for each of the five readers of one, and of class folders and tables."""
 
+import atexit
+import contextlib
 import functools
 import io
-import itertools
+import json
 import os
+import shutil
 import struct
+import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +18,14 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
-from kinds import Kind
+from kinds import Kind, Said, ask
 from leansense.beam.data import prepare_image
+from leansense.leaf import data as leaf
+from leansense.leaf import use
+from leansense.leaf.checkpoint import save_checkpoint
 from leansense.leaf.data import prepare as prepare_leaf
+from leansense.leaf.model import build
+from leansense.leaf.split import main as split_main
 from leansense.openvocab.data import prepare as prepare_openvocab
 from leansense.simbev.frames import read_image as read_simbev
 from leansense.xad.data import read_image as read_xad
@@ -377,4 +387,566 @@ def list_pictures() -> list[Kind]:
     return found
 
 
-KINDS = list_pictures()
+# ---- class folders
+
+
+@functools.cache
+def noise(number: int) -> bytes:
+    """A small picture, no two alike."""
+    picture = np.random.default_rng(number).integers(0, 255, (6, 6, 3), np.uint8)
+    return saved(picture.repeat(4, 0).repeat(4, 1), "PNG")
+
+
+def draw(folder: Path, *names: str) -> Path:
+    """Pictures of these names below a folder."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(noise(number))
+    return folder
+
+
+def sets(folder: Path, count: int = 6, labels=("blast", "healthy"), way="{}/{}.png") -> Path:
+    return draw(folder, *(way.format(label, k) for label in labels for k in range(count)))
+
+
+def split(folder: Path, **counts: int):
+    """True if `leaf.split split` finds so many pictures of each class; what it says otherwise."""
+    said = ask(split_main, "split", folder)
+    data = leaf.load(folder)
+    found = Counter(data.classes[s.label] for s in data.samples)
+    return (found == counts and leaf.check(folder).ok) or (said, dict(found))
+
+
+def split_says(folder: Path, *words: str):
+    """True if `leaf.split split` writes a table that can be loaded, and says these words."""
+    said = ask(split_main, "split", folder)
+    leaf.load(folder)
+    return all(word in said for word in words) or said
+
+
+def parts_of(folder: Path, *words) -> dict[str, int]:
+    """How many pictures each part has, once `leaf.split split` has run."""
+    ask(split_main, "split", folder, *words)
+    return {part: sum(count.values()) for part, count in leaf.load(folder).counts().items()}
+
+
+def doctor(folder: Path, *words: str):
+    """True if the doctor finds a set usable and says these words; its first error otherwise."""
+    report = leaf.check(folder)
+    report.raise_if_bad()
+    return all(word in str(report) for word in words) or str(report)
+
+
+def plain(folder):
+    return split(sets(folder), blast=6, healthy=6)
+
+
+def hidden(folder):
+    draw(sets(folder), "blast/.ipynb_checkpoints/0.png", ".ipynb_checkpoints/a.png", ".git/x/1.png",
+         "__MACOSX/blast/._0.png")  # fmt: skip
+    return split(folder, blast=6, healthy=6)
+
+
+def deeper(folder):
+    sets(folder, 3, way="{}/field1/{}.png")
+    draw(folder, "blast/field2/north/9.png", "healthy/field1/8.png")
+    return split(folder, blast=4, healthy=4)
+
+
+def divided(folder, names, way="{part}/{{}}/{{}}.png", **wanted):
+    for part, count in names.items():
+        sets(folder, count, way=way.format(part=part))
+    found = parts_of(folder)
+    return found == wanted or found
+
+
+def unlabelled(folder):
+    draw(sets(folder, way="train_images/{}/{}.png"), "test_images/1.png", "test_images/2.png")
+    return split_says(folder, "2 picture in test_images") and leaf.load(folder).classes == (
+        "blast", "healthy")  # fmt: skip
+
+
+def beside_classes(folder):
+    return split_says(draw(sets(folder), "test_images/1.png"), "1 picture in test_images, no class")
+
+
+def other_endings(folder):
+    sets(folder)
+    for name in ("blast/1.HEIC", "blast/2.heic", "healthy/a.gif", "healthy/Thumbs.db", "blast/b"):
+        (folder / name).write_bytes(b"x")
+    return split_says(folder, "2 .heic", "1 .gif", "1 .db", "1 without ending")
+
+
+def odd_endings(folder):
+    draw(sets(folder, 4), "blast/a.JPE", "blast/b.jfif", "healthy/c.JPG", "healthy/d.Tiff")
+    return split(folder, blast=6, healthy=6)
+
+
+def linked(folder):
+    draw(sets(folder / "set"), "healthy/one.png")
+    (folder / "set" / "smut").symlink_to(draw(folder / "else", "a.png", "b.png", "c.png"))
+    (folder / "set" / "blast" / "one.png").symlink_to(folder / "else" / "d.png")
+    draw(folder / "else", "a.png", "b.png", "c.png", "d.png")
+    (folder / "set" / "healthy" / "loop").symlink_to(folder / "set")
+    return split(folder / "set", blast=7, healthy=6, smut=4)
+
+
+def broken_link(folder):
+    (sets(folder) / "blast" / "one.png").symlink_to("nowhere.png")
+    ask(split_main, "split", folder)
+    return doctor(folder)
+
+
+def named(*labels: str, extra=()):
+    def run(folder):
+        draw(sets(folder, 6, labels), *extra)
+        more = Counter(name.split("/")[0] for name in extra)
+        return split(folder, **{label: 6 + more[label] for label in labels})
+
+    return run
+
+
+def with_ids(text, **wanted):
+    """A label2id.json of the user's beside the folders; the numbers that must be used."""
+
+    def run(folder):
+        (sets(folder) / "label2id.json").write_bytes(text)
+        ask(split_main, "split", folder)
+        ids = {name: k for k, name in enumerate(leaf.load(folder).classes)}
+        return (folder / "label2id.json").read_bytes() == text and ids == wanted
+
+    return run
+
+
+def no_overwriting(folder):
+    (sets(folder) / "id2label.json").write_text('{"0": "rust"}')
+    return split(folder)
+
+
+def existing(folder):
+    (sets(folder) / "metadata.csv").write_text("path,label,split\n")
+    return split(folder)
+
+
+def nothing_half_written(folder):
+    """A refused split leaves the folder as it was."""
+    draw(sets(folder), "blast/caf\udce9.png")
+    before = sorted(folder.rglob("*"))
+    try:
+        ask(split_main, "split", folder)
+    except ValueError:
+        return sorted(folder.rglob("*")) == before
+
+
+def elsewhere(folder):
+    """A table in another folder names the pictures from there."""
+    ask(split_main, "split", sets(folder / "set"), "--output", folder / "out" / "table.csv")
+    return len(leaf.load(metadata=folder / "out" / "table.csv").samples) == 12
+
+
+def grouped(folder):
+    """Copies of a photograph stay in one part."""
+    sets(folder)
+    for k in range(6):
+        (folder / "blast" / f"copy{k}.png").write_bytes((folder / "blast/0.png").read_bytes())
+    ask(split_main, "split", folder, "--mode", "grouped")
+    data = leaf.load(folder)
+    return len({s.split for s in data.samples if "copy" in s.id or s.id == "blast/0.png"}) == 1
+
+
+def few_of_a_class(folder):
+    draw(sets(folder), "rust/0.png", "rust/1.png")
+    return split_says(folder, "valid has no picture of rust", "all 3 classes")
+
+
+def told(folder):
+    return doctor(sets(folder / "my set"))
+
+
+def told_of_links(folder):
+    (folder / "set").mkdir()
+    for label in ("blast", "healthy"):
+        (folder / "set" / label).symlink_to(sets(folder / "else") / label)
+    return doctor(folder / "set")
+
+
+CLASS_FOLDERS = {
+    "a folder for each class": ("", plain),
+    "hidden folders and those of an archive": ("", hidden),
+    "fields below the class": ("", deeper),
+    "train, valid, test": ("", lambda f: divided(
+        f, {"train": 6, "valid": 2, "test": 1}, train=12, valid=4, test=2)),
+    "Training, val, test_images": ("", lambda f: divided(
+        f, {"Training": 6, "val": 2, "test_images": 1}, train=12, valid=4, test=2)),
+    "train and test alone": ("", lambda f: divided(
+        f, {"train": 10, "test": 3}, train=18, valid=2, test=6)),
+    "train and valid alone": ("", lambda f: divided(
+        f, {"train": 6, "valid": 2}, train=12, valid=4, test=0)),
+    "a division with fields below the class": ("", lambda f: divided(
+        f, {"train": 6, "valid": 2, "test": 1}, "{part}/{{}}/field/{{}}.png",
+        train=12, valid=4, test=2)),
+    "a division below each class": ("", lambda f: divided(
+        f, {"train": 6, "valid": 2, "test": 1}, "{{}}/{part}/{{}}.png",
+        train=12, valid=4, test=2)),
+    "unlabelled test pictures beside train_images": ("", unlabelled),
+    "unlabelled test pictures beside classes": ("", beside_classes),
+    "pictures and files of other endings": ("", other_endings),
+    "JPE, jfif, capitals": ("", odd_endings),
+    "linked folders, files and a circle": ("", linked),
+    "a link to nothing": ("image is missing", broken_link),
+    "a space before a class": ("", named(" blast", "healthy ")),
+    "backslash, comma, quote, line break": ("", named("blast", "healthy", extra=(
+        "blast/a\\b.png", 'blast/x;y, "z".png', "healthy/two\nlines.png"))),
+    "classes with commas and quotes": ("", named("a, b", '"c"', "d;e")),
+    "names in other alphabets": ("", named("稻瘟病", "café", "Müller's", extra=("café/é.png",))),
+    "classes called by numbers": ("", named("0", "1", "10")),
+    "classes that begin like a formula": ("", named("=1+1", "@x", "-2")),
+    "a Latin-1 file": ("is not UTF-8; rename it", lambda f: split(
+        draw(sets(f), "blast/caf\udce9.png"))),
+    "a Latin-1 class": ("is not UTF-8; rename it", lambda f: split(
+        draw(sets(f), "ros\udce9/1.png"))),
+    "nothing is written when refused": ("", nothing_half_written),
+    "the user's label2id": ("", with_ids(b'{"healthy": 0, "blast": 1}', healthy=0, blast=1)),
+    "label2id with a byte-order mark": ("", with_ids(
+        b'\xef\xbb\xbf{"healthy": 0, "blast": 1}', healthy=0, blast=1)),
+    "label2id with one class more": ("", with_ids(
+        b'{"rust": 0, "healthy": 1, "blast": 2}', rust=0, healthy=1, blast=2)),
+    "label2id without a class": ("'blast'", with_ids(b'{"healthy": 0}')),
+    "label2id that names a class twice": ("twice", with_ids(b'{"blast": 0, "blast": 1}')),
+    "label2id turned round": ("numbers are", with_ids(b'{"0": "blast", "1": "healthy"}')),
+    "label2id from 1": ("numbers are", with_ids(b'{"blast": 1, "healthy": 2}')),
+    "label2id with texts": ("numbers are", with_ids(b'{"blast": "0", "healthy": "1"}')),
+    "label2id with truth": ("numbers are", with_ids(b'{"blast": false, "healthy": true}')),
+    "label2id as a list": ("holds no class", with_ids(b'["blast", "healthy"]')),
+    "label2id that is empty": ("is not JSON", with_ids(b"")),
+    "label2id in UTF-16": ("", with_ids('{"blast": 0, "healthy": 1}'.encode("utf-16"),
+                                        blast=0, healthy=1)),
+    "label2id nested deeply": ("nested too deeply", with_ids(b"[" * 100_000)),
+    "id2label that says otherwise": ("says otherwise", no_overwriting),
+    "a table that is there": ("exists already", existing),
+    "a table elsewhere": ("", elsewhere),
+    "copies of one photograph": ("", grouped),
+    "a class of two pictures": ("", few_of_a_class),
+    "one class": ("1 sub-folder(s)", lambda f: split(sets(f, labels=("blast",)))),
+    "a folder between": ("1 sub-folder(s)", lambda f: split(sets(f, way="paddy/{}/{}.png"))),
+    "HEIC alone": ("1 .heic", lambda f: split(draw(f, "a/1.heic"))),
+    "no picture": ("0 sub-folder(s)", lambda f: split(f)),
+    "pictures without folders": ("2 picture in no class folder", lambda f: split(
+        draw(f, "1.png", "2.png"))),
+    "no such folder": ("no such folder", lambda f: split(f / "none")),
+    "a file for a folder": ("no such folder", lambda f: split(draw(f, "a.png") / "a.png")),
+    "shares above one": ("shares need", lambda f: parts_of(sets(f), "--valid-ratio", "2")),
+    "shares that are no number": ("shares need", lambda f: parts_of(sets(f), "--test-ratio", "nan")),
+    "plain folders, asked of the doctor": ("leansense.leaf.split split", told),
+    "linked folders, asked of the doctor": ("leansense.leaf.split split", told_of_links),
+}  # fmt: skip
+
+
+# ---- tables
+
+
+IDS = b'{"blast": 0, "healthy": 1}'
+ROWS = [f"{c}/{k}.png,{c},{p}" for c in ("blast", "healthy")
+        for k, p in enumerate(("train", "train", "valid", "test"))]  # fmt: skip
+
+
+def listed(folder: Path, *rows: str, header="path,label,split", ids=IDS, join="\n", code="utf-8"):
+    """Eight pictures, four of each class, and a table of them; `rows` come behind its own."""
+    sets(folder, 4)
+    (folder / "metadata.csv").write_bytes((join.join([header, *ROWS, *rows]) + join).encode(code))
+    if ids is not None:
+        (folder / "label2id.json").write_bytes(ids)
+    return folder
+
+
+def loads(folder: Path, count: int = 8):
+    """True if the doctor is content and so many samples are read, each with its own label."""
+    data = leaf.load(folder)
+    leaf.check(folder).raise_if_bad()
+    right = all(data.classes[s.label] in s.id and os.path.isfile(s.path) for s in data.samples)
+    return (len(data.samples) == count and right) or (len(data.samples), data.samples)
+
+
+def rewritten(change: Callable[[bytes], bytes]):
+    def run(folder):
+        path = listed(folder) / "metadata.csv"
+        path.write_bytes(change(path.read_bytes()))
+        return loads(folder)
+
+    return run
+
+
+def more_columns(folder):
+    wide = [",".join(["id", "path", "split", "note", "label"])]
+    for k, row in enumerate(ROWS):
+        path, label, part = row.split(",")
+        wide.append(f'{k},{path},{part},"a, b",{label}')
+    (listed(folder) / "metadata.csv").write_text("\n".join(wide))
+    return loads(folder)
+
+
+def spaced(folder):
+    """Cells with the spaces that people put behind commas."""
+    path = listed(folder) / "metadata.csv"
+    path.write_text(path.read_text().replace(",", " , "))
+    return loads(folder)
+
+
+def windows(folder):
+    path = listed(folder) / "metadata.csv"
+    path.write_text(path.read_text().replace("/", "\\").replace("\n", "\r\n"))
+    return loads(folder)
+
+
+def outside(folder):
+    draw(folder / "else", "blast.png")
+    here = listed(folder / "set", "../else/blast.png,blast,train")
+    return doctor(here, "1 of the files that are read lie outside") and loads(here, 9)
+
+
+def absolute(folder):
+    draw(folder / "else", "blast.png")
+    here = listed(folder / "set", f"{folder}/else/blast.png,blast,train")
+    return doctor(here, "1 of the files that are read lie outside") and loads(here, 9)
+
+
+def without_valid(folder):
+    path = listed(folder, *("healthy/0.png,healthy,train",)) / "metadata.csv"
+    path.write_text(path.read_text().replace("blast/2.png,blast,valid", "blast/2.png,blast,train"))
+    return doctor(folder, "valid has no picture of blast", "all 2 classes")
+
+
+def repeated(folder):
+    return doctor(listed(folder, ROWS[0]), "is listed 2 times")
+
+
+def damaged(folder):
+    (listed(folder) / "blast" / "0.png").write_bytes(b"x")
+    return doctor(folder)
+
+
+def kaggle(folder, header="image_id,label,variety,age", bad="", start=""):
+    sets(folder, 6, way="train_images/{}/{}.png")
+    rows = [f"{k}.png,{label},ADT45,45" for label in ("blast", "healthy") for k in range(6)]
+    text = "\n".join([start + header, *rows, *filter(None, [bad])])
+    (folder / "train.csv").write_text(text, encoding="utf-8")
+    return loads(folder, 12)
+
+
+def far_away(folder):
+    """Table and class list in places of their own."""
+    listed(folder / "set")
+    (folder / "set" / "label2id.json").rename(folder / "ids.json")
+    data = leaf.load(metadata=folder / "set" / "metadata.csv", label2id=folder / "ids.json")
+    return len(data.samples) == 8
+
+
+def piped(folder):
+    (listed(folder) / "metadata.csv").unlink()
+    os.mkfifo(folder / "metadata.csv")
+    return loads(folder)
+
+
+def wide(folder):
+    header = "path,label,split," + ",".join(f"c{k}" for k in range(10**6))
+    return loads(listed(folder, header=header))
+
+
+TABLES = {
+    "a table": ("", lambda f: loads(listed(f))),
+    "a byte-order mark": ("", lambda f: loads(listed(f, code="utf-8-sig"))),
+    "CRLF": ("", lambda f: loads(listed(f, join="\r\n"))),
+    "CR alone": ("", lambda f: loads(listed(f, join="\r"))),
+    "semicolons": ("", rewritten(lambda b: b.replace(b",", b";"))),
+    "semicolons and a byte-order mark": (
+        "", rewritten(lambda b: b"\xef\xbb\xbf" + b.replace(b",", b";"))),
+    "blank lines": ("", lambda f: loads(listed(f, "", " , ,", "", ""))),
+    "every cell in quotes": ("", rewritten(
+        lambda b: b'"' + b.strip().replace(b",", b'","').replace(b"\n", b'"\n"') + b'"\n')),
+    "commas behind the last column": ("", rewritten(lambda b: b.replace(b"\n", b",,,\n"))),
+    "more columns, in another order": ("", more_columns),
+    "spaces around every cell": ("", spaced),
+    "backslashes of Windows": ("", windows),
+    "./ and // in paths": ("", rewritten(
+        lambda b: b.replace(b"blast/0", b"./blast/0").replace(b"blast/1", b"blast//1"))),
+    ".. in a path": ("", outside),
+    "an absolute path": ("", absolute),
+    "table and class list apart": ("", far_away),
+    "a class absent from validation": ("", without_valid),
+    "a row twice": ("", repeated),
+    "a picture under two labels": (
+        "is listed 2 times", lambda f: loads(listed(f, "blast/0.png,healthy,train"))),
+    "a picture in two parts": (
+        "is listed 2 times", lambda f: loads(listed(f, "./blast/0.png,blast,test"))),
+    "tabs": ("missing column", rewritten(lambda b: b.replace(b",", b"\t"))),
+    "UTF-16": ("not UTF-8", lambda f: loads(listed(f, code="utf-16"))),
+    "Latin-1": ("not UTF-8", lambda f: loads(listed(f, "é.png,blast,train", code="latin-1"))),
+    "a packed file": ("not UTF-8", rewritten(lambda b: b"\x1f\x8b" + zlib.compress(b))),
+    "a column twice": ("two columns 'label'", rewritten(
+        lambda b: b.replace(b"\n", b",rust\n").replace(b"split,rust", b"split,label"))),
+    "10^6 columns": ("columns, more than", wide),
+    "a zero byte": ("", rewritten(lambda b: b.replace(b"blast/0", b"bl\0ast/0"))),
+    "an empty file": ("it is empty", rewritten(lambda b: b"")),
+    "a header alone": ("holds no rows", rewritten(lambda b: b"path,label,split\n")),
+    "no header": ("missing column", rewritten(lambda b: b.partition(b"\n")[2])),
+    "a header in capitals": ("missing column", rewritten(lambda b: b.replace(b"path", b"Path"))),
+    "an unknown label": (
+        "label 'rust' is not in label2id.json", lambda f: loads(listed(f, "blast/0.png,rust,train"))),
+    "a label in capitals": (
+        "did you mean 'blast'", lambda f: loads(listed(f, "blast/0.png,Blast,train"))),
+    "an unknown part": (
+        "split 'vaild' is not one of", lambda f: loads(listed(f, "blast/0.png,blast,vaild"))),
+    "10^5 unknown labels": (
+        "100000 rows", lambda f: loads(listed(f, *["blast/0.png,rust,train"] * 100_000))),
+    "an empty cell": (
+        "path, label or split is empty", lambda f: loads(listed(f, "blast/0.png,,train"))),
+    "a short row": (
+        "path, label or split is empty", lambda f: loads(listed(f, "blast/0.png"))),
+    "a row with a cell too many": (
+        "cells", lambda f: loads(listed(f, "blast/0.png,blast,train,rust"))),
+    "a quote that never ends": ("metadata.csv", lambda f: loads(listed(f, 'blast/0.png,blast,"train'))),
+    "a cell of 200,000 letters": (
+        "is not CSV", lambda f: loads(listed(f, "a" * 200_000 + ",blast,train"))),
+    "a missing picture": ("image is missing", lambda f: loads(listed(f, "blast/9.png,blast,train"))),
+    "a folder for a picture": ("blast: image", lambda f: loads(listed(f, "blast,blast,train"))),
+    "a damaged picture": ("is none of JPEG", damaged),
+    "no table": ("metadata file not found", loads),
+    "a pipe for a table": ("metadata.csv: ", piped),
+    "no class list": ("label2id file not found", lambda f: loads(listed(f, ids=None))),
+    "a class list that is no JSON": ("is not JSON", lambda f: loads(listed(f, ids=b"blast 0"))),
+    "a class list with a gap": (
+        "the numbers are", lambda f: loads(listed(f, ids=b'{"blast": 0, "healthy": 2}'))),
+    "no row of a part": ("no row with split 'valid'", rewritten(
+        lambda b: b"\n".join(r for r in b.split(b"\n") if b"valid" not in r))),
+    "Kaggle's table": ("", kaggle),
+    "Kaggle's table with a byte-order mark": ("", lambda f: kaggle(f, start="\ufeff")),
+    "Kaggle's table with a missing picture": (
+        "image is missing", lambda f: kaggle(f, bad="99.png,blast,ADT45,45")),
+    "Kaggle's table with an empty label": (
+        "is empty", lambda f: kaggle(f, bad="1.png,,ADT45,45")),
+    "Kaggle's table without labels": (
+        "missing column", lambda f: kaggle(f, "image_id,class,variety,age")),
+}  # fmt: skip
+
+
+# ---- predictions
+
+
+@functools.cache
+def checkpoint() -> str:
+    """A network that has learned nothing, of two classes."""
+    path = Path(tempfile.mkdtemp(prefix="kinds-")) / "none_best.pt"
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    meta = {"label2id": {"blast": 0, "healthy": 1}, "image_size": 32, "temperature": 1.0,
+            "unsure_below": 0.0}  # fmt: skip
+    save_checkpoint(path, build("vanilla", 2).eval(), meta)
+    return str(path)
+
+
+def predict(folder: Path, *places: str, status: int = 0):
+    """(label or error) of each answer that `leaf.use predict` writes, by the file's name."""
+    out = folder / "answers.json"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        found = use.main(["predict", checkpoint(), *map(str, places), "--out", str(out)])
+    if found != status:
+        raise Said(said.getvalue().strip())
+    return [(Path(a["path"]).name, a.get("label") or a["error"]) for a in json.loads(out.read_text())]
+
+
+def one_bad(content: bytes, name: str = "bad.jpg", words: str = "bad.jpg: "):
+    """The others are answered, and the bad one has its line."""
+
+    def run(folder):
+        draw(folder / "set", "a.png", "b.png")
+        (folder / "set" / name).write_bytes(content)
+        found = dict(predict(folder, folder / "set", status=1))
+        good = {found.pop(k) for k in ("a.png", "b.png")} <= {"blast", "healthy"}
+        return (good and words in found[name] and "\n" not in found[name]) or found
+
+    return run
+
+
+def named_right(*names: str):
+    def run(folder):
+        found = predict(folder, draw(folder / "set", *names))
+        return sorted(k for k, _ in found) == sorted(Path(n).name for n in names) or found
+
+    return run
+
+
+def several(folder):
+    draw(folder, "set/a.png", "b.png")
+    found = predict(folder, folder / "set", folder / "b.png", folder / "none.png", status=1)
+    return [k for k, _ in found] == ["a.png", "b.png", "none.png"] or found
+
+
+def linked_pictures(folder):
+    (folder / "set").mkdir()
+    (folder / "set" / "more").symlink_to(draw(folder / "else", "a.png", "b.png"))
+    (folder / "set" / "c.png").symlink_to(folder / "else" / "a.png")
+    (folder / "set" / "loop").symlink_to(folder / "set")
+    found = sorted(k for k, _ in predict(folder, folder / "set"))
+    return found == ["a.png", "b.png", "c.png"] or found
+
+
+def left_out(folder):
+    """What is no picture by its ending is counted, not forgotten."""
+    draw(folder / "set", "a.png", "b.HEIC", "c.heic")
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        predict(folder, folder / "set")
+    return "2 .heic" in said.getvalue() or said.getvalue()
+
+
+def no_place(folder):
+    draw(folder, "a.png")
+    return ask(use.main, "predict", checkpoint(), folder / "a.png", "--out", folder / "a.png" / "b")
+
+
+PREDICTIONS = {
+    "pictures in folders": ("", named_right("a.png", "b/c.JPE", "b/d.jfif")),
+    "hidden ones": ("", lambda f: [k for k, _ in predict(f, draw(
+        f / "set", "a.png", ".b.png", ".ipynb_checkpoints/a.png"))] == ["a.png"]),
+    "Latin-1, spaces, line breaks": ("", named_right("caf\udce9.png", " a.png", "b\nc.png", "é.png")),
+    "several places, one of them missing": ("", several),
+    "one file twice": ("", lambda f: len(predict(f, draw(f, "a.png") / "a.png", f / "a.png")) == 1),
+    "linked folders and files": ("", linked_pictures),
+    "HEIC beside pictures": ("", left_out),
+    "one that is cut short": ("", one_bad(half(noise(3)))),
+    "one that is text": ("", one_bad(b"hello")),
+    "one that is empty": ("", one_bad(b"")),
+    "one that starts Ghostscript": ("", one_bad(EPS)),
+    "one of 65500 x 1": ("", one_bad(png((65500, 1), 1, 0, bytes(8189)))),
+    "one of 12 bits": ("", one_bad(deep(4095), words="declares no range")),
+    "a bad one in Latin-1": ("", one_bad(b"x", "caf\udce9.jpg", "is none of")),
+    "nothing there": ("no picture there", lambda f: predict(f, f / "none")),
+    "a folder without pictures": ("no picture there", lambda f: predict(f, f)),
+    "a place below a file for the answers": ("", lambda f: no_place(f)),
+    "no checkpoint": ("no such checkpoint", lambda f: ask(
+        use.main, "predict", f / "none.pt", draw(f, "a.png"))),
+    "a picture for a checkpoint": ("a.png", lambda f: ask(
+        use.main, "predict", draw(f, "a.png") / "a.png", f / "a.png")),
+}  # fmt: skip
+
+
+def large(folder):
+    """A photograph of 192 megapixels, which a telephone writes: read at half its size."""
+    picture = Image.fromarray(RAMP).resize((16000, 12000), Image.Resampling.NEAREST)
+    picture.save(folder / "a.jpg", quality=30)
+    found = prepare_leaf(folder / "a.jpg", SIDE)
+    inner = found[SIDE // 8 : -SIDE // 8]  # the rest is padding
+    wanted = np.repeat(RAMP[:1, :, None], 3, 2)
+    return found.shape == (SIDE, SIDE, 3) and bool(np.abs(inner - 1.0 * wanted).mean() < 3)
+
+
+def list_rest() -> list[Kind]:
+    """The kinds of leaf's folders, tables and predictions."""
+    parts = (("class folders", CLASS_FOLDERS), ("tables of pictures", TABLES),
+             ("predictions", PREDICTIONS))  # fmt: skip
+    found = [Kind(sort, said, "leaf", right, run)
+             for sort, kinds in parts for said, (right, run) in kinds.items()]  # fmt: skip
+    return [Kind("pictures of any form", "192 megapixels", "leaf", "", large), *found]
+
+
+KINDS = list_pictures() + list_rest()
