@@ -59,7 +59,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(size, bits: int, colour: int, rows: bytes = b"", extra: bytes = b"", laced=0) -> bytes:
-    """A PNG file, byte by byte; `colour`: 0 grey, 2 RGB, 3 palette, 6 RGBA; `laced`: 1 in seven passes."""
+    """A PNG file, byte by byte; 0 grey, 2 RGB, 3 palette, 6 RGBA; `laced`: in seven passes."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, laced))
     body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + head + extra + body
@@ -169,7 +169,7 @@ def jpeg(**options) -> bytes:
     return saved(COLOUR, "JPEG", quality=98, subsampling=0, **options)
 
 
-def cmyk(turn: int = 0) -> bytes:
+def cmyk() -> bytes:
     """A JPEG for a printing press; PIL writes it the way Photoshop does, inverted."""
     return saved(COLOUR, "JPEG", "CMYK", quality=98, subsampling=0)
 
@@ -337,6 +337,10 @@ def read_bad(system: str, name: str, make: Callable, folder: Path):
     return READERS[system](put(folder, name, content_of(make))).shape
 
 
+def read_place(system: str, place: Callable, folder: Path):
+    return READERS[system](place(folder)).shape
+
+
 def is_pipe(folder: Path) -> str:
     os.mkfifo(folder / "a.png")
     return str(folder / "a.png")
@@ -373,17 +377,19 @@ PLACES = {
 def list_pictures() -> list[Kind]:
     """Every kind of picture for every reader."""
     found = []
+    depth, form = "pictures of any depth", "pictures of any form"
     for system in READERS:
-        for sort, kinds in (("pictures of any depth", DEPTHS), ("pictures of any form", FORMS)):
-            found += [Kind(sort, said, system, "", functools.partial(read_right, system, *what))
-                      for said, what in kinds.items()]  # fmt: skip
-        for sort, kinds in (("pictures of any depth", REFUSED), ("files that are no picture", NONE)):
-            found += [Kind(sort, said, system, right, functools.partial(read_bad, system, name, make))
-                      for said, (name, make, right) in kinds.items()]  # fmt: skip
-        for said, (make, right) in PLACES.items():
-            read = READERS[system]
-            found.append(Kind("places of a picture", said, system, right,
-                              lambda folder, make=make, read=read: read(make(folder)).shape))  # fmt: skip
+        for sort, kinds in ((depth, DEPTHS), (form, FORMS)):
+            for said, what in kinds.items():
+                run = functools.partial(read_right, system, *what)
+                found.append(Kind(sort, said, system, "", run))
+        for sort, kinds in ((depth, REFUSED), ("files that are no picture", NONE)):
+            for said, (name, make, right) in kinds.items():
+                run = functools.partial(read_bad, system, name, make)
+                found.append(Kind(sort, said, system, right, run))
+        for said, (place, right) in PLACES.items():
+            run = functools.partial(read_place, system, place)
+            found.append(Kind("places of a picture", said, system, right, run))
     return found
 
 
@@ -488,7 +494,7 @@ def linked(folder):
     (folder / "set" / "blast" / "one.png").symlink_to(folder / "else" / "d.png")
     draw(folder / "else", "a.png", "b.png", "c.png", "d.png")
     (folder / "set" / "healthy" / "loop").symlink_to(folder / "set")
-    return split(folder / "set", blast=7, healthy=6, smut=4)
+    return split(folder / "set", blast=7, healthy=7, smut=4)
 
 
 def broken_link(folder):
@@ -636,7 +642,8 @@ CLASS_FOLDERS = {
     "no such folder": ("no such folder", lambda f: split(f / "none")),
     "a file for a folder": ("no such folder", lambda f: split(draw(f, "a.png") / "a.png")),
     "shares above one": ("shares need", lambda f: parts_of(sets(f), "--valid-ratio", "2")),
-    "shares that are no number": ("shares need", lambda f: parts_of(sets(f), "--test-ratio", "nan")),
+    "shares that are no number": (
+        "shares need", lambda f: parts_of(sets(f), "--test-ratio", "nan")),
     "plain folders, asked of the doctor": ("leansense.leaf.split split", told),
     "linked folders, asked of the doctor": ("leansense.leaf.split split", told_of_links),
 }  # fmt: skip
@@ -785,15 +792,15 @@ TABLES = {
     "a column twice": ("two columns 'label'", rewritten(
         lambda b: b.replace(b"\n", b",rust\n").replace(b"split,rust", b"split,label"))),
     "10^6 columns": ("columns, more than", wide),
-    "a zero byte": ("", rewritten(lambda b: b.replace(b"blast/0", b"bl\0ast/0"))),
+    "a zero byte": ("image is missing", rewritten(lambda b: b.replace(b"blast/0", b"bl\0ast/0"))),
     "an empty file": ("it is empty", rewritten(lambda b: b"")),
     "a header alone": ("holds no rows", rewritten(lambda b: b"path,label,split\n")),
     "no header": ("missing column", rewritten(lambda b: b.partition(b"\n")[2])),
     "a header in capitals": ("missing column", rewritten(lambda b: b.replace(b"path", b"Path"))),
     "an unknown label": (
-        "label 'rust' is not in label2id.json", lambda f: loads(listed(f, "blast/0.png,rust,train"))),
+        "'rust' is not in label2id.json", lambda f: loads(listed(f, "blast/0.png,rust,train"))),
     "a label in capitals": (
-        "did you mean 'blast'", lambda f: loads(listed(f, "blast/0.png,Blast,train"))),
+        "nearest is 'blast'", lambda f: loads(listed(f, "blast/0.png,Blast,train"))),
     "an unknown part": (
         "split 'vaild' is not one of", lambda f: loads(listed(f, "blast/0.png,blast,vaild"))),
     "10^5 unknown labels": (
@@ -804,10 +811,12 @@ TABLES = {
         "path, label or split is empty", lambda f: loads(listed(f, "blast/0.png"))),
     "a row with a cell too many": (
         "cells", lambda f: loads(listed(f, "blast/0.png,blast,train,rust"))),
-    "a quote that never ends": ("metadata.csv", lambda f: loads(listed(f, 'blast/0.png,blast,"train'))),
+    "a quote that never ends": (
+        "is not CSV", lambda f: loads(listed(f, "", header='path,label,split,"note'))),
     "a cell of 200,000 letters": (
         "is not CSV", lambda f: loads(listed(f, "a" * 200_000 + ",blast,train"))),
-    "a missing picture": ("image is missing", lambda f: loads(listed(f, "blast/9.png,blast,train"))),
+    "a missing picture": (
+        "image is missing", lambda f: loads(listed(f, "blast/9.png,blast,train"))),
     "a folder for a picture": ("blast: image", lambda f: loads(listed(f, "blast,blast,train"))),
     "a damaged picture": ("is none of JPEG", damaged),
     "no table": ("metadata file not found", loads),
@@ -851,7 +860,9 @@ def predict(folder: Path, *places: str, status: int = 0):
         found = use.main(["predict", checkpoint(), *map(str, places), "--out", str(out)])
     if found != status:
         raise Said(said.getvalue().strip())
-    return [(Path(a["path"]).name, a.get("label") or a["error"]) for a in json.loads(out.read_text())]
+    return [
+        (Path(a["path"]).name, a.get("label") or a["error"]) for a in json.loads(out.read_text())
+    ]
 
 
 def one_bad(content: bytes, name: str = "bad.jpg", words: str = "bad.jpg: "):
@@ -894,8 +905,8 @@ def left_out(folder):
     """What is no picture by its ending is counted, not forgotten."""
     draw(folder / "set", "a.png", "b.HEIC", "c.heic")
     said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        predict(folder, folder / "set")
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        use.main(["predict", checkpoint(), str(folder / "set")])
     return "2 .heic" in said.getvalue() or said.getvalue()
 
 
@@ -908,7 +919,8 @@ PREDICTIONS = {
     "pictures in folders": ("", named_right("a.png", "b/c.JPE", "b/d.jfif")),
     "hidden ones": ("", lambda f: [k for k, _ in predict(f, draw(
         f / "set", "a.png", ".b.png", ".ipynb_checkpoints/a.png"))] == ["a.png"]),
-    "Latin-1, spaces, line breaks": ("", named_right("caf\udce9.png", " a.png", "b\nc.png", "é.png")),
+    "Latin-1, spaces, line breaks": (
+        "", named_right("caf\udce9.png", " a.png", "b\nc.png", "é.png")),
     "several places, one of them missing": ("", several),
     "one file twice": ("", lambda f: len(predict(f, draw(f, "a.png") / "a.png", f / "a.png")) == 1),
     "linked folders and files": ("", linked_pictures),
@@ -922,7 +934,8 @@ PREDICTIONS = {
     "a bad one in Latin-1": ("", one_bad(b"x", "caf\udce9.jpg", "is none of")),
     "nothing there": ("no picture there", lambda f: predict(f, f / "none")),
     "a folder without pictures": ("no picture there", lambda f: predict(f, f)),
-    "a place below a file for the answers": ("", lambda f: no_place(f)),
+    "a place below a file for the answers": (
+        "a file stands where a folder is needed", no_place),
     "no checkpoint": ("no such checkpoint", lambda f: ask(
         use.main, "predict", f / "none.pt", draw(f, "a.png"))),
     "a picture for a checkpoint": ("a.png", lambda f: ask(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'LISTS', 'ARRAY', 'COLUMNS', 'Refused', 'one_line', 'find_reason', 'refusing', 'check_file', 'read_bytes',
-           'read_text', 'read_json', 'read_xml', 'read_csv', 'read_array', 'find_outside', 'warn_outside']
+           'read_text', 'read_json', 'read_xml', 'read_csv', 'read_array', 'walk_files', 'find_outside', 'warn_outside']
 
 # %% ../../../nbs/core/63_files.ipynb #9c548810
 import contextlib
@@ -15,6 +15,7 @@ import math
 import os
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -175,20 +176,28 @@ def _check_header(header: list[str]) -> None:
         raise Refused(f"has two columns {one_line(twice[0], 40)!r}")
 
 
+def _fill_row(line: int, row: list[str], width: int) -> tuple[int, list[str]]:
+    """(line, cells), as many as the header; Refused when there are more that hold something."""
+    if any(map(str.strip, row[width:])):
+        more = f"{len(row)} cells, its header {width}"
+        raise Refused(f"line {line} has {more}: a text with a comma needs quotes")
+    return line, row[:width] + [""] * (width - len(row))
+
+
 def read_csv(
     path: str | Path, limit: int = LISTS, **words: str
 ) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """(header, [(line number, cells)]) of a csv file; cells as long as the header at least."""
+    """(header, [(line number, cells)]) of a csv file; as many cells as the header has."""
     with refusing(path, **words):
         text = read_text(path, limit, **words)
         first = text.partition("\n")[0]
         mark = ";" if ";" in first and "," not in first else ","
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
             _check_header(header)
             width = len(header)
-            rows = [(reader.line_num, row + [""] * (width - len(row))) for row in reader if row]
+            rows = [_fill_row(reader.line_num, row, width) for row in reader if row]
         except csv.Error as error:
             raise Refused(f"is not CSV (line {reader.line_num}: {error})") from None
         return header, rows
@@ -273,6 +282,28 @@ def read_array(
             if start[:2] == b"PK":
                 return _read_member(file, key, accept, limit)
             return _read_stream(file, size, accept, limit)
+
+# %% ../../../nbs/core/63_files.ipynb #2d6f1b90
+def walk_files(folder: str | Path) -> tuple[list[str], Counter]:
+    """(relative paths of all files below a folder, sorted; what was not entered, counted)."""
+    found, seen, left = [], set(), Counter()
+
+    def leave(error: OSError) -> None:
+        place = os.path.relpath(error.filename, folder)
+        left[f"folder that cannot be opened ({one_line(place, 60)})"] += 1
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=leave):
+        real, place = os.path.realpath(here), os.path.relpath(here, folder)
+        if real in seen:
+            left[f"folder that is there twice, by a link ({one_line(place, 60)})"] += 1
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = (name for name in files if not name.startswith("."))
+        found += [name if place == "." else f"{Path(place).as_posix()}/{name}" for name in visible]
+    return sorted(found), left
+
 
 # %% ../../../nbs/core/63_files.ipynb #4efded1b
 def find_outside(folder: str | Path, paths: Iterable[str | Path]) -> list[str]:

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..core.check import Report, fingerprint
-from ..core.files import Refused, one_line, read_csv, read_json
+from ..core.files import Refused, one_line, read_csv, read_json, walk_files
 from ..core.images import ENDINGS, index_content
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve, write_atomic
@@ -123,11 +123,8 @@ def limit(
 # %% ../../../nbs/leaf/02_layouts.ipynb #3992eca5
 def _has_pictures(folder: Path) -> bool:
     """Whether a picture lies in a folder below `folder`."""
-    for here, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if here != str(folder) and any(name.lower().endswith(ENDINGS) for name in files):
-            return True
-    return False
+    files, _ = walk_files(folder)
+    return any("/" in name and name.lower().endswith(ENDINGS) for name in files)
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #e475a058
 def _read_table(path: Path, report: Report) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:

@@ -20,6 +20,7 @@ from ..core.paths import resolve, write_atomic
 from ..core.text import say
 from .checkpoint import load_checkpoint
 from .data import prepare
+from .folders import pick_pictures
 
 # %% ../../../nbs/leaf/40_use.ipynb #24e20339
 def find_pictures(where: str | Path) -> list[Path]:
@@ -27,18 +28,16 @@ def find_pictures(where: str | Path) -> list[Path]:
     where = Path(where)
     if where.is_file():
         return [where]
-    below = where.rglob("*") if where.is_dir() else ()
-    found = sorted(
-        path
-        for path in below
-        if path.suffix.lower() in ENDINGS
-        and not any(part.startswith(".") for part in path.relative_to(where).parts)
-    )
+    names, left = pick_pictures(where) if where.is_dir() else ([], {})
+    found = sorted(where / name for name in names)
+    said = ", ".join(f"{count} {what}" for what, count in left.items())
     if not found:
-        kinds = ", ".join(sorted(ENDINGS))
+        kinds, more = ", ".join(sorted(ENDINGS)), f" (left out: {said})" if said else ""
         raise FileNotFoundError(
-            f"{where}: no picture there; give a {kinds} file or a folder of them"
+            f"{where}: no picture there{more}; give a {kinds} file or a folder of them"
         )
+    if said:
+        say(f"{where}: left out: {said}", error=True)
     return found
 
 
