@@ -284,9 +284,9 @@ def read_array(
             return _read_stream(file, size, accept, limit)
 
 # %% ../../../nbs/core/63_files.ipynb #2d6f1b90
-def walk_files(folder: str | Path) -> tuple[list[str], Counter]:
-    """(relative paths of all files below a folder, sorted; what was not entered, counted)."""
-    found, seen, left = [], set(), Counter()
+def walk_files(folder: str | Path, left: Counter) -> Iterator[str]:
+    """The relative path of each file below a folder; what is not entered is counted in `left`."""
+    seen = set()
 
     def leave(error: OSError) -> None:
         place = os.path.relpath(error.filename, folder)
@@ -300,10 +300,9 @@ def walk_files(folder: str | Path) -> tuple[list[str], Counter]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = (name for name in files if not name.startswith("."))
-        found += [name if place == "." else f"{Path(place).as_posix()}/{name}" for name in visible]
-    return sorted(found), left
-
+        for name in files:
+            if not name.startswith("."):
+                yield name if place == "." else f"{Path(place).as_posix()}/{name}"
 
 # %% ../../../nbs/core/63_files.ipynb #4efded1b
 def find_outside(folder: str | Path, paths: Iterable[str | Path]) -> list[str]:

@@ -162,7 +162,6 @@ def _read_deep(file, top: float):
     pixels[..., :3] = values[..., :3] * (255 / top) + 0.5
     return Image.fromarray(pixels)
 
-
 # %% ../../../nbs/core/64_images.ipynb #ae134e7e
 def _turn(image, way: int | None, back: bool = False):
     """A picture turned as the orientation `way` of EXIF says, or `back` to where it was."""

@@ -91,7 +91,8 @@ def pick_pictures(folder: str | Path, top: bool = True) -> tuple[list[str], Coun
 
     top: count what lies in the folder itself, too
     """
-    files, left = walk_files(folder)
+    left = Counter()
+    files = sorted(walk_files(folder, left))
     pictures = [name for name in files if name.lower().endswith(ENDINGS)]
     taken, other = set(pictures), Counter()
     for name in files:

@@ -123,7 +123,7 @@ def limit(
 # %% ../../../nbs/leaf/02_layouts.ipynb #3992eca5
 def _has_pictures(folder: Path) -> bool:
     """Whether a picture lies in a folder below `folder`."""
-    files, _ = walk_files(folder)
+    files = walk_files(folder, Counter())
     return any("/" in name and name.lower().endswith(ENDINGS) for name in files)
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #e475a058
