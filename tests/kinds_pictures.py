@@ -20,6 +20,7 @@ from PIL.TiffImagePlugin import IFDRational
 
 from kinds import Kind, Said, ask
 from leansense.beam.data import prepare_image
+from leansense.core.check import main as check_main
 from leansense.leaf import data as leaf
 from leansense.leaf import use
 from leansense.leaf.checkpoint import save_checkpoint
@@ -633,8 +634,13 @@ CLASS_FOLDERS = {
     "a table elsewhere": ("", elsewhere),
     "copies of one photograph": ("", grouped),
     "a class of two pictures": ("", few_of_a_class),
+    "classes that differ by capitals": ("", lambda f: split_says(
+        sets(f, labels=("Leaf blast", "leaf_Blast")), "their names look alike")),
+    "classes that differ by the way é is written": ("", lambda f: split_says(
+        sets(f, labels=("caf\u00e9", "cafe\u0301")), "their names look alike")),
     "one class": ("1 sub-folder(s)", lambda f: split(sets(f, labels=("blast",)))),
-    "a folder between": ("1 sub-folder(s)", lambda f: split(sets(f, way="paddy/{}/{}.png"))),
+    "a folder between": (
+        "further down, give /paddy", lambda f: split(sets(f, way="paddy/{}/{}.png"))),
     "HEIC alone": ("1 .heic", lambda f: split(draw(f, "a/1.heic"))),
     "no picture": ("0 sub-folder(s)", lambda f: split(f)),
     "pictures without folders": ("2 picture in no class folder", lambda f: split(
@@ -646,6 +652,8 @@ CLASS_FOLDERS = {
         "shares need", lambda f: parts_of(sets(f), "--test-ratio", "nan")),
     "plain folders, asked of the doctor": ("leansense.leaf.split split", told),
     "linked folders, asked of the doctor": ("leansense.leaf.split split", told_of_links),
+    "a name of 5000 letters, asked of the doctor": (
+        "File name too long; give another", lambda f: ask(check_main, "leaf", f / ("a" * 5000))),
 }  # fmt: skip
 
 
@@ -748,6 +756,14 @@ def far_away(folder):
     return len(data.samples) == 8
 
 
+def many_classes(folder):
+    """One line, not two thousand."""
+    ids = {"blast": 0, "healthy": 1} | {f"class {k}": k + 2 for k in range(2000)}
+    report = leaf.check(listed(folder, ids=json.dumps(ids).encode()))
+    named = "2000 classes" in str(report) and "have no training picture" in str(report)
+    return (report.ok and named and len(str(report)) < 12_000) or str(report)
+
+
 def piped(folder):
     (listed(folder) / "metadata.csv").unlink()
     os.mkfifo(folder / "metadata.csv")
@@ -785,7 +801,18 @@ TABLES = {
         "is listed 2 times", lambda f: loads(listed(f, "blast/0.png,healthy,train"))),
     "a picture in two parts": (
         "is listed 2 times", lambda f: loads(listed(f, "./blast/0.png,blast,test"))),
-    "tabs": ("missing column", rewritten(lambda b: b.replace(b",", b"\t"))),
+    "tabs": ("", rewritten(lambda b: b.replace(b",", b"\t"))),
+    "a line sep=; for Excel": (
+        "", rewritten(lambda b: b"sep=;\r\n" + b.replace(b",", b";").replace(b"\n", b"\r\n"))),
+    "2000 classes without a picture": ("", many_classes),
+    "1000 unknown labels": ("and 20 more problems", lambda f: loads(listed(
+        f, *[f"blast/0.png,rust{k},train" for k in range(1000)]))),
+    "a label of 100,000 letters": (
+        "is not in label2id.json", lambda f: loads(listed(f, f"a.png,{'r' * 100_000},train"))),
+    "a label with a terminal's code": (
+        "'\\x1b[31mred'", lambda f: loads(listed(f, "a.png,\x1b[31mred,train"))),
+    "an address for a path": (
+        "image is missing", lambda f: loads(listed(f, "http://x/y.png,blast,train"))),
     "UTF-16": ("not UTF-8", lambda f: loads(listed(f, code="utf-16"))),
     "Latin-1": ("not UTF-8", lambda f: loads(listed(f, "é.png,blast,train", code="latin-1"))),
     "a packed file": ("not UTF-8", rewritten(lambda b: b"\x1f\x8b" + zlib.compress(b))),
@@ -915,6 +942,14 @@ def no_place(folder):
     return ask(use.main, "predict", checkpoint(), folder / "a.png", "--out", folder / "a.png" / "b")
 
 
+def spared(picture: Path, place: Path):
+    """The line, if the picture is still there after the command."""
+    try:
+        return ask(use.main, "predict", checkpoint(), place, "--out", picture)
+    finally:
+        assert picture.read_bytes() == noise(0)
+
+
 PREDICTIONS = {
     "pictures in folders": ("", named_right("a.png", "b/c.JPE", "b/d.jfif")),
     "hidden ones": ("", lambda f: [k for k, _ in predict(f, draw(
@@ -936,6 +971,10 @@ PREDICTIONS = {
     "a folder without pictures": ("no picture there", lambda f: predict(f, f)),
     "a place below a file for the answers": (
         "a file stands where a folder is needed", no_place),
+    "answers in the place of a picture": (
+        "would be overwritten", lambda f: spared(draw(f, "a.png") / "a.png", f)),
+    "answers in the place of a picture of a folder": (
+        "would be overwritten", lambda f: spared(draw(f, "set/a.png") / "set/a.png", f / "set")),
     "no checkpoint": ("no such checkpoint", lambda f: ask(
         use.main, "predict", f / "none.pt", draw(f, "a.png"))),
     "a picture for a checkpoint": ("a.png", lambda f: ask(

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import zipfile
 from collections import Counter
@@ -191,9 +192,12 @@ def read_csv(
     with refusing(path, **words):
         text = read_text(path, limit, **words)
         first = text.partition("\n")[0]
-        mark = ";" if ";" in first and "," not in first else ","
+        said = re.fullmatch(r"sep=(.)\r?", first)  # a line for Excel
+        mark = said[1] if said else next((m for m in ",;\t" if m in first), ",")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
         try:
+            if said:
+                next(reader)
             header = [name.strip() for name in next(reader, [])]
             _check_header(header)
             width = len(header)

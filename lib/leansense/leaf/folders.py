@@ -120,7 +120,10 @@ def read_folders(folder: str | Path) -> Leaf:
     if len(classes) < 2:
         more = f" ({'; '.join(notes)})" if notes else ""
         said = f"{len(classes)} sub-folder(s) with images{more}"
-        raise ValueError(f"{folder}: {said}; a split needs one for each class")
+        fix = "a split needs one for each class"
+        if classes and any("/" in name.partition("/")[2] for name in pictures):
+            fix += f"; if they lie further down, give {folder / classes[0]}"
+        raise ValueError(f"{folder}: {said}; {fix}")
     classes = _choose_classes(folder, classes, notes)
     samples = tuple(
         Sample(name, str(folder / name), classes.index(label), part) for name, label, part in found
