@@ -175,8 +175,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         report = check(given.system, given.folder)
-    except ValueError as error:
-        say(error, error=True)
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None)  # of a folder that nobody may enter, and such
+        say(
+            f"{shorten(given.folder)}: {reason}; give another folder" if reason else error,
+            error=True,
+        )
         return 2
     say(report)
     return 0 if report.ok else 1

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.check import Report
-from ..core.files import warn_outside
+from ..core.files import find_reason, one_line, warn_outside
 from ..core.images import Mapped, fit_square, normalise, open_image, stored_rows, to_tensor
 from ..core.parameters import nearest
 from ..core.paths import data_root
@@ -113,19 +113,19 @@ def collate(items: Sequence[dict]) -> dict:
 def _decode_all(samples: Sequence[Sample], report: Report) -> set[str]:
     """Report each image that cannot be decoded; the paths of these."""
 
-    def find_fault(path: str) -> str:
+    def find_fault(path: str) -> tuple[str, str] | None:
         try:
             prepare(path, 224)  # what training does with it
-            return ""
+            return None
         except (OSError, ValueError) as error:
-            return str(error)[len(path) + 2 :]
+            return find_reason(error, path)
 
     paths, bad = list(dict.fromkeys(s.path for s in samples)), set()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for path, said in zip(paths, pool.map(find_fault, paths)):
             if said:
                 bad.add(path)
-                report.add(path, *said.rsplit("; ", 1))
+                report.add(path, *said)
     return bad
 
 
@@ -150,13 +150,13 @@ def check(folder: str | Path, metadata: str | Path = "", label2id: str | Path = 
     data, report, bad = examine(folder, metadata, label2id)
     if data.classes:
         report.facts.append(
-            f"{data.layout} layout, {len(data.classes)} classes: {', '.join(data.classes)}"
+            f"{data.layout} layout, {len(data.classes)} classes: "
+            + one_line(", ".join(data.classes), 2000)
         )
     for split, counts in data.counts().items():
         if sum(counts.values()):
-            report.facts.append(
-                f"{split}: {sum(counts.values())} images ({', '.join(map(str, counts.values()))})"
-            )
+            numbers = one_line(", ".join(map(str, counts.values())), 2000)
+            report.facts.append(f"{split}: {sum(counts.values())} images ({numbers})")
     warn_outside(report, data.folder, [s.path for s in data.samples])
     bad |= _decode_all([s for s in data.samples if s.path not in bad], report)
     good = tuple({s.path: s for s in data.samples if s.path not in bad}.values())

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report
-from ..core.files import warn_outside
+from ..core.files import Refused, find_reason, refusing, warn_outside
 from ..core.images import Mapped, index_content, open_image, size_of, stored_rows
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
@@ -67,8 +67,9 @@ def prepare(path: str | Path, side: int, size: tuple[int, int]) -> np.ndarray:
     """(side, side, 3) uint8 letter-boxed picture; ValueError if it is not of `size` (w, h)."""
     found = size_of(path, entry="annotation")
     if found != size:
-        said = "the picture is {}x{}, its annotation says {}x{}".format(*found, *size)
-        raise ValueError(f"{path}: {said}; correct one of them")
+        with refusing(path, fix="correct one of them"):
+            said = "the picture is {}x{}, its annotation says {}x{}"
+            raise Refused(said.format(*found, *size))
     return letter_box(open_image(path, side, upright=False, entry="annotation"), side, size)
 
 
@@ -253,13 +254,13 @@ def loaders(data: OpenVocab, params: dict) -> dict:
 QUERIES = 20  # of the published network
 
 
-def _look(sample: Sample) -> str:
-    """What is wrong with the picture of a sample, or nothing."""
+def _look(sample: Sample) -> tuple[str, str] | None:
+    """What is wrong with the picture of a sample and what to do, or None."""
     try:
         prepare(sample.path, 16, (sample.width, sample.height))
-        return ""
+        return None
     except (OSError, ValueError) as error:
-        return str(error)[len(sample.path) + 2 :]
+        return find_reason(error, sample.path)
 
 
 def _count(sample: Sample) -> dict[str, int]:
@@ -331,7 +332,7 @@ def check(folder: str | Path) -> Report:
         looks = list(pool.map(_look, data.samples))
     for sample, said in zip(data.samples, looks):
         if said:
-            report.add(sample.path, *said.rsplit("; ", 1))
+            report.add(sample.path, *said)
     if data.samples:
         _note_counts(data, report)
         good = tuple(s for s, said in zip(data.samples, looks) if not said)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report
-from ..core.files import warn_outside
+from ..core.files import find_reason, warn_outside
 from ..core.images import Mapped, normalise, to_tensor
 from ..core.paths import resolve
 from leansense.layers.conventions import (
@@ -264,13 +264,13 @@ def _check_images(frames: Sequence[Frame], report: Report) -> dict[str, tuple[in
             read_image(path)
             return read_size(path)  # of the file, which may be decoded smaller
         except (OSError, ValueError) as error:
-            return str(error)[len(path) + 2 :]
+            return find_reason(error, path)
 
     paths, sizes = list(dict.fromkeys(path for f in frames for path in f.images)), {}
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for path, found in zip(paths, pool.map(look, paths)):
-            if isinstance(found, str):
-                report.add(path, *found.rsplit("; ", 1))
+            if isinstance(found[0], str):
+                report.add(path, *found)
             else:
                 sizes[path] = found
     report.facts.append(
