@@ -211,6 +211,8 @@ def _find_file(folder: Path, name: str) -> tuple[str, str]:
 
     A name may begin with a space or hold a backslash; mostly these are the habits of a program.
     """
+    if name == name.strip() and "\\" not in name:
+        return name, os.path.normpath(os.path.join(folder, name))
     ways = dict.fromkeys((name, name.strip(), name.strip().replace("\\", "/")))
     for way in ways:
         path = os.path.normpath(os.path.join(folder, way))
