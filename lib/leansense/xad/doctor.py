@@ -161,7 +161,8 @@ def check(folder: str | Path, split: str = "") -> Report:
         if part and split != "nu_a2d":
             report.facts.append(f"{len(part)} scenes of its train are in nu_a2d's {other}")
     whole = [frame for frame in frames if all(map(os.path.exists, frame.files))]
-    warn_outside(report, root, [path for frame in whole for path in frame.files])
+    read = ((*frame.files, frame.lidar) for frame in whole)
+    warn_outside(report, root, [path for paths in read for path in paths if path])
     found = _check_content(whole, report)
     before = len(report.errors)
     _check_cameras(whole, report)
