@@ -22,31 +22,7 @@ from pathlib import Path
 
 from .text import shorten, terminal
 
-# %% ../../../nbs/core/63_files.ipynb #ba803392
-class Refused(ValueError):
-    """One line about a file that cannot be used; `reason` is without its path and the remedy."""
-
-    reason = ""
-
-
-def one_line(text: object, length: int = 160) -> str:
-    """A text in one line, shortened, for quoting what a file or a decoder says."""
-    return " ".join(shorten(text, length).split())
-
-
-def _refuse(path: str | Path, reason: str, fix: str) -> Refused:
-    """The line of `refusing`."""
-    error = Refused(f"{terminal(path, keep='')}: {reason}; {fix}")
-    error.reason = reason
-    return error
-
-
-def find_reason(error: Exception, path: str | Path) -> tuple[str, str]:
-    """(what is wrong, what to do) in the line of `refusing` about the file at `path`."""
-    what, _, fix = str(error).removeprefix(f"{terminal(path, keep='')}: ").rpartition("; ")
-    return what, fix
-
-
+# %% ../../../nbs/core/63_files.ipynb #5d3ef20a
 def _say_why(error: Exception, path: str | Path) -> str:
     """What is wrong with the file at `path`, without its name."""
     if isinstance(error, Refused):
@@ -77,6 +53,30 @@ class _Refusing:
             raise FileNotFoundError(said) from None
         if isinstance(error, Exception):
             raise _refuse(path, _say_why(error, path), fix) from None
+
+# %% ../../../nbs/core/63_files.ipynb #ba803392
+class Refused(ValueError):
+    """One line about a file that cannot be used; `reason` is without its path and the remedy."""
+
+    reason = ""
+
+
+def one_line(text: object, length: int = 160) -> str:
+    """A text in one line, shortened, for quoting what a file or a decoder says."""
+    return " ".join(shorten(text, length).split())
+
+
+def _refuse(path: str | Path, reason: str, fix: str) -> Refused:
+    """The line of `refusing`."""
+    error = Refused(f"{terminal(path, keep='')}: {reason}; {fix}")
+    error.reason = reason
+    return error
+
+
+def find_reason(error: Exception, path: str | Path) -> tuple[str, str]:
+    """(what is wrong, what to do) in the line of `refusing` about the file at `path`."""
+    what, _, fix = str(error).removeprefix(f"{terminal(path, keep='')}: ").rpartition("; ")
+    return what, fix
 
 
 def refusing(
