@@ -8,17 +8,20 @@ __all__ = ['list_commands', 'main']
 # %% ../../../nbs/core/09_command.ipynb #5c76cb02
 import importlib
 import sys
+from pathlib import Path
 
+import leansense
 from .text import say, shorten
 
 # %% ../../../nbs/core/09_command.ipynb #7cd98dbc
 def list_commands() -> dict[str, str]:
     """{name: module} of the modules that have a command line: the name without the package."""
-    from leansense._modidx import d
-
-    mains = sorted(name for name, symbols in d["syms"].items() if f"{name}.main" in symbols)
-    own = [name for name in mains if name != __name__]
-    return {name.removeprefix("leansense.").removeprefix("core."): name for name in own}
+    package, found = Path(leansense.__file__).parent, {}
+    for path in sorted(package.glob("*/*.py")):
+        name = f"{path.parent.name}.{path.stem}"
+        if name != "core.command" and "\ndef main(" in path.read_text(encoding="utf-8"):
+            found[name.removeprefix("core.")] = f"leansense.{name}"
+    return found
 
 # %% ../../../nbs/core/09_command.ipynb #4afd7ac3
 def main(argv: list[str] | None = None) -> int:

@@ -248,7 +248,6 @@ def refuse_lost_weights(module: torch.nn.Module, what: str) -> None:
         ) from None
 
 
-
 def is_traced(*tensors: Any) -> bool:
     """Whether a compiler, an exporter or a dispatch mode looks on, or a tensor is no plain one.
 
