@@ -21,6 +21,7 @@ from ..core.files import warn_outside
 from ..core.images import Mapped, index_content, open_image, size_of, stored_rows
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
+from ..core.text import say
 from . import coco, flickr
 from .flickr import SPLITS, OpenVocab, Sample
 from leansense.openvocab.targets import (
@@ -236,7 +237,7 @@ def loaders(data: OpenVocab, params: dict) -> dict:
         part = PhraseDataset(data, split, seed=seed, **named)
         beyond = count_unreachable(part.samples, queries, part.options.protocol) if queries else 0
         if beyond:
-            print(f"{split}: {beyond} boxes are beyond {queries} queries; nothing can find them")
+            say(f"{split}: {beyond} boxes are beyond {queries} queries; nothing can find them")
         found[split] = loader(
             part,
             size,
