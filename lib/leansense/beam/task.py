@@ -9,7 +9,6 @@ __all__ = ['LOSSES', 'FIRST', 'DELTA', 'SCENARIOS', 'RESTART', 'FLOOR', 'PLAIN',
 
 # %% ../../../nbs/beam/20_task.ipynb #926026a1
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn

@@ -8,7 +8,6 @@ __all__ = ['SCHEDULES', 'RISE', 'CHANGES', 'KEPT', 'recipe', 'one_cycle', 'Drawn
 
 # %% ../../../nbs/openvocab/20_task.ipynb #5e448402
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
