@@ -8,10 +8,8 @@ __all__ = ['PARAMETERS', 'SHOWN', 'Options', 'prepare_image', 'prepare_lidar', '
 
 # %% ../../../nbs/beam/00_data.ipynb #aac9393d
 import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +19,9 @@ from . import features
 from .layouts import KINDS, SPLITS, Beam, Sample, beside, load, scan
 from .layouts import Options as Reading
 from .split import make_split
-from ..core.check import Report, file_digests
+from ..core.check import Report, file_digests, try_files
 from ..core.files import warn_outside
-from ..core.images import open_image, stored_rows
+from ..core.images import check_image, open_image, stored_rows
 from ..core.paths import data_root, resolve
 
 # %% ../../../nbs/beam/00_data.ipynb #06cc16c3
@@ -429,7 +427,7 @@ def loaders(data: Beam, params: dict) -> dict:
 # %% ../../../nbs/beam/00_data.ipynb #0055207b
 SHOWN = 5  # faults of one kind that are listed by name
 _READERS = {
-    "image": lambda path: open_image(path).size,
+    "image": check_image,
     "lidar": lambda path: len(features.read_points(path)),
     "radar": lambda path: features.read_radar(path).shape,
     "position": features.read_place,
@@ -448,23 +446,13 @@ def _group_files(data: Beam) -> dict[tuple[str, int, str], list[str]]:
     return {key: list(names) for key, names in found.items()}
 
 
-def _look(kind: str, path: str):
-    """What a file holds, or the error's text."""
-    try:
-        return _READERS[kind](path)
-    except (OSError, ValueError) as error:
-        return str(error).removeprefix(f"{path}: ")
-
-
 def _check_group(key: tuple, paths: Sequence[str], known: Counter, report: Report) -> str:
     """Report the faults of some files of one kind; a line that counts them."""
     part, scenario, kind = key
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        looks = list(pool.map(lambda path: _look(kind, path), paths))
-    bad = {path: said for path, said in zip(paths, looks) if isinstance(said, str)}
-    for path, said in list(bad.items())[:SHOWN]:
-        what, _, fix = said.rpartition("; ")
-        report.add(path, what or said, fix if what else "see there")
+    own = Report(report.system, report.folder)
+    looks = try_files(_READERS[kind], paths, own, fix="see there")
+    bad = own.errors
+    report.errors += bad[:SHOWN]
     if len(bad) > SHOWN:
         where = f"{part}, scenario {scenario}, {kind}"
         report.add(where, f"{len(bad) - SHOWN} more like the one before", "mend the cause")
@@ -473,7 +461,7 @@ def _check_group(key: tuple, paths: Sequence[str], known: Counter, report: Repor
         usual = shapes.most_common(1)[0][0]
         odd = next(p for p, look in zip(paths, looks) if isinstance(look, tuple) and look != usual)
         report.add(odd, f"radar has another shape than {usual}", "record it again or leave it out")
-    nan = sum("nan" in said.lower() for said in bad.values())
+    nan = sum("nan" in f"{one.what}; {one.fix}".lower() for one in bad)
     found = Counter({"damaged": len(bad) - nan, "NaN": nan}) + known
     said = ", ".join(f"{count} {what}" for what, count in found.items() if count)
     return f"{kind} {len(paths)}" + f" ({said})" * bool(said)

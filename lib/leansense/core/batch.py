@@ -749,7 +749,7 @@ def _unlock() -> None:
     """Clear away what a crash left: locks, half-written files, damaged memory of Snakemake's."""
     with own_lock():
         found, lines = sweep(), set_aside()
-    print(*lines, f"unlocked; {found} half-written file{'s' * (found != 1)} swept", sep="\n")
+    say(*lines, f"unlocked; {found} half-written file{'s' * (found != 1)} swept")
 
 # %% ../../../nbs/core/16_batch.ipynb #a7b03341
 def _readme() -> list[str]:
@@ -805,7 +805,7 @@ def main(argv: list[str] | None = None) -> int:
         say(cause(error) if isinstance(error, OSError) else error, error=True)
         return 2
     except KeyboardInterrupt as stopped:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        say("\nstopped; the same command goes on from here", error=True)
         return 128 + stopped.args[0] if stopped.args else 130
     for line in failed:
         say(f"failed: {line}", error=True)

@@ -25,6 +25,7 @@ from .digest import code_key, digest
 from .lock import hold_folder
 from .parameters import MEMORY, OWNED, check_parameters, find_rebound, read_parameters
 from .paths import resolve, root, write_atomic
+from .text import say
 
 # %% ../../../nbs/core/14_record.ipynb #231ed21e
 _QUOTED = re.compile(r"""(["'`])(?:file://)?(/[^"'`\n]+)\1""")
@@ -264,7 +265,7 @@ def _ready(out: Path) -> None:
             raise ValueError(f"out={out}: is a folder; name a file")
         aside = tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.")
         shutil.move(out, aside)
-        print(f"{out}: a folder in the place of a record; moved to {aside}")
+        say(f"{out}: a folder in the place of a record; moved to {aside}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()

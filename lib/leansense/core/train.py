@@ -47,6 +47,7 @@ from tqdm import tqdm
 from leansense.core.checkpoint import (
     MARK,
     AtomicIO,
+    check_finite,
     check_weights,
     copy_checkpoint,
     load_file,
@@ -59,6 +60,7 @@ from .parameters import nearest
 from .paths import write_atomic
 from .schedule import Group, Recipe, horizon, param_groups
 from .task import NonFiniteLoss, Task
+from .text import say
 
 # %% ../../../nbs/core/20_train.ipynb #a05fc8de
 @dataclass(frozen=True)
@@ -415,6 +417,8 @@ def read_run(path: str | Path) -> dict:
         raise ValueError(
             f"{path}: holds weights, but nothing to go on training from: name a last.ckpt"
         )
+    check_finite(kept, path)
+    check_finite({"optimiser": kept.get("optimizer_states")}, path)
     return kept
 
 
@@ -436,7 +440,7 @@ def best_file(kept: dict, path: Path) -> Path | None:
 def _say(text: object) -> None:
     """One line for the person in front of the notebook, from the first process only."""
     if not rank_zero_only.rank:
-        print(text)
+        say(text)
 
 
 def _newest(folder: Path, identity: str) -> tuple[str, dict]:

@@ -10,17 +10,17 @@ __all__ = ['LISTS', 'PARAMETERS', 'QUERIES', 'Options', 'prepare', 'map_pixels',
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..core.check import Report
+from ..core.check import Report, try_files
 from ..core.files import warn_outside
 from ..core.images import Mapped, index_content, open_image, size_of, stored_rows
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
+from ..core.text import say
 from . import coco, flickr
 from .flickr import SPLITS, OpenVocab, Sample
 from leansense.openvocab.targets import (
@@ -236,7 +236,7 @@ def loaders(data: OpenVocab, params: dict) -> dict:
         part = PhraseDataset(data, split, seed=seed, **named)
         beyond = count_unreachable(part.samples, queries, part.options.protocol) if queries else 0
         if beyond:
-            print(f"{split}: {beyond} boxes are beyond {queries} queries; nothing can find them")
+            say(f"{split}: {beyond} boxes are beyond {queries} queries; nothing can find them")
         found[split] = loader(
             part,
             size,
@@ -253,13 +253,9 @@ def loaders(data: OpenVocab, params: dict) -> dict:
 QUERIES = 20  # of the published network
 
 
-def _look(sample: Sample) -> str:
-    """What is wrong with the picture of a sample, or nothing."""
-    try:
-        prepare(sample.path, 16, (sample.width, sample.height))
-        return ""
-    except (OSError, ValueError) as error:
-        return str(error)[len(sample.path) + 2 :]
+def _look(sample: Sample) -> tuple:
+    """The shape of a sample's picture, prepared."""
+    return prepare(sample.path, 16, (sample.width, sample.height)).shape
 
 
 def _count(sample: Sample) -> dict[str, int]:
@@ -327,13 +323,9 @@ def check(folder: str | Path) -> Report:
     root = resolve(folder)
     data, report = coco.scan(root) if coco.recognise(root) else flickr.scan(root)
     warn_outside(report, root, data.files)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        looks = list(pool.map(_look, data.samples))
-    for sample, said in zip(data.samples, looks):
-        if said:
-            report.add(sample.path, *said.rsplit("; ", 1))
+    looks = try_files(_look, data.samples, report, of=lambda sample: sample.path)
     if data.samples:
         _note_counts(data, report)
-        good = tuple(s for s, said in zip(data.samples, looks) if not said)
+        good = tuple(s for s, shape in zip(data.samples, looks) if shape)
         _warn_of_copies(replace(data, samples=good), report)
     return report
