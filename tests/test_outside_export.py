@@ -10,6 +10,7 @@ from conftest import message
 from leansense.core.export import write_onnx
 from leansense.layers.bev_pool import Grid, PoolPlan, bev_pool
 from leansense.layers.lift_splat import LiftSplat, get_geometry, make_frustum, surround_rig
+from leansense.layers.trunk import Trunk
 from leansense.simbev.model import DEMO, build, example
 from leansense.simbev.use import export_onnx, main
 from test_outside_tensors import TINY
@@ -39,6 +40,22 @@ def test_a_traced_lift_computes_for_other_inputs(backend):
         found, wanted = traced(*lift_inputs(1)), lift(*lift_inputs(1))
         assert not torch.equal(wanted, lift(*lift_inputs(0)))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_that_hides_its_network_is_one_line():
+    """Its weights are no constants; that tracer's own line says nothing of a way out."""
+    trunk = Trunk("mobilenetv3_small_050").eval()
+    first, second = torch.rand(2, 1, 3, 64, 96).unbind()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError) as caught:
+            torch.jit.trace(lambda x: trunk(x)[0], (first,), check_trace=False)
+        assert "\n" not in str(caught.value)
+        assert "Trunk" in str(caught.value) and "torch.export.export" in str(caught.value)
+        traced = torch.jit.trace(trunk, (first,), check_trace=False)
+        for found, wanted in zip(traced(second), trunk(second), strict=True):
+            torch.testing.assert_close(found, wanted)
+        exported = torch.export.export(trunk, (first,)).module()
+        torch.testing.assert_close(exported(second)[0], trunk(second)[0])
 
 
 def test_the_older_exporter_is_refused_in_one_line(tmp_path):

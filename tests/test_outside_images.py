@@ -139,6 +139,34 @@ def test_a_large_jpeg_is_read_smaller(tmp_path, monkeypatch):
     assert "or as JPEG" in message(ValueError, images.open_image, tmp_path / "a.png")
 
 
+def test_a_telephones_200_megapixels(tmp_path, monkeypatch):
+    """1.1: a JPEG of that size is decoded at half of it, in 50 megapixels; a PNG is refused."""
+    size = 16_000, 12_500
+    Image.linear_gradient("L").resize(size, Image.Resampling.NEAREST).save(tmp_path / "a.jpg")
+    pack = zlib.compressobj(1)
+    rows = b"".join(pack.compress(bytes(size[0] + 1)) for _ in range(size[1])) + pack.flush()
+    monkeypatch.setattr(zlib, "compress", lambda packed: packed)
+    (tmp_path / "a.png").write_bytes(png(size, 8, 0, rows))
+    decoded, load = [], ImageFile.ImageFile.load
+
+    def watched(file):
+        decoded.append(file.size)
+        return load(file)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    assert images.open_image(tmp_path / "a.jpg").size == (8_000, 6_250)
+    small = leaf.prepare(tmp_path / "a.jpg", 64)
+    assert max(decoded) == (8_000, 6_250)
+    decoded.clear()
+    assert max(images.open_image(tmp_path / "a.jpg", 64).size, *decoded) == (2_000, 1_563)
+    middle = small[8:-8, 32, 0].astype(int)
+    assert small.shape == (64, 64, 3) and np.abs(middle - np.linspace(3, 252, 48)).max() < 5
+    decoded.clear()
+    said = message(ValueError, images.open_image, tmp_path / "a.png")
+    assert "more than the 178 megapixels" in said and "at half the size, or as JPEG" in said
+    assert decoded == [] and said == message(ValueError, leaf.prepare, tmp_path / "a.png", 64)
+
+
 def test_a_long_picture_is_resized_before_it_is_padded(tmp_path, monkeypatch):
     """1.1: the square around a strip takes many times the memory of the strip."""
     ramp = np.repeat(np.linspace(0, 255, 5000).astype(np.uint8)[None], 60, 0)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import leansense
+from .files import find_reason
 from .parameters import nearest
 from .paths import data_root, write_atomic
 from .text import say, shorten, terminal
@@ -165,16 +166,16 @@ def try_files(
 
     def look(file) -> tuple:
         try:
-            return read(file), ""
+            return read(file), None
         except (OSError, ValueError) as error:
-            return None, str(error).removeprefix(f"{of(file)}: ") or type(error).__name__
+            return None, find_reason(error, of(file))
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(look, files))
     for file, (_, said) in zip(files, found):
-        what, _, advice = said.rpartition("; ")
         if said:
-            report.add(of(file), what or said, advice if what else fix)
+            what, advice = said
+            report.add(of(file), what or advice, advice if what else fix)
     return [answer for answer, _ in found]
 
 # %% ../../../nbs/core/60_check.ipynb #12e80b32
@@ -200,8 +201,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         report = check(given.system, given.folder)
-    except ValueError as error:
-        say(error, error=True)
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None)  # of a folder that nobody may enter, and such
+        say(
+            f"{shorten(given.folder)}: {reason}; give another folder" if reason else error,
+            error=True,
+        )
         return 2
     say(report)
     return 0 if report.ok else 1

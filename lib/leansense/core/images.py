@@ -81,7 +81,8 @@ def _opened(path: str | Path, entry: str) -> Iterator:
 def size_of(path: str | Path, entry: str = "row") -> tuple[int, int]:
     """(width, height) of the stored pixels, from the header alone; the errors of `open_image`."""
     with _opened(path, entry) as file:
-        return file.size
+        tags = getattr(file, "tag_v2", None)  # PIL gives the size of a TIFF once it is turned
+        return (tags[256], tags[257]) if tags else file.size
 
 # %% ../../../nbs/core/64_images.ipynb #69c7e0b6
 def _declared(file) -> float:
@@ -96,8 +97,9 @@ def _declared(file) -> float:
     if file.format == "PNG":
         with open(file.filename, "rb") as stream:
             start = stream.read(4096).partition(b"IDAT")[0]
-        bits = start.partition(b"sBIT")[2][:1]
-        return 2.0 ** bits[0] - 1 if bits and 8 < bits[0] < 16 else 0.0
+        length, found, bits = start.partition(b"sBIT")
+        bits = max(bits[: length[-1]], default=0) if found and length else 0
+        return 2.0**bits - 1 if 8 < bits < 16 else 0.0
     return 0.0
 
 # %% ../../../nbs/core/64_images.ipynb #7c288191
@@ -115,7 +117,7 @@ def _to_eight_bits(image, top: float):
         raise Refused(f"{said}: save it with 8 bits, from 0 to 255")
     if whole and 2**14 <= high < 2**16 and not high <= top:  # the range of 16 bits, used
         return Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
-    if not high <= top:
+    if not 0 < high <= top:
         top = 255 if whole and high <= 255 else 1
     if high > top:
         kind = "16 bits" if whole and high < 2**16 else "32 bits" if whole else "floating point"
@@ -127,7 +129,9 @@ def _to_eight_bits(image, top: float):
 def _to_rgb(image, file):
     """A loaded picture as PIL RGB of 8 bits; `file`: where it came from."""
     if image.mode[:1] in "IF":
-        return _to_eight_bits(image, _declared(file)).convert("RGB")
+        grey = _to_eight_bits(image, _declared(file))
+        negative = (getattr(file, "tag_v2", None) or {}).get(262) == 0  # 0 is white
+        return (grey.point(range(255, -1, -1)) if negative else grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in file.info:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
@@ -137,12 +141,33 @@ def _to_rgb(image, file):
             return seen
     return image.convert("RGB")
 
-# %% ../../../nbs/core/64_images.ipynb #ae134e7e
-def _turn(image, file):
-    """A picture turned as the EXIF tag of its file says."""
+# %% ../../../nbs/core/64_images.ipynb #5b1d7c3e
+def _read_deep(file, top: float):
+    """A loaded PNG of 16 bits a channel, scaled so that `top` is white if it is not exceeded.
+
+    PIL gives the upper byte of each value; read as if its bytes were swapped, the lower one.
+    """
+    import numpy as np
     from PIL import Image
 
-    way = file.getexif().get(274)
+    with Image.open(file.filename, formats=("PNG",)) as again:
+        kind, place, offset, order = again.tile[0]
+        again.tile = [(kind, place, offset, order.replace("16B", "16L"))]
+        again.load()
+        low = np.asarray(again)
+    values = np.asarray(file).astype(np.uint16) << 8 | low
+    if values[..., :3].max() > top:
+        return file
+    pixels = np.asarray(file).copy()  # whose alpha, if any, stays
+    pixels[..., :3] = values[..., :3] * (255 / top) + 0.5
+    return Image.fromarray(pixels)
+
+# %% ../../../nbs/core/64_images.ipynb #ae134e7e
+def _turn(image, way: int | None, back: bool = False):
+    """A picture turned as the orientation `way` of EXIF says, or `back` to where it was."""
+    from PIL import Image
+
+    way = {6: 8, 8: 6}.get(way, way) if back else way
     turns = Image.Transpose
     known = {
         2: turns.FLIP_LEFT_RIGHT, 3: turns.ROTATE_180, 4: turns.FLIP_TOP_BOTTOM,
@@ -166,9 +191,15 @@ def _load(file, draft: int) -> None:
 # %% ../../../nbs/core/64_images.ipynb #abaf62e4
 def _decode(file, draft: int, upright: bool):
     """The picture of a PIL file as RGB of 8 bits."""
-    deep = file.mode in ("RGB", "RGBA", "LA") and ";16" in str(file.tile[:1])
+    tags = getattr(file, "tag_v2", None) or {}
+    way, deep = tags.get(274), file.mode in ("RGB", "RGBA") and ";16" in str(file.tile[:1])
+    top = _declared(file) if deep and file.format == "PNG" and ";16B" in str(file.tile) else 0
     _load(file, draft)
-    image = _to_rgb(_turn(file, file) if upright else file, file)
+    image = _read_deep(file, top) if top else file
+    if upright or way:  # PIL has turned a TIFF
+        turn = file.getexif().get(274) if upright else way
+        image = _turn(image, turn, back=not upright)
+    image = _to_rgb(image, file)
     if deep and max(high for _, high in image.getextrema()) < 64:
         said = "image has 16 bits a channel and uses less than a quarter of their range"
         raise Refused(f"{said}, as a 12-bit camera writes: save it with 8 bits, or scale it")

@@ -75,7 +75,10 @@ def _measure(node, known: dict, above: int = 0) -> tuple[int, int]:
                     )
                 seen.add(name)
             parts = [part for pair in parts for part in pair]
-        sizes = [_measure(part, known, above + 1) for part in parts]
+        sizes = [
+            (1, 1) if isinstance(part, yaml.ScalarNode) else _measure(part, known, above + 1)
+            for part in parts
+        ]
         known[id(node)] = 1 + sum(n for n, _ in sizes), 1 + max((k for _, k in sizes), default=0)
     return known[id(node)]
 

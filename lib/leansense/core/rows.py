@@ -345,11 +345,14 @@ def _blocks(block: object, kind: str, where: str) -> tuple[dict, list[str]]:
 
 def _strayed(rows: list[Row]) -> list[str]:
     """Complaints about links by which a row's files would lie outside this clone."""
-    wrong = []
+    places = {}
     for row in rows:
+        for path, tops in ((row.folder, ("runs",)), (row.record, ("papers", "runs"))):
+            places[path if path.is_symlink() else path.parent] = tops
+    wrong = []
+    for path, tops in places.items():
         try:
-            keep_below(row.folder, "runs")
-            keep_below(row.record, "papers", "runs")
+            keep_below(path, *tops)
         except ValueError as error:
             wrong.append(str(error))
     return wrong

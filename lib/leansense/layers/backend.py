@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VARIABLE', 'INSTRUCTIONS', 'MEASURED', 'TUNED', 'log', 'OPERATORS', 'DEVICES', 'allowed', 'NativeError',
            'usable_isas', 'isa', 'use_isa', 'tell_once', 'pick', 'triton_why_not', 'float64_why_not', 'Backend',
-           'register', 'load', 'choose', 'refuse_old_onnx', 'is_traced', 'wide_type', 'without_autocast']
+           'register', 'load', 'choose', 'refuse_old_onnx', 'refuse_lost_weights', 'is_traced', 'wide_type',
+           'without_autocast']
 
 # %% ../../../nbs/layers/00_backend.ipynb #8bc20c10
 import contextlib
@@ -231,6 +232,21 @@ def refuse_old_onnx(what: str) -> None:
             f"{what}: the older ONNX exporter writes a file that runtimes refuse: "
             "call torch.onnx.export(..., dynamo=True)"
         )
+
+
+def refuse_lost_weights(module: torch.nn.Module, what: str) -> None:
+    """RuntimeError, one line, when torch.jit.trace records a function that hides `module`."""
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        return
+    weight = next((p for p in module.parameters() if p.requires_grad), None)
+    try:
+        weight is None or weight.detach()
+    except RuntimeError:
+        raise RuntimeError(
+            f"{what}: torch.jit.trace of a function does not find its weights: "
+            "trace a module that holds it, or call torch.export.export"
+        ) from None
+
 
 
 def is_traced(*tensors: Any) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.images import MEAN, STD
 from ..core.parameters import nearest
+from .backend import refuse_lost_weights
 from .input_range import InputRange
 from .norm_act import fuse
 
@@ -202,6 +203,7 @@ class Trunk(nn.Module):
             )
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        refuse_lost_weights(self, "Trunk")
         stages = _stages(self.network) if self.checkpointing and self.training else []
         if not stages:
             return self.network(self.input_range(images))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.check import Report, try_files
-from ..core.files import warn_outside
+from ..core.files import one_line, warn_outside
 from ..core.images import Mapped, fit_square, normalise, open_image, stored_rows, to_tensor
 from ..core.parameters import nearest
 from ..core.paths import data_root
@@ -139,13 +139,13 @@ def check(folder: str | Path, metadata: str | Path = "", label2id: str | Path = 
     data, report, bad = examine(folder, metadata, label2id)
     if data.classes:
         report.facts.append(
-            f"{data.layout} layout, {len(data.classes)} classes: {', '.join(data.classes)}"
+            f"{data.layout} layout, {len(data.classes)} classes: "
+            + one_line(", ".join(data.classes), 2000)
         )
     for split, counts in data.counts().items():
         if sum(counts.values()):
-            report.facts.append(
-                f"{split}: {sum(counts.values())} images ({', '.join(map(str, counts.values()))})"
-            )
+            numbers = one_line(", ".join(map(str, counts.values())), 2000)
+            report.facts.append(f"{split}: {sum(counts.values())} images ({numbers})")
     warn_outside(report, data.folder, [s.path for s in data.samples])
     bad |= _decode_all([s for s in data.samples if s.path not in bad], report)
     good = tuple({s.path: s for s in data.samples if s.path not in bad}.values())

@@ -28,6 +28,7 @@ from leansense.leaf.layouts import (
     Leaf,
     Sample,
     describe_gaps,
+    describe_twins,
     find_absent,
     scan,
     write_metadata,
@@ -300,7 +301,7 @@ def _split(given: argparse.Namespace) -> int:
     write_metadata(data, target)
     say(f"{target}: " + ", ".join(f"{name} {len(data.part(name))}" for name in SPLITS))
     kept = ("the division into folders was kept",) if data.layout == "divided" else ()
-    for line in (*kept, *data.notes, *describe_gaps(data)):
+    for line in (*kept, *data.notes, *describe_gaps(data), *describe_twins(data.classes)):
         say(f"  {line}")
     return 0
 

@@ -7,7 +7,9 @@ __all__ = ['find_pictures', 'read_tensor', 'predict', 'export_onnx', 'main']
 
 # %% ../../../nbs/leaf/40_use.ipynb #30228379
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from ..core.paths import resolve, write_atomic
 from ..core.text import say
 from .checkpoint import load_checkpoint
 from .data import prepare
+from .folders import pick_pictures
 
 # %% ../../../nbs/leaf/40_use.ipynb #24e20339
 def find_pictures(where: str | Path) -> list[Path]:
@@ -27,18 +30,16 @@ def find_pictures(where: str | Path) -> list[Path]:
     where = Path(where)
     if where.is_file():
         return [where]
-    below = where.rglob("*") if where.is_dir() else ()
-    found = sorted(
-        path
-        for path in below
-        if path.suffix.lower() in ENDINGS
-        and not any(part.startswith(".") for part in path.relative_to(where).parts)
-    )
+    names, left = pick_pictures(where) if where.is_dir() else ([], {})
+    found = sorted(where / name for name in names)
+    said = ", ".join(f"{count} {what}" for what, count in left.items())
     if not found:
-        kinds = ", ".join(sorted(ENDINGS))
+        kinds, more = ", ".join(sorted(ENDINGS)), f" (left out: {said})" if said else ""
         raise FileNotFoundError(
-            f"{where}: no picture there; give a {kinds} file or a folder of them"
+            f"{where}: no picture there{more}; give a {kinds} file or a folder of them"
         )
+    if said:
+        say(f"{where}: left out: {said}", error=True)
     return found
 
 
@@ -119,6 +120,12 @@ def export_onnx(model: nn.Module, meta: dict, path: str | Path, tolerance: float
     return write_onnx(asked, {"image": two}, [three], "confidence", path, True, notes, tolerance)
 
 # %% ../../../nbs/leaf/40_use.ipynb #30a9e29a
+def _spare(out: str, read: Sequence[str | Path]) -> None:
+    """ValueError if the file to write is one that is read."""
+    if out and os.path.realpath(resolve(out)) in {os.path.realpath(resolve(path)) for path in read}:
+        raise ValueError(f"{out}: is read, and would be overwritten; give another file to write")
+
+
 def _tell(answers: list[dict], out: str) -> int:
     """Write the answers to `out`, if any, then print them; the exit status."""
     failed = ""
@@ -149,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="", help="predict: write the answers as JSON too")
     given = parser.parse_args(argv)
     try:
+        written = given.out if given.what == "predict" else given.where[0]
+        _spare(written, [given.checkpoint, *(given.where if given.what == "predict" else ())])
         model, meta = load_checkpoint(resolve(given.checkpoint))
         if given.what == "export":
             if len(given.where) > 1:
@@ -157,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"{given.where[0]}: largest difference from PyTorch {error:.1e}")
             return 0
         found, wrong = _gather(given.where)
+        _spare(given.out, found)
         answers = predict(model, meta, found) + wrong
     except (ValueError, OSError) as error:
         say(error, error=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report, try_files
-from ..core.files import warn_outside
+from ..core.files import Refused, refusing, warn_outside
 from ..core.images import Mapped, index_content, open_image, size_of, stored_rows
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
@@ -67,8 +67,9 @@ def prepare(path: str | Path, side: int, size: tuple[int, int]) -> np.ndarray:
     """(side, side, 3) uint8 letter-boxed picture; ValueError if it is not of `size` (w, h)."""
     found = size_of(path, entry="annotation")
     if found != size:
-        said = "the picture is {}x{}, its annotation says {}x{}".format(*found, *size)
-        raise ValueError(f"{path}: {said}; correct one of them")
+        with refusing(path, fix="correct one of them"):
+            said = "the picture is {}x{}, its annotation says {}x{}"
+            raise Refused(said.format(*found, *size))
     return letter_box(open_image(path, side, upright=False, entry="annotation"), side, size)
 
 

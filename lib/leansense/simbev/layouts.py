@@ -499,7 +499,8 @@ def _files(entry: dict, root: Path) -> dict | None:
         return reroot(str(entry.get(key, "")), root)
 
     def there(key):
-        return at(key) if os.path.isfile(at(key)) else ""
+        path = at(key)
+        return path if os.path.isfile(path) else ""
 
     depth = tuple(there(f"DPT-CAM_{name.upper()}") for name in CAMERAS)
     return {
