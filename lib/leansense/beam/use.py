@@ -53,7 +53,7 @@ def _described(kept: Mapping, path: str | Path) -> dict:
     again = "name the best.ckpt of a row that trained a network or a rebuilding"
     try:
         params = dict(json.loads(kept[MARK]["config"])["config"]["params"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: says nothing of its network (parameters): {again}") from None
     if "arch" not in params:
         raise ValueError(f"{path}: its parameters name no arch: {again}")
@@ -82,11 +82,13 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """
     kept = read_checkpoint(path)
     params, parts = _described(kept, path), ("model.", "base.", "rebuild.")
-    given = unwrap(kept["state_dict"]).items()
-    given = {n.replace("_orig_mod.", "").removeprefix("module."): v for n, v in given}
-    rebuilds = any(name.startswith(parts[1:]) for name in given)
-    weights = {name: value for name, value in given.items() if name.startswith(parts)}
-    make = partial(_build_task, params) if rebuilds else build
+    weights = {n.replace("_orig_mod.", ""): v for n, v in unwrap(kept["state_dict"]).items()}
+    while weights and all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    make = build
+    if any(name.startswith(parts[1:]) for name in weights):  # network, its copy, what rebuilds
+        weights = {name: value for name, value in weights.items() if name.startswith(parts)}
+        make = partial(_build_task, params)
     return rebuild(make, _settings(params), weights, path), params
 
 # %% ../../../nbs/beam/40_use.ipynb #4547bdbd

@@ -215,6 +215,8 @@ def _expand(
             [*wrong, f"{where}: seeds must be a list of whole numbers, got {_quote(seeds)}"],
             [],
         )
+    if len(set(seeds)) < len(seeds):
+        wrong.append(f"{where}: seeds names one twice, {_quote(seeds)}; take it away")
     if cores != "all" and not (type(cores) is int and cores > 0):
         wrong.append(f"{where}: cores must be a whole number or 'all', got {_quote(cores)}")
     here = str(place(data)) if data and "data" in parameters else ""
@@ -337,7 +339,7 @@ def _blocks(block: object, kind: str, where: str) -> tuple[dict, list[str]]:
         elif str(name) in found:
             wrong.append(f"{where}: '{name}' is there twice; take one away")
         else:
-            found[str(name)] = inner
+            found[str(name)] = {} if inner is None and kind == "row" else inner
     if not isinstance(block or {}, dict):
         wrong.append(f"{where}: expected `name: ...` lines, got {_quote(block)}")
     return found, wrong

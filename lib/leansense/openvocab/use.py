@@ -40,7 +40,7 @@ def load_detector(path: str | Path) -> tuple[nn.Module, dict]:
     again = "name the best.ckpt of a row that trained a detector"
     try:
         params = dict(json.loads(kept[MARK]["config"])["config"]["params"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: says nothing of its network (parameters): {again}") from None
     if not {"preset", "text_encoder"} <= params.keys():
         raise ValueError(f"{path}: its parameters name no preset and no text encoder: {again}")

@@ -36,7 +36,7 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
     try:
         settings = json.loads(kept["settings"])
         config, params = dict(settings["model"]), dict(settings["params"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(
             f"{path}: says nothing sound of its network and data (settings): {again}"
         ) from None

@@ -34,7 +34,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         config = json.loads(kept[MARK]["config"])["config"]
         params, stage = dict(config["params"]), config.get("stage", "")
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: says nothing of its network (parameters): {again}") from None
     if "lss_version" not in params:
         raise ValueError(f"{path}: its parameters name no lss_version: {again}")
