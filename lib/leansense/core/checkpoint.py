@@ -109,9 +109,7 @@ class _Nested(ValueError):
     """More levels than a checkpoint has."""
 
 
-def _tensors(
-    content: object, name: str = "", level: int = 0
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(content: object, name: str = "", level: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors inside `content` by name, without the optimiser's and the loop's own."""
     if level > _DEPTH:
         raise _Nested(f"{_spell(name[:20])}… is nested too deeply: save its state_dict alone")
