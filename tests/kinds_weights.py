@@ -967,6 +967,134 @@ RECORDS.append(
     )
 )
 
+# --- a notebook, a list of vouched changes, a checkpoint to go on from ---
+
+
+def _cells(**change: object) -> dict:
+    cell = {"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": toy.ROW[0][1]}
+    return {"cells": [cell | change], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def _declared(line: str) -> dict:
+    return _cells(source=f"{toy.ROW[0][1]}\n{line}")
+
+
+NOTEBOOKS: dict[str, tuple[str, object]] = {
+    "as it was saved": ("", _cells()),
+    "a byte-order mark before it": ("", b"\xef\xbb\xbf" + json.dumps(_cells()).encode()),
+    "NaN among its outputs": ("", _cells(outputs=[{"data": math.nan}])),
+    "an empty file": ("not a notebook", b""),
+    "a folder": ("not a notebook", Path.mkdir),
+    "a pipe": ("not a notebook", os.mkfifo),
+    "nothing": ("no such notebook", lambda path: None),
+    "a list": ("not a notebook", []),
+    "no cells": ("not a notebook", {"cells": None}),
+    "cells that are texts": ("not a notebook", {"cells": ["a", "b"]}),
+    "metadata that are a list": ("not a notebook", _cells(metadata=[])),
+    "tags that are null": ("not a notebook", _cells(metadata={"tags": None})),
+    "a source that is a number": ("not a notebook", _cells(source=3)),
+    "10^5 brackets": ("not a notebook", b"[" * 10**5),
+    "marks of a merge": ("not a notebook", b"<<<<<<< HEAD\n" + json.dumps(_cells()).encode()),
+    "Latin-1": ("not a notebook", '{"cells": ["größe"]}'.encode("latin-1")),
+    "no cell of parameters": ("0 cells tagged", _cells(metadata={})),
+    "a parameter by a call": ("is not a literal", _declared("x: int = open('x')  # y")),
+    "a parameter of an unknown kind": ("must be one of", _declared("x: Path = ''  # y")),
+    "a parameter of NaN": ("finite", _declared("x: float = 1e999  # y")),
+    "a parameter without a word": ("needs a comment", _declared("x: int = 3")),
+    "a parameter of another kind": ("is not int", _declared("x: int = 'a'  # y")),
+    "a key that is a list": ("80_row", _declared("x: dict = {[]: 1}  # y")),
+    "10^4 brackets in a parameter": ("80_row", _declared(
+        "x: list = " + "[" * 10**4 + "]" * 10**4 + "  # y")),
+    "a number of 5,000 digits": ("80_row", _declared("x: int = " + "9" * 5000 + "  # y")),
+    "10^5 signs in a parameter": ("80_row", _declared("x: int = " + "-" * 10**5 + "1  # y")),
+    "a NUL in a parameter": ("80_row", _declared("x: str = 'a\0'  # y")),
+    "a line of no Python": ("not Python", _declared("x: int = = 3  # y")),
+}  # fmt: skip
+
+
+def _notebook(content: object, folder: Path) -> object:
+    """True: the row of the toy is sound with this as its notebook."""
+    from leansense.core import rows
+
+    with _repository(folder, toy.SMALL):
+        path = folder / "nbs/toy/80_row.ipynb"
+        path.unlink()
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(
+                content if isinstance(content, bytes) else json.dumps(content).encode()
+            )
+        return "toy: 1 rows " in ask(rows.main, "check", "toy")
+
+
+ROWS += [
+    Kind("notebook", said, "core.parameters", words, partial(_notebook, content))
+    for said, (words, content) in NOTEBOOKS.items()
+]
+
+ENTRY = dict.fromkeys(("notebook", "table", "old", "new", "metrics", "commit"), "x")
+VOUCHED: dict[str, tuple[str, object]] = {
+    "sound": ("", [ENTRY]),
+    "an empty list": ("", []),
+    "a mapping": ("not a list of vouched", ENTRY),
+    "an entry without its table": ("not a list of vouched", [{"old": "x"}]),
+    "an entry that is a number": ("not a list of vouched", [3]),
+    "a table that is a number": ("not a list of vouched", [ENTRY | {"table": 3}]),
+    "an empty file": ("not a list of vouched", b""),
+    "10^5 brackets": ("not a list of vouched", b"[" * 10**5),
+    "a folder": ("not a list of vouched", Path.mkdir),
+    "a pipe": ("not a list of vouched", os.mkfifo),
+}
+
+
+def _vouched(content: object, folder: Path) -> object:
+    from leansense.core.record import vouchers
+
+    path = folder / "vouched.json"
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return vouchers(path) == content
+
+
+RECORDS += [
+    Kind("vouched.json", said, "core.record", words, partial(_vouched, content))
+    for said, (words, content) in VOUCHED.items()
+]
+
+RESUMED: dict[str, tuple[str, dict]] = {
+    "as training left it": ("", {}),
+    "a place in words": ("nothing to go on", {"position": ["one", 0]}),
+    "a place of one number": ("nothing to go on", {"position": [1]}),
+    "a place that is null": ("nothing to go on", {"position": None}),
+    "settings that are no JSON": ("nothing to go on", {"config": "{"}),
+    "settings that are a list": ("nothing to go on", {"config": "[]"}),
+    "settings of 10^5 brackets": ("nothing to go on", {"config": "[" * 10**5}),
+    "a history that is a list": ("nothing to go on", {"history": []}),
+    "no best epoch": ("nothing to go on", {"best_epoch": None}),
+    "a best epoch in words": ("nothing to go on", {"best_epoch": "two"}),
+}
+
+
+def _resumed(change: dict, folder: Path) -> object:
+    """True: a checkpoint is taken to go on training from."""
+    from leansense.core.train import Keeper, read_run
+
+    own = {"config": "{}", "history": {}, "rates": {}, "position": [1, 0], "stopped": False}
+    own |= {"processes": []} | {n: v for n, v in change.items() if n != "best_epoch"}
+    keeper = {"best_epoch": change.get("best_epoch", 0), "best": 0.5}
+    content = {"leansense": own, "state_dict": PLAIN, "callbacks": {Keeper.__qualname__: keeper}}
+    torch.save(content, folder / "last.ckpt")
+    return read_run(folder / "last.ckpt")["leansense"] == own
+
+
+CHECKPOINTS += [
+    Kind("checkpoint to go on from", said, "core.train", words, partial(_resumed, change))
+    for said, (words, change) in RESUMED.items()
+]
+
 # --- names in LaTeX, terminals and plots ---
 
 TEX = {

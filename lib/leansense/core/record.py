@@ -441,7 +441,7 @@ VOUCHER = (
 def _vouchers(path: Path, stamp: tuple) -> list[dict]:
     """The entries of a vouched.json; `stamp` (mtime, size) renews the memory after a change."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path, list, TEXT)
         if all(isinstance(entry[word], str) for entry in entries for word in VOUCHER):
             return entries
     except (ValueError, TypeError, KeyError):
