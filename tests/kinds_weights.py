@@ -1033,6 +1033,29 @@ ROWS += [
     for said, (words, content) in NOTEBOOKS.items()
 ]
 
+CELLS = {
+    "a cell of 10^5 brackets": "x = " + "[" * 10**5,
+    "a cell of 10^5 signs": "x = " + "-" * 10**5 + "1",
+    "a cell of 10^4 sums": "x = 1" + " + 1" * 10**4,
+    "a cell with a NUL": "x = 'a\0'",
+    "half a cell": "x = (",
+}
+
+
+def _cell(source: str, folder: Path) -> object:
+    """What the plan says of a row whose notebook has this cell."""
+    from leansense.core import batch
+
+    with _repository(folder, toy.SMALL):
+        toy.save(folder / "nbs/toy/80_row.ipynb", [*toy.ROW, ("", source)])
+        return batch.plan("toy")
+
+
+ROWS += [
+    Kind("notebook", said, "core.digest", "cell 4", partial(_cell, source))
+    for said, source in CELLS.items()
+]
+
 ENTRY = dict.fromkeys(("notebook", "table", "old", "new", "metrics", "commit"), "x")
 VOUCHED: dict[str, tuple[str, object]] = {
     "sound": ("", [ENTRY]),

@@ -107,7 +107,7 @@ def _parameter(node: ast.stmt, comment: str, where: str) -> Parameter:
     kinds = [word for word in words if word != "None"]
     try:
         default = ast.literal_eval(node.value)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError, MemoryError):
         raise ValueError(f"{where}: the default of '{name}' is not a literal") from None
     if len(kinds) != 1 or kinds[0] not in TYPES:
         raise ValueError(
@@ -131,6 +131,8 @@ def parse(source: str, where: str = "parameters cell") -> dict[str, Parameter]:
         raise ValueError(
             f"{where}, line {error.lineno}: not Python ({error.msg}); mend it"
         ) from None
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{where}: nested too deeply; write it shorter") from None
     comments = {
         token.start[0]: token.string.lstrip("# ").strip()
         for token in tokenize.generate_tokens(StringIO(source).readline)
