@@ -87,7 +87,11 @@ def _content(system: str, weights: object, settings: object) -> dict:
         meta = {"label2id": dict(zip("abcd", range(4))), "image_size": 64, "temperature": 1.5}
         meta |= {"unsure_below": 0.5, "network": settings, "mark": "x"}
         return {"model": weights, "meta": meta if isinstance(settings, dict) else settings}
-    whole = {"model": settings, "params": {"classes": "vehicle", "H": 64, "W": 144}}
+    own = {"classes": "vehicle", "H": 64, "W": 144}
+    if isinstance(settings, dict):
+        own, settings = own | settings.get("params", {}), dict(settings)
+        settings.pop("params", None)
+    whole = {"model": settings, "params": own}
     if system != "simbev":
         whole = {"config": {"params": settings}, "seed": 0}
     said = json.dumps(whole) if isinstance(settings, dict) else settings
@@ -444,6 +448,29 @@ for _system in SYSTEMS:
     ]  # fmt: skip
 
 
+READING = {  # kind: (words, parameters of each system)
+    "pictures of 10^9 pixels a side": ("is the most", {
+        "simbev": {"params": {"H": 10**9, "W": 10**9}}, "xad": {"H": 10**9, "W": 10**9},
+        "beam": {"size": 10**9}}),
+    "a word for a number of reading": ("best.ckpt", {
+        "simbev": {"params": {"H": "many"}}, "xad": {"ncams": "many"},
+        "beam": {"enhanced": "many"}}),
+    "a number for cameras": ("best.ckpt", {
+        "simbev": {"params": {"cams": 3}}, "xad": {"cams": 3}, "beam": {"modalities": 3}}),
+    "a list for a number of reading": ("best.ckpt", {
+        "simbev": {"params": {"W": [1]}}, "xad": {"H": [1]}, "beam": {"angle": [1]}}),
+    "an infinite size": ("best.ckpt", {
+        "simbev": {"params": {"H": math.inf}}, "xad": {"H": math.inf}, "beam": {"size": math.inf}}),
+    "classes that are numbers": ("best.ckpt", {
+        "simbev": {"params": {"classes": [1, 2]}}, "xad": {"raster": 3}, "beam": {"arch": 3}}),
+}  # fmt: skip
+CHECKPOINTS += [
+    Kind("checkpoint", said, system, words, partial(_setting, system, given[system]))
+    for said, (words, given) in READING.items()
+    for system in given
+]
+
+
 def _limited(system: str, words: tuple, folder: Path) -> object:
     from PIL import Image
 
@@ -757,6 +784,14 @@ ROWS_REFUSED = {
     "a parent that is not there": ("no row", _one("{needs: {data: main/none}}")),
     "a row that needs itself": ("circle", _one("{needs: {data: main/one}}")),
     "a parent that is a number": ("expected", _one("{needs: {data: 3}}")),
+    "an unknown word for the data": (
+        "expected standin or real", "tables: {main: {only: reel, rows: {one: {}}}}\n"),
+    "a list for a pattern": ("holds", "tables: {main: {holds: [a], rows: {one: {}}}}\n"),
+    "a list for a label": ("label", _one("{label: [a]}")),
+    "a claim of a list": ("claim", _one("{claim: {score: [1, 2]}}")),
+    "a headline in words": ("headline", _one(more="headline: 99 %\n")),
+    "half a headline": ("headline", _one(more="headline: {table: main}\n")),
+    "a title that is a list": ("title", _one(more="title: [a]\n")),
     "a claim that is a text": ("expected", _one("{claim: '99 %'}")),
 }  # fmt: skip
 

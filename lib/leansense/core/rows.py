@@ -126,6 +126,7 @@ _WORDS = {
 }
 
 
+_HEAD = ("table", "row", "metric", "name")
 _MAPPINGS = {"params", "real", "scales", "claim"}
 
 
@@ -136,6 +137,22 @@ class RowsError(ValueError):
 def _quote(value: object) -> str:
     """A value as a complaint quotes it, in short."""
     return shorten(repr(value), 80)
+
+
+def _misfits(block: dict) -> list[str]:
+    """Complaints about words of a block whose value is of another kind than they need."""
+    head, lines = block.get("headline") or {}, []
+    if block.get("only") not in (None, "standin", "real"):
+        lines.append(f"only: expected standin or real, got {_quote(block['only'])}")
+    for word in ("title", "label", "holds"):
+        if isinstance(block.get(word), list | dict):
+            lines.append(f"{word}: expected a text, got {_quote(block[word])}")
+    if any(isinstance(value, list | dict) for value in (block.get("claim") or {}).values()):
+        lines.append(f"claim: expected numbers or texts, got {_quote(block['claim'])}")
+    texts = [head.get(word) for word in _HEAD] if isinstance(head, dict) else [None]
+    if head and not all(isinstance(text, str) for text in texts):
+        lines.append(f"headline: expected {', '.join(_HEAD)} and their texts, got {_quote(head)}")
+    return lines
 
 
 def _foreign(block: object, kind: str, where: str) -> list[str]:
@@ -156,6 +173,7 @@ def _foreign(block: object, kind: str, where: str) -> list[str]:
     needs = block.get("needs") or {}
     if not (isinstance(needs, dict) and all(type(v) in (str, type(None)) for v in needs.values())):
         lines.append(f"{where}: needs: expected `parameter: table/row`, got {_quote(needs)}")
+    lines += [f"{where}: {line}" for line in _misfits(block)]
     for name, scale in (block.get("scales") or {}).items():
         if name not in SCALES:
             lines.append(f"{where}: unknown scale '{name}'; {nearest(str(name), SCALES)}")

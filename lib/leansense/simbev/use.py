@@ -20,12 +20,12 @@ from ..core.checkpoint import read_checkpoint
 from ..core.export import write_onnx
 from ..core.paths import resolve, write_atomic
 from ..core.text import say
-from ..core.weights import rebuild, unwrap
+from ..core.weights import LARGEST, find_excess, rebuild, unwrap
 from ..layers.bev_drawing import draw_sample
 from ..layers.bev_metrics import count_overlap, iou
 from ..layers.bev_pool import CELLS, Grid
 from ..layers.conventions import INPUTS, SQUARE
-from .data import dataset, loaders
+from .data import Options, dataset, loaders, read_options
 from .layouts import SPLITS, parse_classes
 from .model import GRID_CONF, build, example
 
@@ -63,7 +63,14 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
             raise ValueError(
                 f"{path}: {name} is {said} in its parameters and {value} in its network: {again}"
             )
-    count = len(parse_classes(params.setdefault("classes", "vehicle")))
+    excess = find_excess({name: params.get(name) for name in ("H", "W")}, LARGEST)
+    if excess:
+        raise ValueError(f"{path}: its pictures cannot be brought to this size: {excess}: {again}")
+    try:
+        Options(**read_options(params))  # an error for what no folder could be read with
+        count = len(parse_classes(params.setdefault("classes", "vehicle")))
+    except ValueError as error:
+        raise ValueError(f"{path}: its parameters are not sound ({error}): {again}") from None
     if count != (made := config.get("outC", 1)):
         said = f"{count} classes in its parameters, {made} in its network"
         raise ValueError(f"{path}: {said}: {again}")
@@ -80,7 +87,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         )
     try:
         config, params = _described(kept, path)
-    except (TypeError, KeyError, AttributeError) as error:  # settings of another kind
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:  # of another kind
         raise ValueError(f"{path}: its settings are not sound ({error}): train again") from None
     return rebuild(build, config, weights, path), params
 

@@ -18,10 +18,10 @@ from torch import nn
 from ..core.checkpoint import MARK, read_checkpoint
 from ..core.paths import resolve, write_atomic
 from ..core.text import say
-from ..core.weights import rebuild
+from ..core.weights import LARGEST, find_excess, rebuild
 from ..layers.bev_pool import CELLS, Grid
 from ..layers.conventions import SQUARE
-from .data import CLASSES, collate, dataset, loaders
+from .data import CLASSES, Options, collate, dataset, loaders, read_options
 from .draw import draw_scene
 from .model import build
 from .split import PARTS
@@ -44,7 +44,11 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         settings = network_settings(params) | files
         cells = math.prod(Grid(**settings["grid_conf"]).nx)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        size = Options(**read_options(params))  # an error for what no folder could be read with
+        excess = find_excess({"H": size.H, "W": size.W}, LARGEST)
+        if excess:
+            raise ValueError(excess)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: its parameters are not sound ({error}): {again}") from None
     if cells > CELLS:
         raise ValueError(f"{path}: its grid has {cells} cells, {CELLS} are the most: {again}")
