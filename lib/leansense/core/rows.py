@@ -154,7 +154,7 @@ def _misfits(block: dict) -> list[str]:
         lines.append(f"headline: expected {', '.join(_HEAD)} and their texts, got {_quote(head)}")
     return lines
 
-
+# %% ../../../nbs/core/10_rows.ipynb #b3f1d0a6
 def _foreign(block: object, kind: str, where: str) -> list[str]:
     """Complaints about a block that is no mapping or holds words that mean nothing there."""
     if not isinstance(block, dict):

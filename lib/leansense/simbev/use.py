@@ -29,6 +29,18 @@ from .data import Options, dataset, loaders, read_options
 from .layouts import SPLITS, parse_classes
 from .model import GRID_CONF, build, example
 
+# %% ../../../nbs/simbev/40_use.ipynb #d81c5e07
+def _count_classes(params: dict, path: str | Path) -> int:
+    """The classes that a row's parameters name; ValueError where no folder can be read by them."""
+    excess = find_excess({name: params.get(name) for name in ("H", "W")}, LARGEST)
+    if excess:
+        raise ValueError(f"{path}: its pictures cannot be brought to this size: {excess}")
+    try:
+        Options(**read_options(params))
+        return len(parse_classes(params.setdefault("classes", "vehicle")))
+    except ValueError as error:
+        raise ValueError(f"{path}: its parameters are not sound ({error}): train again") from None
+
 # %% ../../../nbs/simbev/40_use.ipynb #c372e6e2
 def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
     """(arguments of build, the row's parameters) in a checkpoint; ValueError: they contradict."""
@@ -63,15 +75,7 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
             raise ValueError(
                 f"{path}: {name} is {said} in its parameters and {value} in its network: {again}"
             )
-    excess = find_excess({name: params.get(name) for name in ("H", "W")}, LARGEST)
-    if excess:
-        raise ValueError(f"{path}: its pictures cannot be brought to this size: {excess}: {again}")
-    try:
-        Options(**read_options(params))  # an error for what no folder could be read with
-        count = len(parse_classes(params.setdefault("classes", "vehicle")))
-    except ValueError as error:
-        raise ValueError(f"{path}: its parameters are not sound ({error}): {again}") from None
-    if count != (made := config.get("outC", 1)):
+    if (count := _count_classes(params, path)) != (made := config.get("outC", 1)):
         said = f"{count} classes in its parameters, {made} in its network"
         raise ValueError(f"{path}: {said}: {again}")
     return config, params
