@@ -179,7 +179,7 @@ def _holds(stamp: Path, key: str) -> bool:
         was = json.loads(stamp.read_bytes())
         files = {root() / path: digest for path, digest in was["files"].items()}
         return was["key"] == key and all(_content(path) == found for path, found in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 # %% ../../../nbs/core/16_batch.ipynb #52cd3a87
@@ -506,7 +506,7 @@ def set_aside(check: Callable[[dict], object] = dict) -> list[str]:
             continue
         try:
             fits(json.loads(path.read_bytes()))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             target = memory / "damaged" / path.name
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
@@ -685,7 +685,7 @@ def _closing(system: str, scale: str, data: str) -> str:
             Path(path)
             for path in json.loads(results_stamp(system, scale, data).read_bytes())["files"]
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{system}: no tables"
     shown = Counter(path.parent.as_posix() for path in files if path.suffix in (".tex", ".pdf"))
     pdf = pdf_wanted(system, scale, data) and pdf_current(system, scale, data)

@@ -107,7 +107,7 @@ def _remembered(store: Path) -> dict[str, list]:
         seal, text = store.read_text().split("\n", 1)
         sound = seal == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return json.loads(text) if sound else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

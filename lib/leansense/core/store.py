@@ -79,7 +79,7 @@ def _listed(manifest: Path) -> dict[str, list]:
         sound = kinds <= {(int, str)}
     except FileNotFoundError:
         raise ValueError("there is no list of its files") from None
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError("the list of its files cannot be read")

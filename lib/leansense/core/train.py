@@ -411,9 +411,14 @@ def read_run(path: str | Path) -> dict:
         "processes": list,
     }
     keeper = callbacks.get(Keeper.__qualname__) if isinstance(callbacks, dict) else None
-    if not all(isinstance(own.get(name), kind) for name, kind in kinds.items()) or not isinstance(
-        keeper, dict
-    ):
+    sound = all(isinstance(own.get(name), kind) for name, kind in kinds.items())
+    sound = sound and [type(number) for number in own["position"]] == [int, int]
+    sound = sound and isinstance(keeper, dict) and type(keeper.get("best_epoch")) is int
+    try:
+        sound = sound and isinstance(json.loads(own["config"]), dict)
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
         raise ValueError(
             f"{path}: holds weights, but nothing to go on training from: name a last.ckpt"
         )
