@@ -10,6 +10,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -599,3 +600,356 @@ sensor("depth in three channels", "", read_depth, "a.png", np.full((4, 4, 3), (0
        lambda x: np.allclose(x, 65536 * 1000 / (2**24 - 1)))  # fmt: skip
 sensor("depth cut short", "a.png", read_depth, "a.png", lambda p: p.write_bytes(
     save(p, picture(0)).read_bytes()[:60]))  # fmt: skip
+
+# ---- beam: seven frames of scenario 32, three windows; a plain picture, four points, a small cube
+
+BEAMS = (7, 30, 64)  # as the table writes them, from 1
+CLOUD = np.array([[-10.0, -5.0, 1], [-20, 2, 0], [-30, -30, 0], [-59, 5, 2]])
+CUBE = np.exp(1j * np.arange(4 * 8 * 4).reshape(4, 8, 4)).astype(np.complex64)
+POWER = np.linspace(0.1, 0.9, 64)
+BASE, CAR = (33.42, -111.93), (33.4201, -111.9301)
+TABLE_OF = "Multi_Modal/ml_challenge_dev_multi_modal.csv"
+
+
+def ascii_ply(points=CLOUD, header="") -> str:
+    count = len(points)
+    rows = "".join("{:g} {:g} {:g}\n".format(*p) for p in points)
+    fields = "property float x\nproperty float y\nproperty float z\n"
+    return f"ply\nformat ascii 1.0\n{header}element vertex {count}\n{fields}end_header\n{rows}"
+
+
+def binary_ply(points=CLOUD, order="little", count=None, extra="", kind="float") -> bytes:
+    mark, code = "<>"[order == "big"], {"float": "f4", "double": "f8"}[kind]
+    fields = "".join(f"property {kind} {c}\n" for c in "xyz")
+    head = f"ply\nformat binary_{order}_endian 1.0\ncomment made\nelement vertex "
+    head += f"{len(points) if count is None else count}\n{fields}{extra}end_header\n"
+    return head.encode() + np.asarray(points).astype(mark + code).tobytes()
+
+
+def draw_windows(root: Path) -> None:
+    """The files of a sound set."""
+    place, rows = root / "Multi_Modal", []
+    for number in range(1, 8):
+        names = name_files(32, number)
+        save(place / names["unit1_rgb"], np.full((9, 16, 3), COLOURS[number % 6], np.uint8))
+        save(place / names["unit1_lidar"], ascii_ply())
+        out = io.BytesIO()
+        np.save(out, CUBE)
+        save(place / names["unit1_radar"], out.getvalue())
+        save(place / names["unit2_loc"], "{}\n{}\n".format(*CAR))
+        save(place / names["unit1_pwr_60ghz"], "".join(f"{p}\n" for p in POWER))
+    save(place / "scenario32/unit1/GPS_data/gps_location.txt", "{}\n{}\n".format(*BASE))
+    for last, best in zip((5, 6, 7), BEAMS):
+        rows.append({"index": last} | make_row(32, last, best) | {"seq_index": last})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    save(root / TABLE_OF, out.getvalue())
+
+
+def windows_of(folder: Path):
+    """All that training opens of the windows: (data, pictures, lidar, radar, positions)."""
+    data = windows.load(folder)
+    paths = [sorted({p for s in data.samples for p in getattr(s, k)}) for k in windows.KINDS]
+    parts = [[beam.prepare_image(p, 8) for p in paths[0]],
+             [beam.prepare_lidar(p, 8, 32) for p in paths[1]],
+             [beam.prepare_radar(p, 8) for p in paths[2]], beam._read_gps(data.samples, beam.Options())]  # fmt: skip
+    split = replace(data, samples=tuple(replace(s, split="train") for s in data.samples))
+    beam.BeamDataset(split, "train", size=8, augmentation=0)[0]
+    return data, *parts
+
+
+def right_windows(found, beams=BEAMS) -> bool:
+    data, pictures, clouds, cubes, places = found
+    wanted = features.make_gps(np.array([CAR] * 2), np.array(BASE), 32)
+    seen = features.count_points(CLOUD[:, :2], features.find_field(32), 8)
+    radar = features.make_radar(CUBE, 8).astype(np.float16)
+    good = [s.beams for s in data.samples] == [(b - 1,) for b in beams] and len(pictures) == 7
+    good &= all(np.array_equal(c[0], seen) for c in clouds)
+    good &= all(np.array_equal(c, radar) for c in cubes)
+    good &= all(np.abs(p.mean((1, 2)) - COLOURS[int(n) % 6]).max() < 1
+                for n, p in zip(range(1, 8), pictures))  # fmt: skip
+    return bool(good and np.allclose(places, wanted) and data.samples[0].image[0].endswith("_1.jpg"))
+
+
+def window(sort, said, right="", edit=None, look=right_windows):
+    """A kind of set of windows: a sound one after edit(root)."""
+
+    def run(folder: Path):
+        root = copy(folder, draw_windows)
+        edit and edit(root)
+        found, report = same(beam.check, windows_of, root)
+        return look(found) if look is right_windows else look(found, report)
+
+    KINDS.append(Kind(sort, said, "beam", right, run))
+
+
+def table(said, right="", edit=None, look=right_windows):
+    """A kind of table: edit(rows) of dictionaries, or of the text if it takes bytes."""
+
+    def put(root: Path):
+        path = root / TABLE_OF
+        if edit.__code__.co_varnames[0] == "text":
+            path.write_bytes(edit(path.read_bytes()))
+            return
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        edit(rows)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    window("DeepSense table", said, right, put if edit else None, look)
+
+
+table("as it should be")
+table("with a byte-order mark", edit=lambda text: b"\xef\xbb\xbf" + text)
+table("with Windows line ends", edit=lambda text: text.replace(b"\n", b"\r\n"))
+table("with old Mac line ends", edit=lambda text: text.replace(b"\n", b"\r"))
+table("with semicolons", edit=lambda text: text.replace(b",", b";"))
+table("with quotes around every cell", edit=lambda text: b"\n".join(
+    b",".join(b'"%s"' % c for c in line.split(b",")) for line in text.splitlines()))  # fmt: skip
+table("with empty lines", edit=lambda text: text.replace(b"\n", b"\n\n"))
+table("with its columns in another order", edit=lambda rows: rows.__setitem__(
+    0, dict(reversed(rows[0].items()))))  # fmt: skip
+table("beams written as 7.0", edit=lambda rows: [
+    r.update(unit1_beam=f"{r['unit1_beam']}.0") for r in rows])  # fmt: skip
+table("with tabs", "has no column", lambda text: text.replace(b",", b"\t"))
+table("without beams", "has no column unit1_beam", lambda rows: [r.pop("unit1_beam") for r in rows])
+table("without the second frame", "has no column unit1_lidar_2",
+      lambda rows: [r.pop("unit1_lidar_2") for r in rows])  # fmt: skip
+table("with a column twice", "two columns 'unit1_beam'",
+      lambda text: text.replace(b"seq_index", b"unit1_beam"))  # fmt: skip
+for value in ("0", "65", "-3", "x", "", "7.5", "nan", "1e3", "9" * 5000, "7_8", "\x1b[31m"):
+    if value != "7_8":
+        table(f"a beam that is {value[:8]!r}", "unit1_beam is",
+              lambda rows, v=value: rows[1].update(unit1_beam=v))  # fmt: skip
+table("a row that ends early", "row 3: ", lambda text: b"\n".join(
+    line[:200] if k == 2 else line for k, line in enumerate(text.splitlines())))  # fmt: skip
+table("a frame that is not there", "is not there",
+      lambda rows: rows[0].update(unit1_rgb_1="./scenario32/unit1/camera_data/image_99.jpg"))  # fmt: skip
+table("a frame's name with a NUL", "row 2: unit1_radar_1", lambda rows: rows[0].update(
+    unit1_radar_1="./scenario32/unit1/radar_\0data/radar_data_1.npy"))  # fmt: skip
+table("a frame's name of 9,000 letters", "is not there",
+      lambda rows: rows[0].update(unit1_radar_1="./" + "a/" * 2500 + "b" * 4000))  # fmt: skip
+table("a scenario of 5,000 digits", "names no scenario",
+      lambda rows: rows[0].update(unit1_rgb_5=f"./scenario{'9' * 5000}/unit1/camera_data/image_5.jpg"))  # fmt: skip
+table("a column of 5,000 digits", edit=lambda text: text.replace(b"seq_index", b"unit1_rgb_" + b"9" * 5000),
+      look=lambda f, r: [s.beams[0] + 1 for s in f[0].samples] == [*BEAMS])  # fmt: skip
+table("a million columns", "columns, more than", lambda text: b"a," * 10**6 + text)
+table("not UTF-8", "UTF-8", lambda text: text.replace(b"seq", b"\xe9q"))
+table("an open quote", "row 2", lambda text: text.replace(b"./scenario32", b'"./scenario32', 1))
+table("no rows", "window", lambda text: text.splitlines()[0] + b"\n")
+table("empty", "has no column", lambda text: b"")
+window("DeepSense table", "a pipe", "holds no table", lambda root: pipe(root / TABLE_OF))
+window("DeepSense table", "a folder", "holds no table", lambda root: swap(root / TABLE_OF))
+
+
+def away_window(root: Path) -> None:
+    """The last cube of a window is named by its place elsewhere."""
+    old = root / "Multi_Modal/scenario32/unit1/radar_data/radar_data_7.npy"
+    new = Path(shutil.copy(old, root.parent / "radar_data_7.npy"))
+    path = root / TABLE_OF
+    path.write_text(path.read_text().replace("./scenario32/unit1/radar_data/radar_data_7.npy", str(new)))
+
+
+def climb_window(root: Path) -> None:
+    away_window(root)
+    path = root / TABLE_OF
+    path.write_text(path.read_text().replace(str(root.parent), "../.."))
+
+
+def link_window(root: Path) -> None:
+    (root / "Multi_Modal/scenario32").rename(root.parent / "away")
+    (root / "Multi_Modal/scenario32").symlink_to(root.parent / "away")
+
+
+for said, edit in (("an absolute path elsewhere", away_window), ("`..` in a path", climb_window),
+                   ("linked folders", link_window)):  # fmt: skip
+    window("DeepSense table", said, "", edit,
+           lambda f, r: right_windows(f) and "lie outside this folder" in str(r))  # fmt: skip
+
+UNIT = "Multi_Modal/scenario32/unit1"
+
+
+def put(name: str, content) -> Callable:
+    """Another content of a file, or what content(path) does to it."""
+    return lambda root: content(root / name) if callable(content) else save(root / name, content)
+
+
+def cloud(said, right="", content="", look=right_windows):
+    window("PLY cloud", said, right, put(f"{UNIT}/lidar_data/lidar_data_3.ply", content), look)
+
+
+ELSE = np.c_[CLOUD, CLOUD[:, :1] * 0 + 3]
+cloud("ASCII with a comment", content=ascii_ply(header="comment a b c\n"))
+cloud("ASCII with Windows line ends", content=ascii_ply().replace("\n", "\r\n").encode())
+cloud("binary, little endian", content=binary_ply())
+cloud("binary, big endian", content=binary_ply(order="big"))
+cloud("binary, of doubles", content=binary_ply(kind="double"))
+cloud("binary with intensity", content=binary_ply(ELSE, extra="property float intensity\n"))
+cloud("NaN points among others", content=ascii_ply(np.r_[CLOUD, [[np.nan] * 3]]))
+cloud("infinite points among others", content=binary_ply(np.r_[CLOUD, [[np.inf, 1, 1]]]))
+cloud("with faces behind the points", content=binary_ply(
+    extra="element face 1\nproperty list uchar int vertex_indices\n") + b"\3" + bytes(12))  # fmt: skip
+for said, right, content in (
+    ("10^9 points of 12 bytes", "ends before its", binary_ply(count=10**9)),
+    ("10^18 points", "ends before its", binary_ply(count=10**18)),
+    ("10^9 points in text", "ends before its", ascii_ply().replace("vertex 4", f"vertex {10**9}")),
+    ("-4 points", "has no points", binary_ply(count=-4)),
+    ("no points", "has no points", ascii_ply(CLOUD[:0])),
+    ("NaN points only", "no finite points", ascii_ply(CLOUD * np.nan)),
+    ("cut short", "ends before its 4", binary_ply()[:-5]),
+    ("one point less than it says", "bytes more", binary_ply(count=3)),
+    ("a header without end", "is not a PLY file", ascii_ply()[:60]),
+    ("a count in words", "four", ascii_ply().replace("vertex 4", "vertex four")),
+    ("no x", "has no x and y", ascii_ply().replace("float x", "float a")),
+    ("x as a list", "type 'list'", ascii_ply().replace("float x", "list uchar int x")),
+    ("x twice", "lidar_data_3.ply", binary_ply().replace(b"float y", b"float x")),
+    ("words for numbers", "lidar_data_3.ply", ascii_ply().replace("-10", "ten")),
+    ("an unknown format", "is in the format", ascii_ply().replace("ascii", "utf8")),
+    ("faces first", "begins with 'face'", ascii_ply().replace("element v", "element face 0\nelement v")),
+    ("empty", "is not a PLY file", b""),
+    ("a pipe", "is a pipe", pipe),
+    ("a folder", "is a folder", swap),
+):
+    cloud(said, right, content)
+
+
+def cube(said, right="", content=b"", look=right_windows):
+    window("radar cube", said, right, put(f"{UNIT}/radar_data/radar_data_3.npy", content), look)
+
+
+def array(values) -> bytes:
+    out = io.BytesIO()
+    np.save(out, values)
+    return out.getvalue()
+
+
+def spoil(values, value) -> np.ndarray:
+    """The values with one of them exchanged."""
+    new = np.array(values)
+    new.flat[5] = value
+    return new
+
+
+cube("complex64", content=array(CUBE))
+cube("complex128", content=array(CUBE.astype(complex)))
+cube("big endian", content=array(CUBE.astype(">c8")))
+cube("in Fortran order", content=array(np.asfortranarray(CUBE)))
+for said, right, content in (
+    ("terabytes by its header", "more than 4096 a side", npy((4, 10**6, 10**5), "<c8", bytes(99))),
+    ("a gigabyte by its header", "bytes, more than", npy((4, 4096, 4096), "<c16", bytes(99))),
+    ("shorter than its header says", "ends before its array", npy((4, 8, 4), "<c8", bytes(99))),
+    ("objects", "Python objects", array(np.array([[[None]]] * 4))),
+    ("float numbers", "not complex", array(CUBE.real)),
+    ("real and imaginary parts", "not (4, samples, chirps)", array(np.stack([CUBE.real, CUBE.imag], -1))),
+    ("axes in another order", "not (4, samples, chirps)", array(CUBE.transpose(1, 2, 0))),
+    ("two antennas", "not (4, samples, chirps)", array(CUBE[:2])),
+    ("NaN", "NaN or infinite", array(spoil(CUBE, np.nan))),
+    ("infinity", "NaN or infinite", array(spoil(CUBE, np.inf))),
+    ("constant", "constant", array(CUBE * 0)),
+    ("no chirps", "radar", array(CUBE[:, :, :0])),
+    ("a .mat file", "is not a numpy array", b"MATLAB 5.0 MAT-file" + bytes(200)),
+    ("an npz without its name", "has no array ''", npz(cube=CUBE)),
+    ("a pickle", "is not a numpy array", b"\x80\x04N."),
+    ("another shape than the others", "another shape", array(np.r_["1", CUBE, CUBE])),
+    ("empty", "is not a numpy array", b""),
+    ("a pipe", "is a pipe", pipe),
+):  # fmt: skip
+    if "another shape" not in right:
+        cube(said, right, content)
+
+
+def place(said, right="", content="", look=right_windows):
+    window("position text", said, right, put("Multi_Modal/scenario32/unit2/GPS_data/GPS_location_1.txt", content), look)
+
+
+def power(said, right="", content="", look=right_windows):
+    window("power text", said, right, put(f"{UNIT}/mmWave_data/mmWave_power_5.txt", content), look)
+
+
+def lines(values, end="\n") -> str:
+    return "".join(f"{v}{end}" for v in values)
+
+
+place("on one line", content="33.4201 -111.9301")
+place("with Windows line ends", content=lines(CAR, "\r\n").encode())
+place("with a byte-order mark", content="\ufeff" + lines(CAR))
+place("in exponents", content="3.34201e1\n-1.119301e2\n")
+for said, right, content in (
+    ("NaN", "nowhere on Earth", "nan\n1\n"), ("infinity", "nowhere on Earth", "1e999\n1\n"),
+    ("the axes exchanged", "nowhere on Earth", lines(CAR[::-1])), ("one line", "has 1 line", "33.4\n"),
+    ("three lines", "has 3 line", "1\n2\n3\n"), ("decimal commas", "is not two numbers", "33,4\n111,9\n"),
+    ("words", "is not two numbers", "north\neast\n"), ("degrees and minutes", "is not two numbers", "33°25' N\n"),
+    ("megabytes", "bytes, more than", "1 " * 10**6), ("not UTF-8", "not UTF-8", b"\xff\xfe1\0"),
+    ("empty", "has 0 line", ""), ("a pipe", "is a pipe", pipe), ("digits", "nowhere on Earth", "9" * 5000 + " 1"),
+):  # fmt: skip
+    place(said, right, content)
+power("with Windows line ends", content=lines(POWER, "\r\n").encode())
+power("on one line", content=lines(POWER, " "))
+power("with a byte-order mark", content="\ufeff" + lines(POWER))
+for said, right, content in (
+    ("NaN", "power of beam 6 is nan", lines(spoil(POWER, np.nan))), ("63 beams", "63 powers, not 64", lines(POWER[1:])),
+    ("65 beams", "65 powers, not 64", lines([0, *POWER])), ("words", "list of numbers", lines(["a"] * 64)),
+    ("infinity", "is inf", lines(spoil(POWER, np.inf))), ("megabytes", "bytes, more than", "1 " * 10**6),
+    ("empty", "0 powers", ""), ("a pipe", "is a pipe", pipe),
+):  # fmt: skip
+    power(said, right, content)
+
+
+# ---- beam's arrays of positions: one scenario of 12 rows
+
+ROWS = {"unit1_pwr_60ghz": np.abs(np.sin(np.arange(12 * 64.0).reshape(12, 64))) + 0.1,
+        "unit1_loc": np.tile(BASE, (12, 1)), "unit2_loc": np.array(CAR) + np.arange(24.0).reshape(12, 2) / 1e5,
+        "seq_index": np.repeat(np.arange(4), 3)}  # fmt: skip
+
+
+def rows_of(folder: Path):
+    """The arrays, their features and neighbours."""
+    data = positions.make_split(positions.load(folder), "sequence")
+    return data, positions.make_features(data), positions.rank_neighbours(data)
+
+
+def arrays(said, right="", edit=None, name="scenario5_{}_1-12.npy", look=None):
+    """A kind of folder of arrays: edit({name: array or bytes})."""
+
+    def run(folder: Path):
+        content = dict(ROWS)
+        edit and edit(content)
+        for stem, values in content.items():
+            values = values if isinstance(values, bytes) else array(values)
+            save(folder / name.format(stem), values)
+        (data, seen, ranked), _ = same(positions.check, rows_of, folder)
+        good = np.array_equal(data.power, ROWS["unit1_pwr_60ghz"]) and len(ranked)
+        good = good and np.array_equal(data.beam, ROWS["unit1_pwr_60ghz"].argmax(1))
+        return bool(good and np.allclose(data.car, ROWS["unit2_loc"]) and np.isfinite(seen).all())
+
+    KINDS.append(Kind("position arrays", said, "beam", right, run))
+
+
+arrays("as they should be")
+arrays("in Fortran order", edit=lambda a: a.update(unit2_loc=np.asfortranarray(a["unit2_loc"])))
+arrays("drives as floats", edit=lambda a: a.update(seq_index=a["seq_index"].astype(float)))
+for said, right, edit in (
+    ("NaN", "row 0 is not finite", lambda a: a.update(unit2_loc=spoil(a["unit2_loc"], np.nan)[::-1][4:].repeat(2, 0)[:12])),
+    ("NaN power", "row 0 is not finite", lambda a: a.update(unit1_pwr_60ghz=spoil(a["unit1_pwr_60ghz"], np.nan))),
+    ("no power at all in a row", "row 3", lambda a: a["unit1_pwr_60ghz"].__setitem__(3, 0)),
+    ("powers in decibels", "row 0", lambda a: a.update(unit1_pwr_60ghz=-a["unit1_pwr_60ghz"])),
+    ("complex powers", "complex", lambda a: a.update(unit1_pwr_60ghz=a["unit1_pwr_60ghz"] + 0j)),
+    ("longitude and latitude exchanged", "Earth", lambda a: a.update(unit2_loc=a["unit2_loc"][:, ::-1])),
+    ("objects", "Python objects", lambda a: a.update(seq_index=np.array([None] * 12))),
+    ("another length", "has shape", lambda a: a.update(seq_index=a["seq_index"][:5])),
+    ("63 beams", "has shape", lambda a: a.update(unit1_pwr_60ghz=a["unit1_pwr_60ghz"][:, 1:])),
+    ("one array less", "has no scenario5_unit2_loc", lambda a: a.pop("unit2_loc")),
+    ("none", "holds no scenario", lambda a: a.clear()),
+    ("terabytes by a header", "has shape", lambda a: a.update(unit1_pwr_60ghz=npy((10**9, 64), "<f8"))),
+    ("cut short", "ends before", lambda a: a.update(unit1_pwr_60ghz=npy((12, 64), "<f8", bytes(9)))),
+):  # fmt: skip
+    if said == "NaN":
+        right, edit = "row 2 is not finite", lambda a: a.update(unit2_loc=spoil(a["unit2_loc"], np.nan))
+    if "power" in said or said in ("objects",):
+        old = edit
+        edit = lambda a, f=old: (a.update(unit1_pwr_60ghz=a["unit1_pwr_60ghz"].copy()), f(a))  # noqa: E731
+    arrays(said, right, edit)
