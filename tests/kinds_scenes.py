@@ -30,7 +30,8 @@ from leansense.simbev.standin import _describe_sensors, describe_rig
 from leansense.world.camera import nuscenes_rig, simbev_rig
 from leansense.xad import data as xad
 from leansense.xad import frame as real
-from leansense.xad.labels import read_list, read_map, read_names
+from leansense.xad.frames import read_scan as xad_scan
+from leansense.xad.labels import read_names
 from leansense.xad.standin import standin as draw_moments
 
 KINDS: list[Kind] = []
@@ -953,3 +954,308 @@ for said, right, edit in (
         old = edit
         edit = lambda a, f=old: (a.update(unit1_pwr_60ghz=a["unit1_pwr_60ghz"].copy()), f(a))  # noqa: E731
     arrays(said, right, edit)
+
+# ---- xad: eight drawn scenes of one moment, pictures of 64 x 36
+
+
+def draw_scenes(root: Path) -> None:
+    """The files of a sound nu-A2D."""
+    shutil.copytree(draw_moments(n=8, per_scene=1, size="64x36"), root, dirs_exist_ok=True)
+
+
+def moments_of(folder: Path):
+    """All that training reads: (data, {id: item})."""
+    data, items = xad.load(folder), {}
+    for part, count in data.counts().items():
+        if count:
+            found = xad.XADDataset(data, part, augment="none", final_h=32, final_w=64)
+            items |= {item["id"]: (item, found) for item in map(found.__getitem__, range(count))}
+    return data, items
+
+
+def right_moments(found, report=None, root=None, count: int = 7) -> bool:
+    """Whether matrices, pictures, labels and maps are those of the drawn files."""
+    (data, items), old = found, drawn(draw_scenes) / "trainval"
+    rows = {name: {row["token"]: row for row in json.loads((old / f"v1.0-trainval/{name}.json").read_text())}
+            for name in ("calibrated_sensor", "sensor", "sample_data")}  # fmt: skip
+    names = {t: rows["sensor"][r["sensor_token"]]["channel"] for t, r in rows["calibrated_sensor"].items()}
+    by = {names[t]: r for t, r in rows["calibrated_sensor"].items()}
+    files = {(r["sample_token"], names[r["calibrated_sensor_token"]]): old / r["filename"]
+             for r in rows["sample_data"].values()}  # fmt: skip
+    good = len(data.frames) == len(items) == count
+    for frame in data.frames:
+        item = items[frame.id][0]
+        good &= item["action"].tolist() == json.loads((old / f"action_all/{frame.id}.json").read_text())
+        static = np.load(old / f"local_binmap/{frame.id}.npy").T
+        bev = item["bev"].numpy()
+        good &= np.array_equal(bev[bev != 1], static[bev != 1])
+        for k, name in enumerate(xad.CAMERAS):
+            good &= np.allclose(frame.intrins[k], by[name]["camera_intrinsic"])
+            good &= np.allclose(frame.trans[k], by[name]["translation"])
+            here = np.asarray(Image.open(frame.images[k]).convert("RGB"))
+            good &= np.array_equal(here, np.asarray(Image.open(files[frame.id, name]).convert("RGB")))
+    return bool(good)
+
+
+def moment(sort, said, right="", edit=None, look=right_moments):
+    """A kind of nu-A2D: a sound one after edit(trainval)."""
+
+    def run(folder: Path):
+        root = copy(folder, draw_scenes)
+        edit and edit(root / "trainval")
+        return look(*same(xad.check, moments_of, root), root)
+
+    KINDS.append(Kind(sort, said, "xad", right, run))
+
+
+def rows_in(name: str, edit: Callable) -> Callable:
+    """edit(rows) of a table."""
+    return lambda root: change(root / f"v1.0-trainval/{name}.json", edit)
+
+
+def nuscenes(said, right="", name="sample", edit=None, look=right_moments):
+    moment("nuScenes table", said, right, rows_in(name, edit) if edit else None, look)
+
+
+def camera_row(root: Path, channel: str = "CAM_FRONT") -> int:
+    """Which row of calibrated_sensor is a channel's."""
+    tables = root / "v1.0-trainval"
+    of = {r["token"]: r["channel"] for r in json.loads((tables / "sensor.json").read_text())}
+    rows = json.loads((tables / "calibrated_sensor.json").read_text())
+    return next(k for k, r in enumerate(rows) if of[r["sensor_token"]] == channel)
+
+
+def calibrated(said, right, channel="CAM_FRONT", look=right_moments, **fields):
+    """A kind of row of calibrated_sensor: other fields."""
+
+    def edit(root: Path):
+        k = camera_row(root, channel)
+        rows_in("calibrated_sensor", lambda rows: rows[k].update(fields))(root)
+
+    moment("nuScenes calibration", said, right, edit, look)
+
+
+NAN = float("nan")
+nuscenes("as they should be")
+nuscenes("rows in another order", name="sample_data", edit=lambda rows: rows.reverse())
+nuscenes("more fields than are read", name="sample", edit=lambda rows: [r.update(more=[1]) for r in rows])
+nuscenes("sweeps between the key frames", name="sample_data", edit=lambda rows: rows.extend(
+    [r | {"token": f"s{k}", "is_key_frame": False} for k, r in enumerate(rows[:9])]))  # fmt: skip
+for said, right, name, edit in (
+    ("a token twice", "occurs twice", "sample", lambda rows: rows.append(rows[0])),
+    ("a token that leads nowhere", "is in no row of sample.json", "sample_data", lambda rows: rows[-2].update(sample_token="x")),
+    ("a token as a list", "token is ['a'], not text", "sample", lambda rows: rows[0].update(token=["a"])),
+    ("a token as null", "token is None", "sample", lambda rows: rows[0].update(token=None)),
+    ("a leading token as an object", "is in no row of", "sample_annotation", lambda rows: rows[0].update(instance_token={})),
+    ("a list of logs as a number", "is in no row of log", "map", lambda rows: rows[0].update(log_tokens=7)),
+    ("a row as a number", "row 0: has no", "sample", lambda rows: rows.insert(0, 7)),
+    ("a row without a field", "has no timestamp", "sample", lambda rows: rows[0].pop("timestamp")),
+    ("a moment as text", "timestamp is", "sample", lambda rows: rows[0].update(timestamp="now")),
+    ("a moment as NaN", "timestamp is nan", "sample", lambda rows: rows[0].update(timestamp=NAN)),
+    ("a moment of 400 digits", "timestamp is", "sample", lambda rows: rows[0].update(timestamp=10**400)),
+    ("is_key_frame in words", "is_key_frame is", "sample_data", lambda rows: [r.update(is_key_frame="false") for r in rows]),
+    ("two key frames of one camera", "two key frames", "sample_data", lambda rows: rows.append(rows[-2] | {"token": "b"})),
+    ("two scenes of one name", "occurs twice", "scene", lambda rows: rows.append(rows[0] | {"token": "b"})),
+    ("no key frame of a camera", "no key frame of", "sample_data", lambda rows: rows.pop(-2)),
+    ("no samples", "sample.json", "sample", lambda rows: rows.clear()),
+    ("a file's name as a list", "filename is", "sample_data", lambda rows: rows[-2].update(filename=["a"])),
+    ("a file's name that is empty", "not a file", "sample_data", lambda rows: rows[-2].update(filename="")),
+    ("a file's name with a NUL", "images file is missing", "sample_data", lambda rows: rows[-2].update(filename="samples/a\0b.jpg")),
+    ("a file's name of 9,000 letters", "images file is missing", "sample_data", lambda rows: rows[-2].update(filename="samples/" + "a" * 9000)),
+    ("a size of NaN", "size is", "sample_annotation", lambda rows: rows[-1].update(size=[NAN, 1, 1])),
+    ("a size of zero", "size is", "sample_annotation", lambda rows: rows[-1].update(size=[0, 1, 1])),
+    ("a size in words", "size is", "sample_annotation", lambda rows: rows[-1].update(size="large")),
+    ("a box without direction", "no sound translation", "sample_annotation", lambda rows: rows[-1].update(rotation=[0] * 4)),
+    ("a car at NaN", "no sound translation", "ego_pose", lambda rows: [r.update(translation=[NAN, 0, 0]) for r in rows]),
+    ("a place as text", "no sound translation", "ego_pose", lambda rows: [r.update(rotation="x") for r in rows]),
+):
+    nuscenes(said, right, name, edit)
+for said, right, content in (
+    ("brackets 100,000 deep", "nested too deeply", DEEP), ("a number of 5,000 digits", "sample.json", "[" + "9" * 5000 + "]"),
+    ("an object", "holds a dict", "{}"), ("cut short", "is not JSON", '[{"token": "a"'), ("empty", "is not JSON", ""),
+    ("a pipe", "is a pipe", pipe), ("a folder", "is a folder", swap), ("missing", "table is missing", Path.unlink),
+    ("not UTF-8", "is not JSON", b"\xff\xff["),
+):  # fmt: skip
+    moment("nuScenes table", said, right, put("v1.0-trainval/sample.json", content))
+moment("nuScenes table", "with a byte-order mark", edit=put("v1.0-trainval/scene.json", lambda p: p.write_bytes(
+    b"\xef\xbb\xbf" + p.read_bytes())))  # fmt: skip
+for said, value in (("NaN", [NAN, 0, 0, 0]), ("zero", [0, 0, 0, 0]), ("of three", [1, 0, 0]), ("in words", "w"),
+                    ("of 1e308", [1e308] * 4), ("as null", None), ("nested", [[1, 0, 0, 0]] * 4)):  # fmt: skip
+    calibrated(f"a camera's quaternion: {said}", "no sound translation", rotation=value)
+    if said in ("NaN", "zero", "of 1e308"):
+        calibrated(f"the lidar's quaternion: {said}", "no sound translation", "LIDAR_TOP", rotation=value)
+for said, value in (("NaN", [[NAN, 0, 32], [0, 50, 18], [0, 0, 1]]), ("none", []), ("in words", "K"),
+                    ("of other pictures", [[1200, 0, 800], [0, 1200, 450], [0, 0, 1]]),
+                    ("ragged", [[1], [2, 3]]), ("negative", [[-50, 0, 32], [0, 50, 18], [0, 0, 1]])):  # fmt: skip
+    calibrated(f"K: {said}", "camera_intrinsic", camera_intrinsic=value)
+for said, value in (("in words", "wide"), ("NaN", NAN), ("infinite", float("inf"))):
+    nuscenes(f"a picture's width: {said}", "camera_intrinsic", "sample_data",
+             lambda rows, v=value: [r.update(width=v) for r in rows])  # fmt: skip
+
+
+def away_moment(root: Path) -> None:
+    """A picture lies elsewhere, and the table says where."""
+    rows = json.loads((root / "v1.0-trainval/sample_data.json").read_text())
+    new = shutil.move(root / rows[-2]["filename"], root.parents[1] / "a.jpg")
+    rows_in("sample_data", lambda r: r[-2].update(filename=str(new)))(root)
+
+
+def climb_moment(root: Path) -> None:
+    away_moment(root)
+    rows_in("sample_data", lambda r: r[-2].update(filename="../../a.jpg"))(root)
+
+
+def link_moment(root: Path) -> None:
+    shutil.move(root / "local_binmap", root.parents[1] / "maps")
+    (root / "local_binmap").symlink_to(root.parents[1] / "maps")
+
+
+for said, edit in (("an absolute path elsewhere", away_moment), ("`..` in a path", climb_moment),
+                   ("a linked folder", link_moment)):  # fmt: skip
+    moment("nuScenes table", said, "", edit, lambda f, r, root: (
+        right_moments(f) and "lie outside this folder" in str(r)))  # fmt: skip
+
+
+def any_file(pattern: str, content) -> Callable:
+    """Another content of the first used file of a pattern."""
+
+    def edit(root: Path):
+        used = {row["name"] for row in json.loads((root / "v1.0-trainval/scene.json").read_text())}
+        path = sorted(root.glob(pattern))[0]
+        assert used and path.exists()
+        content(path) if callable(content) else save(path, content)
+
+    return edit
+
+
+MAP = np.zeros((200, 200), np.uint8)
+for said, right, content in (
+    ("another shape", "map has shape (200, 201)", array(np.zeros((200, 201)))), ("values of 7", "map has values", array(MAP + 7)),
+    ("NaN", "map has values", array(MAP * NAN)), ("objects", "Python objects", array(np.array([[None]]))),
+    ("text", "not of numbers", array(np.array([["a"]]))), ("terabytes by its header", "map has shape", npy((10**6, 10**6), "|u1")),
+    ("cut short", "ends before its array", array(MAP)[:500]), ("a picture", "not a numpy array", lambda p: save(p, picture(0))),
+    ("empty", "map file is empty", b""), ("a pipe", "map", pipe), ("missing", "map file is missing", Path.unlink),
+    ("complex numbers", "map", array(MAP + 0j)),
+):  # fmt: skip
+    moment("static map", said, right, any_file("local_binmap/*.npy", content))
+moment("static map", "as floats", edit=any_file("local_binmap/*.npy", lambda p: np.save(p, np.load(p).astype(float))))
+moment("static map", "in Fortran order", edit=any_file("local_binmap/*.npy", lambda p: np.save(p, np.asfortranarray(np.load(p)))))
+for said, right, content in (
+    ("three numbers", "holds 3 numbers, not 4", "[0, 1, 0]"), ("words", "action file holds", '["a", "b", "c", "d"]'),
+    ("true and false", "action file holds", "[true, false, true, false]"), ("NaN", "NaN", "[NaN, 0, 0, 0]"),
+    ("1e999", "1e999", "[1e999, 0, 0, 0]"), ("two", "action file holds", "[2, 0, 0, 0]"), ("an object", "holds a dict", "{}"),
+    ("brackets 100,000 deep", "nested too deeply", DEEP), ("megabytes", "bytes, more than", "[" + "0," * 10**6 + "0]"),
+    ("empty", "action file is empty", ""), ("a pipe", "not a file", pipe), ("a folder", "not a file", swap),
+    ("missing", "action file is missing", Path.unlink),
+):  # fmt: skip
+    moment("action and description", said, right, any_file("action_all/*.json", content))
+moment("action and description", "with a byte-order mark", edit=any_file("action_all/*.json", lambda p: p.write_bytes(
+    b"\xef\xbb\xbf" + p.read_bytes())))  # fmt: skip
+for said, right, content in (
+    ("a scene in two parts", "is in train and", lambda s: s["nu_a2d"]["val"].extend(s["nu_a2d"]["train"])),
+    ("a scene that is not there", "is not on disk", lambda s: s["nu_a2d"]["val"].append("scene-9999")),
+    ("an unknown part", "no list of scene names", lambda s: s["nu_a2d"].update(valid=[])),
+    ("a list as a number", "not a list of scenes", lambda s: s["nu_a2d"].update(val=7)),
+    ("a split as null", "not a list of scenes", lambda s: s.update(nu_a2d=None)),
+):  # fmt: skip
+    moment("splits.json", said, right, lambda root, e=content: change(root / "splits.json", e))
+for said, right, content in (("brackets 100,000 deep", "nested too deeply", DEEP), ("a list", "holds a list", "[]"),
+                             ("a pipe", "is a pipe", pipe)):  # fmt: skip
+    moment("splits.json", said, right, put("splits.json", content))
+
+
+def names_of(said, right, content, look=None):
+    """A kind of file of label names."""
+
+    def run(folder: Path):
+        path = folder / "labels.yaml"
+        content(path) if callable(content) else save(path, content)
+        return look(read_names(path))
+
+    KINDS.append(Kind("label names", said, "xad", right, run))
+
+
+EIGHT = "descriptions: [a, b, c, d, e, f, g, h]\n"
+names_of("as YAML", "", f"actions: [go, halt, left, right]\n{EIGHT}",
+         lambda n: n["actions"] == ("go", "halt", "left", "right") and len(n["descriptions"]) == 8)  # fmt: skip
+names_of("a list twice", "is there twice", f"actions: [a, b, c, d]\nactions: [e, f, g, h]\n{EIGHT}")
+names_of("yes and no, which YAML takes for truth", "no list of names", f"actions: [yes, no, a, b]\n{EIGHT}")
+names_of("an alias bomb", "are allowed", "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{c}: &{c} [{','.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi")))  # fmt: skip
+names_of("a Python object", "labels.yaml", "actions: !!python/object/apply:os.system [touch x]\n")
+names_of("a pipe", "not a file", os.mkfifo)
+
+
+def scan_of(said, right, content):
+    """A kind of lidar scan; the doctor compares some with the boxes."""
+
+    def run(folder: Path):
+        data = xad.load(copy(folder, draw_scenes))
+        frame = next(f for f in data.frames if os.path.exists(f.lidar))
+        old = np.fromfile(frame.lidar, "<f4").reshape(-1, 5)
+        path = Path(frame.lidar)
+        content(path) if callable(content) else save(path, content)
+        turn, shift = frame.lidar_to_ego
+        return np.allclose(xad_scan(frame), old[:, :3] @ turn.T + shift, atol=1e-4)
+
+    KINDS.append(Kind("lidar scan", said, "xad", right, run))
+
+
+scan_of("as it should be", "", lambda p: None)
+for said, right, content in (
+    ("of odd length", "rows of 5", lambda p: p.write_bytes(p.read_bytes() + b"ab")), ("of four numbers a point", "rows of 5",
+     lambda p: p.write_bytes(p.read_bytes()[:16 * 4])), ("NaN", "lidar scan", np.full(5, np.nan, "<f4").tobytes()),
+    ("empty", "lidar scan", b""), ("a pipe", "is a pipe", pipe), ("missing", "lidar scan is missing", Path.unlink),
+    ("100 MB", "bytes, more than", lambda p: os.truncate(p, 10**8)),
+):  # fmt: skip
+    scan_of(said, right, content)
+
+
+# ---- xad's frame of six pictures: a file that describes it
+
+LENSES = nuscenes_rig(36, 64)
+
+
+def draw_frame(root: Path) -> None:
+    """A sound frame: JSON is YAML."""
+    still = {"ego2global_rotation": [1, 0, 0, 0], "ego2global_translation": [5, 6, 0]}
+    cams = {}
+    for k, name in enumerate(xad.CAMERAS):
+        save(root / f"imgs/{name}.jpg", picture(k))
+        cams[name] = still | {"cam_intrinsic": [[1200, 0, 800], [0, 1200, 450], [0, 0, 1]],
+                              "sensor2ego_rotation": [1, 0, 0, 0], "sensor2ego_translation": [k, 0, 1]}  # fmt: skip
+    pose = {"lidar2ego_rotation": [1, 0, 0, 0], "lidar2ego_translation": [0, 0, 2]}
+    about = {"token": "t", "scene_token": "s", "cams": cams, "gt_names": ["car"],
+             "ann_infos": [[[1, 2, 0, 4, 2, 1.5, 0, 0, 0]], [0]]}  # fmt: skip
+    save(root / "sample0000.yaml", about | still | pose)
+    save(root / "0.bin", np.ones((3, 5), "<f4").tobytes())
+
+
+def one_frame(said, right="", edit=None):
+    def run(folder: Path):
+        root = copy(folder, draw_frame)
+        edit and edit(root / "sample0000.yaml")
+        frame = real.read_frame(root)
+        good = frame.boxes.category == ("vehicle.car",) and np.allclose(frame.boxes.centre, [[1, 2, 0]])
+        return bool(good and np.allclose(frame.trans[:, 0], range(6)) and frame.intrins[3, 0, 0] == 1200)
+
+    KINDS.append(Kind("description of a frame", said, "xad", right, run))
+
+
+def cam(**fields) -> Callable:
+    return lambda p: change(p, lambda c: c["cams"]["CAM_BACK"].update(fields))
+
+
+one_frame("as it should be")
+one_frame("as plain YAML", edit=lambda p: p.write_text(
+    __import__("yaml").safe_dump(json.loads(p.read_text()))))  # fmt: skip
+for said, right, edit in (
+    ("a zero quaternion", "sample0000.yaml", cam(sensor2ego_rotation=[0, 0, 0, 0])), ("a camera missing", "CAM_BACK", lambda p: change(p, lambda c: c["cams"].pop("CAM_BACK"))),
+    ("NaN in K", "sample0000.yaml", cam(cam_intrinsic=[[NAN] * 3] * 3)), ("K of another size", "sample0000.yaml", cam(cam_intrinsic=[[1, 2], [3, 4]])),
+    ("a place of two numbers", "sample0000.yaml", cam(sensor2ego_translation=[1, 2])), ("NaN in a place", "sample0000.yaml", cam(sensor2ego_translation=[1, 2, NAN])),
+    ("more names than boxes", "sample0000.yaml", lambda p: change(p, lambda c: c["gt_names"].append("bus"))),
+    ("a NaN box", "sample0000.yaml", lambda p: change(p, lambda c: c["ann_infos"][0][0].__setitem__(0, NAN))),
+    ("boxes as text", "sample0000.yaml", lambda p: change(p, lambda c: c.update(ann_infos="x"))), ("a list", "sample0000.yaml", lambda p: p.write_text("[]")),
+    ("brackets 100,000 deep", "levels deep", lambda p: p.write_text(DEEP)), ("a pipe", "not a file", pipe), ("empty", "sample0000.yaml", lambda p: p.write_text("")),
+):  # fmt: skip
+    one_frame(said, right, edit)

@@ -382,7 +382,7 @@ def _pose(
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         sound = False
-    if not sound or not np.linalg.norm(rotation):
+    if not sound or not 1e-3 < np.abs(rotation).max() < 1e3:
         need = "sensor2ego_rotation (w, x, y, z) and sensor2ego_translation"
         report.add(where, f"metadata of {sensor} has no sound {need}", "write the infos again")
         return None
