@@ -1259,3 +1259,258 @@ for said, right, edit in (
     ("brackets 100,000 deep", "levels deep", lambda p: p.write_text(DEEP)), ("a pipe", "not a file", pipe), ("empty", "sample0000.yaml", lambda p: p.write_text("")),
 ):  # fmt: skip
     one_frame(said, right, edit)
+
+# ---- openvocab: three pictures of 20 x 10, one box and five captions each
+
+LISTED = {"train": "train.txt", "valid": "val.txt", "test": "test.txt"}
+SIZE = "<size><width>{}</width><height>{}</height><depth>3</depth></size>"
+BOX = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+CAPTION = "[/EN#7/people A man] walks [/EN#0/notvisual here] ."
+LAST = 95  # the number of the picture to train on
+
+
+def xml(*parts: str, size: str = SIZE.format(20, 10)) -> str:
+    return f"<annotation>{size}{''.join(parts) or BOX.format(7, 3, 2, 10, 8)}</annotation>"
+
+
+def draw_flickr(root: Path) -> None:
+    """The files of a sound set."""
+    for k, (split, name) in enumerate(LISTED.items()):
+        save(root / name, f"{LAST + k}\n")
+        save(root / f"flickr30k_images/{LAST + k}.jpg", np.full((10, 20, 3), COLOURS[k], np.uint8))
+        save(root / f"Annotations/{LAST + k}.xml", xml())
+        save(root / f"Sentences/{LAST + k}.txt", f"{CAPTION}\n" * 5)
+
+
+def phrases_of(folder: Path):
+    """All that training reads: (data, items of its parts)."""
+    data, items = openvocab.load(folder), []
+    for split, count in data.counts().items():
+        if count:
+            part = openvocab.PhraseDataset(data, split, train=False, image_size=32)
+            items += [part[k] for k in range(count)]
+    return data, items
+
+
+def right_phrases(found, report=None, root=None) -> bool:
+    data, items = found
+    sample = data.part("train")[0]
+    good = len(data.samples) == len(items) == 3 and data.counts() == {"train": 1, "valid": 1, "test": 1}
+    good &= [o.box for o in sample.objects] == [(2, 1, 9, 7)] and sample.objects[0].chains == ("7",)
+    mention = sample.sentences[0].phrases[0]
+    good &= len(sample.sentences) == 5 and sample.sentences[0].sentence == "A man walks here ."
+    good &= (mention.phrase, mention.first_word_index, mention.phrase_id) == ("A man", 0, "7")
+    shown = np.asarray(Image.open(sample.path).convert("RGB")).mean((0, 1))
+    return bool(good and np.allclose(shown, COLOURS[0]))
+
+
+def phrase(sort, said, right="", edit=None, look=right_phrases):
+    """A kind of Flickr set: a sound one after edit(root)."""
+
+    def run(folder: Path):
+        root = copy(folder, draw_flickr)
+        edit and edit(root)
+        return look(*same(openvocab.check, phrases_of, root), root)
+
+    KINDS.append(Kind(sort, said, "openvocab", right, run))
+
+
+def boxes(said, right="", content=None, look=right_phrases):
+    phrase("Flickr annotation", said, right,
+           None if content is None else put(f"Annotations/{LAST}.xml", content), look)  # fmt: skip
+
+
+def first_sample(look: Callable) -> Callable:
+    return lambda found, report, root: look(found[0].part("train")[0], report)
+
+
+ENTITIES = "<!DOCTYPE a [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;&a;&a;&a;&a;'><!ENTITY c '&b;&b;&b;&b;&b;'>]>"
+boxes("as it should be")
+boxes("with a declaration and a byte-order mark",
+      content=b"\xef\xbb\xbf" + f"<?xml version='1.0' encoding='utf-8'?>{xml()}".encode())  # fmt: skip
+boxes("with Windows line ends", content=xml().replace("><", ">\r\n<"))
+boxes("with spaces around numbers", content=xml(BOX.format(7, " 3 ", "\n2", 10, 8)))
+boxes("with more elements", content=xml(BOX.format(7, 3, 2, 10, 8), "<segmented>0</segmented>"))
+boxes("a box that ends beyond the picture", content=xml(BOX.format(7, 3, 2, 99, 8)),
+      look=first_sample(lambda s, r: "1 boxes end beyond" in str(r) and s.objects[0].box == (2, 1, 98, 7)))  # fmt: skip
+boxes("a scene without a box", content=xml("<object><name>7</name><scene>1</scene><nobndbox>0</nobndbox></object>"),
+      look=first_sample(lambda s, r: s.scene == ("7",) and not s.objects))  # fmt: skip
+for said, right, content in (
+    ("entities that multiply", "<!DOCTYPE", f"{ENTITIES}<annotation>&c;</annotation>"),
+    ("an entity that names a file", "<!DOCTYPE", "<!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><annotation>&x;</annotation>"),
+    ("entities in UTF-16", "not UTF-8", f"{ENTITIES}<annotation>&c;</annotation>".encode("utf-16")),
+    ("entities in UTF-7", "95.xml", b"<?xml version='1.0' encoding='utf-7'?>+ADwAIQ-DOCTYPE a>"),
+    ("elements 100,000 deep", "95.xml", "<a>" * 100_000), ("elements 100,000 deep and closed", "95.xml", f"<annotation>{'<a>' * 10**5}{'</a>' * 10**5}</annotation>"),
+    ("cut short", "not XML", xml()[:90]), ("empty", "not XML", ""), ("a pipe", "is a pipe", pipe), ("a folder", "is a folder", swap),
+    ("missing", "annotation is missing", Path.unlink), ("no size", "width is missing", xml(size="")),
+    ("a size of zero", "give pixels", xml(size=SIZE.format(0, 10))), ("a size in words", "width is 'wide'", xml(size=SIZE.format("wide", 1))),
+    ("a size of 400 digits", "width is", xml(size=SIZE.format("9" * 400, 1))), ("another size than the picture", "its annotation says", xml(size=SIZE.format(30, 10))),
+    ("a box outside", "is outside the 20x10", xml(BOX.format(7, 30, 2, 40, 8))), ("a negative box", "is outside", xml(BOX.format(7, -30, 2, -9, 8))),
+    ("corners exchanged", "is inverted", xml(BOX.format(7, 10, 2, 3, 8))), ("a corner of NaN", "xmin is 'nan'", xml(BOX.format(7, "nan", 2, 3, 8))),
+    ("a corner of 1e999", "xmin is '1e999'", xml(BOX.format(7, "1e999", 2, 3, 8))), ("a corner missing", "xmax is missing", xml(BOX.format(7, 3, 2, 10, 8).replace("xmax", "x"))),
+    ("an object without name", "has no name", xml(BOX.format("", 3, 2, 10, 8))), ("an object without a box", "neither a box nor", xml("<object><name>7</name></object>")),
+    ("another root", "width is missing", "<html></html>"),
+):  # fmt: skip
+    boxes(said, right, content)
+
+
+def captions(said, right="", content=None, look=right_phrases):
+    phrase("Flickr sentences", said, right, put(f"Sentences/{LAST}.txt", content), look)
+
+
+FIVE = f"{CAPTION}\n" * 4
+captions("with Windows line ends", content=f"{CAPTION}\r\n" * 5)
+captions("with a byte-order mark", content=f"\ufeff{CAPTION}\n" + FIVE)
+captions("with empty lines at the end", content=f"{CAPTION}\n" * 5 + "\n\n")
+captions("without the last line end", content=(f"{CAPTION}\n" * 5).strip())
+captions("with a line separator of Unicode in it", content=FIVE + CAPTION.replace(" .", " \u2028."))
+captions("with 'next line' in it", content=FIVE + CAPTION.replace(" .", " \x85."))
+captions("with a word in brackets", content=f"{CAPTION}\n" * 4 + "a [sic] word",
+         look=first_sample(lambda s, r: s.sentences[4].sentence == "a [sic] word"))  # fmt: skip
+for said, right, content in (
+    ("a bracket that is not closed", "is not closed", FIVE + "[/EN#7/people A man walks"), ("brackets within brackets", "is not closed", FIVE + "[/EN#7/people A [/EN#8/people man] ]"),
+    ("a phrase without words", "is empty", FIVE + "[/EN#7/people ] walks"), ("a phrase without id", "opens no phrase", FIVE + "[/EN#/people A man] walks"),
+    ("a phrase without type", "opens no phrase", FIVE + "[/EN#7 A man] walks"), ("an unknown type", "type 'peple' is unknown", FIVE + "[/EN#7/peple A man]"),
+    ("a phrase within a word", "within a word", FIVE + "a[/EN#7/people A man]"), ("four captions", "4 captions, 5 are needed", FIVE),
+    ("eight captions", "8 captions", FIVE * 2), ("an empty caption", "the caption is empty", "\n" + FIVE), ("not UTF-8", "not UTF-8", FIVE.encode() + b"caf\xe9"),
+    ("in UTF-16", "not UTF-8", (FIVE + CAPTION).encode("utf-16")), ("empty", "0 captions", ""), ("a pipe", "is a pipe", pipe), ("a folder", "is a folder", swap),
+    ("missing", "sentence file is missing", Path.unlink), ("100 MB", "bytes, more than", lambda p: os.truncate(p, 10**8)),
+):  # fmt: skip
+    captions(said, right, content)
+
+
+def listing(said, right="", content=None, name="train.txt", look=right_phrases):
+    phrase("list of pictures", said, right, put(name, content), look)
+
+
+listing("with Windows line ends", content=f"{LAST}\r\n")
+listing("with a byte-order mark", content=f"\ufeff{LAST}\n")
+listing("with endings", content=f"{LAST}.jpg\n\n")
+for said, right, content in (
+    ("`..` in a name", "is no identity", "../95\n"), ("`..` alone", "is no identity", "..\n"), ("an absolute path", "is no identity", "/etc/passwd\n"),
+    ("a picture twice", "stands in line 1", f"{LAST}\n{LAST}.jpg\n"), ("a picture of another part", "is in train.txt too", f"{LAST}\n{LAST + 1}\n"),
+    ("two on a line", "is no identity", f"{LAST} 9\n"), ("an unknown picture", "is missing", f"{LAST}\n9999\n"), ("a NUL", "is no identity", f"{LAST}\n9\0" + "5\n"),
+    ("a name of 9,000 letters", "is no identity", f"{LAST}\n{'a' * 9000}\n"), ("no pictures", "lists no picture", ""), ("not UTF-8", "not UTF-8", b"\xff\n"), ("a pipe", "is a pipe", pipe),
+    ("missing", "list of pictures is missing", Path.unlink), ("a backslash", "is no identity", f"{LAST}\n..\\9\n"),
+):  # fmt: skip
+    listing(said, right, content)
+listing("unrelated captions", content=f"# id number\n{LAST} 2\n", name="UNRELATED_CAPTIONS", look=first_sample(
+    lambda s, r: [x.related for x in s.sentences] == [True, False, True, True, True]))  # fmt: skip
+listing("unrelated captions with a byte-order mark", content=f"\ufeff{LAST} 2\n", name="UNRELATED_CAPTIONS", look=first_sample(
+    lambda s, r: [x.related for x in s.sentences] == [True, False, True, True, True]))  # fmt: skip
+for said, right, content in (("of the 6th caption", "names no caption", f"{LAST} 6\n"), ("in words", "names no caption", f"{LAST} two\n"),
+                             ("of a number of 5,000 digits", "names no caption", f"{LAST} {'9' * 5000}\n"), ("of ² captions", "names no caption", f"{LAST} ²\n"), ("not UTF-8", "not UTF-8", b"\xff\n")):  # fmt: skip
+    listing(f"unrelated captions {said}", right, content, "UNRELATED_CAPTIONS")
+phrase("list of pictures", "a picture that is missing", f"{LAST}.jpg", put(f"flickr30k_images/{LAST}.jpg", Path.unlink))
+phrase("list of pictures", "linked pictures", "", lambda root: (
+    (root / "flickr30k_images").rename(root.parent / "away"), (root / "flickr30k_images").symlink_to(root.parent / "away")),
+    lambda f, r, root: right_phrases(f) and "3 of the files that are read lie outside" in str(r))  # fmt: skip
+
+COCO_FILE = "annotations/instances_train2017.json"
+
+
+def coco_set() -> dict:
+    """Ten pictures, one of two categories in each."""
+    return {
+        "categories": [{"id": 1, "name": "cat"}, {"id": 7, "name": "traffic light", "supercategory": "outdoor"}],
+        "images": [{"id": k, "file_name": f"{k:04d}.jpg", "width": 20, "height": 10} for k in range(10)],
+        "annotations": [{"id": k, "image_id": k, "category_id": (1, 7)[k % 2], "bbox": [k, 1, 4, 5.5]} for k in range(10)],
+    }  # fmt: skip
+
+
+def draw_coco(root: Path) -> None:
+    """The files of a sound set."""
+    for k in range(10):
+        save(root / f"train2017/{k:04d}.jpg", np.full((10, 20, 3), 25 * k, np.uint8))
+    save(root / COCO_FILE, coco_set())
+
+
+def right_instances(found, report=None, root=None) -> bool:
+    data, items = found
+    good = len(data.samples) == len(items) == 10 and all(data.counts().values())
+    for k, sample in enumerate(sorted(data.samples, key=lambda s: s.id)):
+        good &= sample.objects[0].box == (k, 1, k + 4, 6.5) and sample.objects[0].chains == (f"c{(1, 7)[k % 2]}",)
+        good &= [m.phrase for m in sample.extra] == ["cat", "traffic light"] and len(sample.objects) == 1
+        good &= np.asarray(Image.open(sample.path)).mean() == 25 * k and not sample.crowds
+    return bool(good)
+
+
+def coco(said, right="", edit=None, look=right_instances, raw=None):
+    """A kind of COCO file: edit(content), or another content."""
+
+    def run(folder: Path):
+        root = copy(folder, draw_coco)
+        if raw is not None:
+            put(COCO_FILE, raw)(root)
+        elif edit:
+            change(root / COCO_FILE, edit)
+        return look(*same(openvocab.check, phrases_of, root), root)
+
+    KINDS.append(Kind("COCO instances", said, "openvocab", right, run))
+
+
+def of(key: str, place: int = 0, **fields) -> Callable:
+    """Other fields of an entry."""
+    return lambda c: c[key][place].update(fields)
+
+
+coco("as they should be")
+coco("with more keys", edit=lambda c: c.update(info={"year": 2017}, licenses=[]))
+coco("ids as text", edit=lambda c: [i.update(id=str(i["id"])) for i in c["images"]]
+     + [a.update(image_id=str(a["image_id"])) for a in c["annotations"]])  # fmt: skip
+coco("pictures without a size, which their files have", edit=lambda c: [(i.pop("width"), i.pop("height")) for i in c["images"]])
+coco("a crowd as run lengths", edit=lambda c: c["annotations"].append(
+    {"id": 77, "image_id": 3, "category_id": 1, "iscrowd": 1, "bbox": [0, 0, 20, 10], "segmentation": {"counts": [9], "size": [10, 20]}}),
+    look=lambda f, r, root: sum(len(s.crowds) for s in f[0].samples) == 1 and "crowds" in str(r))  # fmt: skip
+coco("polygons beside the boxes", edit=lambda c: [a.update(segmentation=[[1, 2, 3, 4, 5, 6]], area=9.0) for a in c["annotations"]])
+coco("a picture without annotations", edit=lambda c: c["annotations"].pop(),
+     look=lambda f, r, root: len(f[1]) == 10 and "1 pictures have no box" in str(r))  # fmt: skip
+for said, right, edit in (
+    ("a picture's id twice", "is there twice", of("images", id=1)), ("a file twice", "is there twice", of("images", file_name="0001.jpg")),
+    ("a picture that is missing", "9999.jpg", of("images", file_name="9999.jpg")), ("a picture without name", "no id or no file_name", of("images", file_name="")),
+    ("a picture's name as a list", "file_name", of("images", file_name=["a"])), ("a picture's id as null", "no id", of("images", id=None)), ("a picture's id as a list", "no id", of("images", id=[1])),
+    ("a picture's name of 9,000 letters", "can name no file", of("images", file_name="a" * 9000)), ("a picture's name with a NUL", "can name no file", of("images", file_name="0000\0.jpg")),
+    ("another size than the picture", "its annotation says", of("images", width=30)), ("a box of NaN", "is no box", of("annotations", bbox=[NAN, 1, 2, 3])),
+    ("a box of 400 digits", "is no box", of("annotations", bbox=[10**400, 1, 2, 3])), ("a box of three", "is no box", of("annotations", bbox=[1, 2, 3])),
+    ("a box in words", "is no box", of("annotations", bbox="all")), ("a box of true", "is no box", of("annotations", bbox=[True, True, True, True])), ("a box outside", "is outside", of("annotations", bbox=[50, 1, 2, 3])),
+    ("a negative width", "is inverted", of("annotations", bbox=[5, 1, -2, 3])), ("no box", "is no box", lambda c: c["annotations"][0].pop("bbox")),
+    ("an unknown category", "category 9 is unknown", of("annotations", category_id=9)), ("a category as a list", "is unknown", of("annotations", category_id=[1])),
+    ("an unknown picture", "image 99 is unknown", of("annotations", image_id=99)), ("a picture as an object", "is unknown", of("annotations", image_id={})),
+    ("a category twice", "is there twice", of("categories", id=7)), ("a category without name", "write its name", of("categories", name="")),
+    ("a category's name as a list", "name", of("categories", name=["cat"])),
+    ("no categories", "is empty", lambda c: c["categories"].clear()), ("no pictures", "too few", lambda c: (c["images"].clear(), c["annotations"].clear())),
+    ("annotations as an object", "has no annotations", lambda c: c.update(annotations={})), ("an entry as a number", "is no object", lambda c: c["images"].append(7)),
+    ("iscrowd in words", "iscrowd", of("annotations", iscrowd="no")),
+):  # fmt: skip
+    coco(said, right, edit)
+for said, right, raw in (
+    ("brackets 100,000 deep", "nested too deeply", DEEP), ("a number of 5,000 digits", "instances", f'{{"images": [{"9" * 5000}]}}'),
+    ("a list", "has no categories", "[]"), ("cut short", "is not JSON", '{"images": ['), ("empty", "is not JSON", ""), ("a pipe", "is a pipe", pipe),
+    ("not UTF-8", "is not JSON", b'{"a": "\xff"}'),
+):  # fmt: skip
+    coco(said, right, raw=raw)
+coco("with a byte-order mark", raw=lambda p: p.write_bytes(b"\xef\xbb\xbf" + p.read_bytes()))
+
+
+def move_picture(name: Callable) -> Callable:
+    """A picture lies beside the set, and the file says where."""
+
+    def edit(root: Path):
+        new = Path(shutil.move(root / "train2017/0000.jpg", root.parent / "a.jpg"))
+        change(root / COCO_FILE, of("images", file_name=name(new)))
+
+    return edit
+
+
+def away_coco(said, name):
+    def run(folder: Path):
+        root = copy(folder, draw_coco)
+        move_picture(name)(root)
+        found, report = same(openvocab.check, phrases_of, root)
+        return len(found[1]) == 10 and "1 of the files that are read lie outside" in str(report)
+
+    KINDS.append(Kind("COCO instances", said, "openvocab", "", run))
+
+
+away_coco("an absolute path elsewhere", str)
+away_coco("`..` in a path", lambda new: f"../../{new.name}")
