@@ -22,12 +22,12 @@ from leansense.beam import features, positions
 from leansense.beam import layouts as windows
 from leansense.beam.standin import make_row, name_files
 from leansense.openvocab import data as openvocab
-from leansense.openvocab import flickr
+from leansense.openvocab.text import PretrainedText, write_random_encoder
 from leansense.simbev import data as simbev
 from leansense.simbev.layouts import CAMERAS
 from leansense.simbev.overlap import read_depth, read_points
 from leansense.simbev.standin import _describe_sensors, describe_rig
-from leansense.world.camera import nuscenes_rig, simbev_rig
+from leansense.world.camera import simbev_rig
 from leansense.xad import data as xad
 from leansense.xad import frame as real
 from leansense.xad.frames import read_scan as xad_scan
@@ -1213,7 +1213,6 @@ for said, right, content in (
 
 # ---- xad's frame of six pictures: a file that describes it
 
-LENSES = nuscenes_rig(36, 64)
 
 
 def draw_frame(root: Path) -> None:
@@ -1514,3 +1513,74 @@ def away_coco(said, name):
 
 away_coco("an absolute path elsewhere", str)
 away_coco("`..` in a path", lambda new: f"../../{new.name}")
+
+# ---- openvocab's text encoders: a folder of transformers, and what it said of some phrases
+
+WORDS_OF = ("a", "cat", "dog", "man", "walks")
+
+
+def draw_encoder(root: Path) -> None:
+    """A small random BERT, and its pack of two phrases."""
+    write_random_encoder(root / "bert", WORDS_OF)
+    PretrainedText(root / "bert").remember(["a cat", "dog"], root / "packs")
+
+
+def encode(root: Path) -> np.ndarray:
+    encoder = PretrainedText(root / "bert")
+    encoder.remember(["a cat", "dog"], root / "packs")
+    tokens, mask, pooled = encoder.encode(["dog", "a cat"])
+    return np.concatenate([tokens[mask].numpy().ravel(), pooled.numpy().ravel()])
+
+
+def encoder(sort, said, right="", edit=None):
+    """A kind of encoder's folder or pack; read right: the vectors are those of the sound one."""
+
+    def run(folder: Path):
+        root = copy(folder, draw_encoder)
+        edit and edit(root)
+        found = encode(root)
+        return np.allclose(found, encode(drawn(draw_encoder)), atol=1e-6)
+
+    KINDS.append(Kind(sort, said, "openvocab", right, run))
+
+
+def pack(name: str, content) -> Callable:
+    """Another content of an array of the pack."""
+
+    def edit(root: Path):
+        (path,) = (root / "packs").glob(f"*/*/{name}.npy")
+        content(path) if callable(content) else save(path, content)
+
+    return edit
+
+
+encoder("pack of phrases", "as it should be")
+encoder("pack of phrases", "of another encoder", edit=lambda root: next((root / "packs").glob("*")).rename(root / "packs/other"))
+for said, edit in (
+    ("NaN vectors", pack("states", lambda p: np.save(p, np.load(p) * np.nan))), ("another width", pack("pooled", array(np.zeros((2, 8), "f4")))),
+    ("fewer tokens than it says", pack("states", lambda p: np.save(p, np.load(p)[1:]))), ("lengths that do not fit", pack("lengths", array(np.array([1, 99])))),
+    ("objects", pack("pooled", array(np.array([[None]] * 2)))), ("cut short", pack("states", lambda p: os.truncate(p, 200))),
+    ("missing", pack("pooled", Path.unlink)), ("a pipe", pack("pooled", pipe)), ("terabytes by a header", pack("states", npy((10**6, 10**6)))),
+):  # fmt: skip
+    encoder("pack of phrases", f"{said}: made again", "", edit)
+encoder("text encoder", "with a file beside that nobody reads", edit=put("bert/.DS_Store", b"x"))
+for said, right, edit in (
+    ("no config.json", "no config.json", put("bert/config.json", Path.unlink)), ("a config 100,000 brackets deep", "nested too deeply", put("bert/config.json", DEEP)),
+    ("an unknown type", "holds no text encoder", put("bert/config.json", '{"model_type": "x"}')), ("a type as a list", "holds no text encoder", put("bert/config.json", '{"model_type": [1]}')),
+    ("no type", "holds no text encoder", put("bert/config.json", "{}")), ("weights cut short", "holds no text encoder", put("bert/model.safetensors", lambda p: os.truncate(p, 5000))),
+    ("weights of text", "holds no text encoder", put("bert/model.safetensors", "weights")), ("no weights", "holds no text encoder", put("bert/model.safetensors", Path.unlink)),
+    ("a tokenizer of text", "holds no text encoder", put("bert/tokenizer.json", "{")), ("another width than its weights", "holds no text encoder", lambda root: change(
+        root / "bert/config.json", lambda c: c.update(hidden_size=64))), ("more layers than its weights", "its weights lack", lambda root: change(
+            root / "bert/config.json", lambda c: c.update(num_hidden_layers=3))), ("NaN weights", "NaN", lambda root: spoil_weights(root / "bert/model.safetensors")),
+):  # fmt: skip
+    encoder("text encoder", said, right, edit)
+
+
+def spoil_weights(path: Path) -> None:
+    """NaN in the first matrix."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(path)
+    name = next(n for n, v in weights.items() if v.ndim > 1)
+    weights[name] = spoil(weights[name], np.nan)
+    save_file(weights, path, metadata={"format": "pt"})
