@@ -119,11 +119,11 @@ class Frames:
             raise ValueError(f"{data.folder}: not one {kind} frame is there; see the doctor")
         self.row = {path: row for row, path in enumerate(paths)}
         make, channels, dtype, extra = _choose(kind, options, scenario_of)
-        names = {path: str(Path(path).relative_to(root)) for path in paths}
+        names = {path: os.path.relpath(path, root) for path in paths}
         digests = file_digests(root, names.values())
         lines = [f"{names[p]}\t{digests[names[p]][1]}" for p in paths]
         if kind == "image" and options.add_seg:
-            seg = [str(Path(p).relative_to(root)) for p in map(_segmented, paths) if p]
+            seg = [os.path.relpath(p, root) for p in map(_segmented, paths) if p]
             lines += [digest for _, digest in file_digests(root, seg).values()]
         key = hashlib.blake2b("\n".join([*lines, extra]).encode(), digest_size=16).hexdigest()
         name = f"{kind}-v{2 if kind == 'image' else 1}-{options.size}-{key}.npy"
@@ -472,6 +472,8 @@ def check(folder: str | Path) -> Report:
     root = resolve(folder)
     data, report = scan(root, Reading(damaged="error"))
     whole, _ = scan(root, Reading(damaged="absent"))  # rows with a missing frame are in it too
+    if report.ok and not data.samples:
+        report.add(root, "its tables give no window of 5 frames", "copy their rows and files there")
     known, groups = defaultdict(Counter), _group_files(whole)
     for part, scenario, kind, _, what in whole.faults:
         known[part, scenario, kind][what] += 1

@@ -119,7 +119,9 @@ def _remember(store: Path, known: dict[str, list]) -> None:
 
 # %% ../../../nbs/core/60_check.ipynb #017e65c7
 def content_digest(path: Path) -> str:
-    """The blake2b digest of a file's content, 32 hexadecimal digits."""
+    """The blake2b digest of a file's content, 32 hexadecimal digits; ValueError: a folder, pipe."""
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
+        raise ValueError(f"{path}: is a folder or a pipe, not a file; put the file there")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

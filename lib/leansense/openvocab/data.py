@@ -7,6 +7,7 @@ __all__ = ['LISTS', 'PARAMETERS', 'QUERIES', 'Options', 'prepare', 'map_pixels',
            'identify', 'loaders', 'check']
 
 # %% ../../../nbs/openvocab/00_data.ipynb #aef2787f
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -81,8 +82,13 @@ def map_pixels(data: OpenVocab, side: int) -> tuple[list[int], np.ndarray]:
             open_image(s.path, entry="annotation")  # says what is missing
     rows, files, key = index_content(data.folder, names)
     size_in = {name: (s.width, s.height) for name, s in zip(names, data.samples)}
-    target = data_root() / "cache" / "openvocab" / f"pixels-v2-{side}-{key}.npy"
-    root = Path(data.folder)
+    told, root = [size_in[name] for name in files], Path(data.folder)
+    for s, row in zip(data.samples, rows):
+        if (s.width, s.height) != told[row]:  # two copies of a picture: one annotation is wrong
+            prepare(s.path, side, (s.width, s.height))
+            prepare(root / files[row], side, told[row])
+    mark = hashlib.blake2b(repr((key, told)).encode(), digest_size=16).hexdigest()
+    target = data_root() / "cache" / "openvocab" / f"pixels-v3-{side}-{mark}.npy"
     return rows, stored_rows(
         target,
         (side, side, 3),

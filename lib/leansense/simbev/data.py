@@ -312,7 +312,8 @@ def check(
     scenes = len({(frame.split, frame.scene) for frame in frames})
     named = ", ".join(f"{count} {split}" for split, count in counts.items())
     report.facts.append(f"{layout} layout, {scenes} scenes, frames: {named}")
-    warn_outside(report, root, [path for frame in frames for path in frame.files])
+    sensors = [(*f.files, *f.depth, *filter(None, (f.lidar, f.semantic))) for f in frames]
+    warn_outside(report, root, [path for paths in sensors for path in paths])
     sizes = _check_images(frames, report)
     before = len(report.errors)
     _check_intrinsics(frames, sizes, report)
