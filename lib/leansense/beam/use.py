@@ -40,10 +40,11 @@ from leansense.beam.layouts import (
 from .model import build
 from .rebuild import RebuildTask
 from .split import make_split
+from ..core.answers import run_command, write_answer, write_picture
 from ..core.checkpoint import MARK, read_checkpoint
-from ..core.paths import resolve, write_atomic
+from ..core.paths import resolve
 from ..core.schedule import Recipe
-from ..core.text import say, shorten
+from ..core.text import shorten
 from ..core.weights import rebuild, unwrap
 from ..world.channel import Array
 
@@ -301,7 +302,7 @@ def draw_answer(
     from matplotlib.figure import Figure
 
     from leansense.beam.draw import draw_lidar, draw_picture
-    from leansense.core.figures import PAGE, save, style
+    from leansense.core.figures import PAGE, style
     from leansense.core.images import open_image
 
     order = np.argsort(-chances, kind="stable")[:top]
@@ -320,7 +321,7 @@ def draw_answer(
         right.set(title="lidar, from above", xlabel="y (m)", ylabel="x (m)")
         for axes in (left, right):
             axes.grid(False)
-        save(figure, stem)[0].unlink()  # the PDF; one picture is enough
+        write_picture(stem, figure)
 
 # %% ../../../nbs/beam/40_use.ipynb #76bb848e
 def write_predictions(
@@ -343,7 +344,7 @@ def write_predictions(
     made = []
     for answer, window, batch, chances in predict(model, params, windows, top, temperature, absent):
         stem = resolve(out) / answer["id"].replace("/", "_")
-        made.append(write_atomic(f"{stem}.json", json.dumps(answer, allow_nan=False) + "\n"))
+        made.append(write_answer(stem, answer))
         draw_answer(stem, window, batch, chances[0], top, view)
     return made
 
@@ -371,12 +372,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(name, type=type(default), default=default, choices=among, help=said)
     parser.add_argument("--absent", action="store_true", help="do without frames that are missing")
     given = vars(parser.parse_args(argv))
-    try:
-        say(f"{len(write_predictions(**given))} windows in {given['out']}")
-    except (ValueError, OSError) as error:
-        say(error, error=True)
-        return 1
-    return 0
+    return run_command(lambda: f"{len(write_predictions(**given))} windows in {given['out']}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file

@@ -19,6 +19,7 @@ from .cost import gpu_hours, hardware
 from .parameters import Parameter, parse, read_parameters
 from .record import Run
 from .task import Task
+from .text import say
 from .train import FitResult, Settings, fit, read_run, seed_everything
 
 # %% ../../../nbs/core/29_row.ipynb #0c57ae8f
@@ -138,7 +139,7 @@ class Row(Run):
         result = fit(task, self.loaders["train"], self.loaders.get("valid"), **given)
         self.stages[stage], self.training_of = result, Settings(**given)
         where, monitor = f"{stage}: " if stage else "", self.training_of.monitor
-        print(
+        say(
             f"{where}best epoch {result.best_epoch} of {result.epochs_run},"
             f" {monitor} {result.best_score:.4f}"
         )

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.ops import nms
 
+from ..core.answers import run_command, write_answer, write_picture
 from ..core.checkpoint import MARK, read_checkpoint
 from ..core.images import open_image
-from ..core.paths import resolve, write_atomic
-from ..core.text import plot, say
+from ..core.paths import resolve
+from ..core.text import plot
 from ..core.weights import rebuild
 from .evaluate import find_corners, score_pairs
 from .model import keep_attention
@@ -195,16 +196,14 @@ def write_answers(
     floor: float = 0.0,
 ) -> list[Path]:
     """Write <out>/<name>.json and .png for each picture; returns the JSON files."""
-    from leansense.core.figures import save
-
     model, params = load_detector(checkpoint)
     made = []
     for path in pictures:
         answers, figure = _ask(model, params, path, phrases, top, floor)
         stem = resolve(out) / Path(path).stem
         answer = {"picture": Path(path).name, "answers": answers}
-        made.append(write_atomic(f"{stem}.json", json.dumps(answer, allow_nan=False) + "\n"))
-        save(figure, stem)[0].unlink()  # the PDF; one picture is enough
+        made.append(write_answer(stem, answer))
+        write_picture(stem, figure)
     return made
 
 # %% ../../../nbs/openvocab/40_use.ipynb #5c7915a4
@@ -222,14 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=1, help="boxes of a phrase")
     parser.add_argument("--floor", type=float, default=0.0, help="least score of a box")
     given = vars(parser.parse_args(argv))
-    try:
-        given["pictures"] = [given.pop("picture")]
-        for path in write_answers(**given):
-            say(path.read_text().strip())
-    except (ValueError, OSError) as error:
-        say(error, error=True)
-        return 1
-    return 0
+    given["pictures"] = [given.pop("picture")]
+    return run_command(lambda: write_answers(**given)[0].read_text().strip())
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file

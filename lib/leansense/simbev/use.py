@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..core.answers import run_command, write_answer, write_picture
 from ..core.checkpoint import read_checkpoint
 from ..core.export import write_onnx
-from ..core.paths import resolve, write_atomic
-from ..core.text import say
+from ..core.paths import resolve
 from ..core.weights import LARGEST, find_excess, rebuild, unwrap
 from ..layers.bev_drawing import draw_sample
 from ..layers.bev_metrics import count_overlap, iou
@@ -138,19 +138,18 @@ def write_predictions(
     """Write <out>/<id>.json and .png for each frame; returns the JSON files."""
     from matplotlib.figure import Figure
 
-    from leansense.core.figures import PAGE, save, style
+    from leansense.core.figures import PAGE, style
 
     model, params = load_checkpoint(resolve(checkpoint))
     bounds = [params.get(name, SQUARE) for name in ("xbound", "ybound")]
     made = []
     for answer, item, found in predict(model, params, folder, split, limit):
         stem = resolve(out) / answer["id"].replace("/", "_")
-        text = json.dumps(answer, allow_nan=False) + "\n"
-        made.append(write_atomic(stem.with_name(stem.name + ".json"), text))
+        made.append(write_answer(stem, answer))
         with style():
             figure = Figure(figsize=(PAGE, 1.9), layout="constrained")
             draw_sample(figure, item, found, *bounds)
-            save(figure, stem)[0].unlink()  # the PDF; one picture is enough
+            write_picture(stem, figure)
     return made
 
 # %% ../../../nbs/simbev/40_use.ipynb #44df10b5
@@ -182,14 +181,12 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("where", help="the ONNX file to write")
     parser.add_argument("--cameras", type=int, default=6, help="that it will be used with")
     given = parser.parse_args(argv)
-    try:
-        checkpoint, where = resolve(given.checkpoint), resolve(given.where)
-        error = export_onnx(checkpoint, where, given.cameras)
-    except (ValueError, OSError) as found:
-        say(found, error=True)
-        return 1
-    say(f"{given.where}: largest difference from PyTorch {error:.1e}")
-    return 0
+
+    def work() -> str:
+        error = export_onnx(resolve(given.checkpoint), resolve(given.where), given.cameras)
+        return f"{given.where}: largest difference from PyTorch {error:.1e}"
+
+    return run_command(work)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,16 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/predictions", help="where JSON and PNG files go")
     parser.add_argument("--split", default="valid", choices=SPLITS)
     parser.add_argument("--limit", type=int, default=0, help="frames; 0: all")
-    given = parser.parse_args(argv)
-    try:
-        made = write_predictions(
-            given.checkpoint, given.folder, given.out, given.split, given.limit
-        )
-    except (ValueError, OSError) as error:
-        say(error, error=True)
-        return 1
-    say(f"{len(made)} frames in {given.out}")
-    return 0
+    given = vars(parser.parse_args(argv))
+    return run_command(lambda: f"{len(write_predictions(**given))} frames in {given['out']}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
