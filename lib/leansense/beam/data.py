@@ -8,6 +8,7 @@ __all__ = ['PARAMETERS', 'SHOWN', 'Options', 'prepare_image', 'prepare_lidar', '
 
 # %% ../../../nbs/beam/00_data.ipynb #aac9393d
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
