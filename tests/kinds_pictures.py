@@ -148,6 +148,22 @@ def moving(kind: str, **options) -> bytes:
     return saved(GREY, kind, save_all=True, append_images=more, **options)
 
 
+def claiming(kind: str, size: int) -> bytes:
+    """A picture of 64 pixels a side whose header claims another size."""
+    content = bytearray(plain_tiff(RAMP, 1) if kind == "TIFF" else saved(COLOUR, kind))
+    if kind == "WEBP":  # one of one colour really has so few bytes
+        return saved(np.full((size, size), 200, np.uint8), kind, lossless=True, method=0)
+    if kind == "TIFF":
+        for tag in (256, 257):
+            place = content.index(struct.pack("<HHII", tag, 4, 1, SIDE)) + 8
+            content[place : place + 4] = struct.pack("<I", size)
+    else:
+        place = content.index(b"\xff\xc0") + 5 if kind == "JPEG" else {"GIF": 6, "BMP": 18}[kind]
+        order = {"GIF": "<HH", "BMP": "<ii", "JPEG": ">HH"}[kind]
+        content[place : place + struct.calcsize(order)] = struct.pack(order, size, size)
+    return bytes(content)
+
+
 def bomb(name: bytes) -> bytes:
     """A PNG with a compressed chunk that unpacks to 64 MB."""
     packer = zlib.compressobj(9)
@@ -303,6 +319,10 @@ NONE = {
         "a.png", lambda: png((32000, 32000), 8, 2), "megapixels that are read"),
     "a header that claims 10^8 pixels": (
         "a.png", lambda: png((10000, 10000), 8, 2), "bytes cannot hold"),
+    **{f"a {kind} whose header claims {size} x {size}": (
+        f"a.{end}", functools.partial(claiming, kind, size), "bytes cannot hold")
+       for kind, end, size in (("GIF", "png", 12000), ("BMP", "bmp", 12000), ("TIFF", "tif", 12000),
+                               ("WEBP", "webp", 4000), ("JPEG", "jpg", 30000))},
     "a colour profile that unpacks to 64 MB": ("a.png", lambda: bomb(b"iCCP"), "too large"),
     "a comment that unpacks to 64 MB": ("a.png", lambda: bomb(b"zTXt"), "too large"),
 }  # fmt: skip

@@ -27,7 +27,7 @@ LONGER = 100  # times that one side may be longer than the other
 _JPEG, _STEPS = 1_000_000_000, 300_000_000  # pixels of a JPEG that is read smaller; progressive
 
 # %% ../../../nbs/core/64_images.ipynb #c4494176
-_LARGE, _ONE = 50_000_000, threading.Lock()
+_LARGE, _SMALL, _ONE = 50_000_000, 10_000_000, threading.Lock()
 
 
 def _check_size(file, stored: int) -> None:
@@ -36,14 +36,16 @@ def _check_size(file, stored: int) -> None:
     pixels, said = width * height, f"is {width} x {height} pixels"
     if max(width, height) > LONGER * min(width, height):
         raise Refused(f"{said}, one side more than {LONGER} times the other: cut it to a picture")
-    if file.format in ("JPEG", "MPO"):
+    photograph = file.format in ("JPEG", "MPO")
+    if photograph:
         steps = file.info.get("progressive") or file.info.get("progression")
         limit, way = _STEPS if steps else _JPEG, "save it at half the size"
     else:
         limit, way = PIXELS, "save it at half the size, or as JPEG"
     if pixels > limit:
         raise Refused(f"{said}, more than the {limit // 1_000_000} megapixels that are read: {way}")
-    if file.format == "PNG" and pixels / 8 > 1032 * stored:  # deflate packs no tighter
+    most = 512 if photograph else 8 * 1032  # pixels a byte: a bit a block; what deflate can do
+    if pixels > most * stored and (photograph or file.format == "PNG" or pixels > _SMALL):
         raise Refused(f"{said} by its header, which {stored:,} bytes cannot hold")
 
 # %% ../../../nbs/core/64_images.ipynb #73f540e9
