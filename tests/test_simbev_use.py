@@ -14,7 +14,7 @@ from leansense.core.parameters import read_parameters
 from leansense.simbev.data import dataset, loaders
 from leansense.simbev.model import DEMO, build
 from leansense.simbev.task import stage_resume
-from leansense.simbev.use import load_checkpoint, main
+from leansense.simbev.use import load_checkpoint, main, predict
 
 SETTINGS = dict(
     DEMO,
@@ -144,6 +144,14 @@ def test_a_negative_limit_is_refused(tmp_path, weights, folder, capsys):
     path = write(tmp_path / "a.pt", weights)
     assert main([str(path), folder, "--out", str(tmp_path / "out"), "--limit", "-1"]) == 1
     assert "limit=-1" in capsys.readouterr().err
+
+
+def test_a_network_that_answers_nan(tmp_path, weights, folder):
+    """Finite weights can still overflow; an empty map would be the answer, with an IoU of 1."""
+    model, params = load_checkpoint(write(tmp_path / "a.pt", weights))
+    torch.nn.init.constant_(list(model.parameters())[-1], math.nan)
+    with pytest.raises(ValueError, match="answers with NaN or infinity: use another"):
+        next(predict(model, params, folder, limit=1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -61,6 +61,15 @@ def test_it_is_rebuilt_and_answers_the_same(weights, folder, tmp_path):
     assert abs(sum(answer["map"]["shares"].values()) - 1) < 1e-3
 
 
+def test_a_network_that_answers_nan(weights, folder, tmp_path):
+    """Actions and reasons would be those below a threshold, which NaN never is."""
+    model, params = load_checkpoint(write(tmp_path / "best.ckpt", weights))
+    for value in model.parameters():
+        torch.nn.init.constant_(value, float("inf"))
+    said = message(ValueError, next, predict(model, params, folder, limit=1))
+    assert "answers with NaN or infinity: use another checkpoint" in said
+
+
 def test_files_for_programs_and_for_people(weights, folder, tmp_path, capsys):
     kept = write(tmp_path / "best.ckpt", weights)
     out = tmp_path / "answers"

@@ -207,8 +207,6 @@ def _check_header(header: list[str]) -> None:
 
 def _fill_row(line: int, row: list[str], width: int) -> tuple[int, list[str]]:
     """(line, cells), as many as the header; Refused when there are more that hold something."""
-    if len(row) == width:
-        return line, row
     if any(map(str.strip, row[width:])):
         more = f"{len(row)} cells, its header {width}"
         raise Refused(f"line {line} has {more}: a text with a comma needs quotes")
@@ -231,7 +229,13 @@ def read_csv(
             header = [name.strip() for name in next(reader, [])]
             _check_header(header)
             width = len(header)
-            rows = [_fill_row(reader.line_num, row, width) for row in reader if row]
+            rows = [
+                (reader.line_num, row)
+                if len(row) == width
+                else _fill_row(reader.line_num, row, width)
+                for row in reader
+                if row
+            ]
         except csv.Error as error:
             raise Refused(f"is not CSV (line {reader.line_num}: {error})") from None
         return header, rows

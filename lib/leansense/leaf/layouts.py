@@ -145,7 +145,9 @@ def _read_table(path: Path, report: Report) -> tuple[list[str], list[tuple[int, 
         report.add(path, said, "correct it and save it as CSV UTF-8")
         return [], []
     return header, [
-        (line, dict(zip(header, row))) for line, row in lines if any(map(str.strip, row))
+        (line, dict(zip(header, row)))
+        for line, row in lines
+        if row[0].strip() or any(map(str.strip, row))  # the first alone is quicker
     ]
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #2cd5a2f7
