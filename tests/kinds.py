@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import io
+import os
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -72,42 +74,76 @@ def judge(kind: Kind, folder: Path) -> str:
     return "read" if good is True else f"lost: read wrongly: {good!r}"
 
 
-def collect() -> list[Kind]:
-    """All kinds, in the order of their modules."""
-    return [kind for name in MODULES for kind in importlib.import_module(name).KINDS]
+def try_all(module: str, folder: Path) -> list[tuple[Kind, str]]:
+    """Each kind of a module with what came of it, each in a folder of its own below `folder`."""
+    found = []
+    for number, kind in enumerate(importlib.import_module(module).KINDS):
+        own = folder / str(number)
+        own.mkdir()
+        found.append((kind, judge(kind, own)))
+    return found
 
 
-def tabulate(kinds: list[Kind], found: list[str]) -> str:
-    """The table as Markdown: sort and reader, then tried, read right, refused in one line, lost."""
-    rows, names = {}, {}
-    for kind, what in zip(kinds, found, strict=True):
+def count(found: list[tuple[Kind, str]]) -> list[str]:
+    """The table's lines for the kinds of one module."""
+    rows = {}
+    for kind, what in found:
         rows.setdefault((kind.sort, kind.of), Counter())[what.partition(":")[0]] += 1
-        names.setdefault((kind.sort, kind.of), []).append(kind.said)
-    lines = [
-        "# What comes from outside",
-        "",
-        "Made by `tests/test_kinds.py`, which tries each kind; `LEANSENSE_WRITE=1` writes this",
-        "file anew. *Read right*: its values were compared with what was put in. *Refused*: one",
-        "line that names the file, row or parameter. *Lost*: anything else.",
-        "",
-        "| input | read by | tried | read right | refused in one line | lost |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    total = Counter()
-    for (sort, of), count in rows.items():
-        total += count
-        cells = [count[word] for word in ("read", "refused", "lost")]
+    lines = []
+    for (sort, of), each in sorted(rows.items()):
+        cells = [each[word] for word in ("read", "refused", "lost")]
         lines.append(f"| {sort} | {of} | {' | '.join(map(str, [sum(cells), *cells]))} |")
-    cells = [total[word] for word in ("read", "refused", "lost")]
-    lines += [
-        f"| **all** | | {' | '.join(map(str, [sum(cells), *cells]))} |",
-        "",
-        "## The kinds",
-        "",
-    ]
-    for (sort, of), said in names.items():
-        lines.append(f"- {sort}, {of}: {'; '.join(said)}.")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
+def name(found: list[tuple[Kind, str]]) -> list[str]:
+    """A paragraph for each of the table's lines: the kinds that it counts."""
+    said = {}
+    for kind, _ in found:
+        said.setdefault((kind.sort, kind.of), []).append(kind.said)
+    lines = []
+    for (sort, of), kinds in sorted(said.items()):
+        lines += [f"**{sort}, {of}**: {'; '.join(map(quote, kinds))}.", ""]
+    return lines
+
+
+def quote(text: str) -> str:
+    """A kind's words as Markdown prints them."""
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#$~" else c for c in text)
+
+
+def total(lines: list[str]) -> str:
+    """The last line of the table: the sums of its columns."""
+    cells = [[int(cell) for cell in line.split("|")[3:7]] for line in lines]
+    return f"| **all** | | {' | '.join(str(sum(column)) for column in zip(*cells))} |"
+
+
+def write(found: list[list[tuple[Kind, str]]]) -> str:
+    """The whole file: the table, then the kinds that it counts."""
+    lines = [line for each in found for line in count(each)]
+    named = [line for each in found for line in name(each)]
+    return "\n".join([*HEAD, *lines, total(lines), "", "## The kinds", "", *named]).strip() + "\n"
+
+
+HEAD = [
+    "# What comes from outside",
+    "",
+    "Made by `python tests/kinds.py`, which tries each kind; `tests/test_kinds.py` tries them",
+    "again. *Read right*: what was read is what was put in. *Refused*: in one line that says",
+    "what is wrong, mostly with the file, row or parameter. *Lost*: anything else.",
+    "",
+    "| input | read by | tried | read right | refused in one line | lost |",
+    "|---|---|--:|--:|--:|--:|",
+]
 TABLE = Path(__file__).with_name("kinds.md")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as top:
+        os.environ["LEANSENSE_DATA"] = str(Path(top, "data"))
+        made = []
+        for module in MODULES:
+            Path(top, module).mkdir()
+            made.append(try_all(module, Path(top, module)))
+        TABLE.write_text(write(made))

@@ -19,10 +19,10 @@ from leansense.beam.task import (
     rank_beams,
     recipe,
     score,
-    write_tags,
 )
 from leansense.core.loader import Indexed, loader
 from leansense.core.schedule import Recipe, optimizer, rates, scheduler
+from leansense.core.tags import write_tags
 from leansense.core.train import fit
 
 SOFT = torch.from_numpy(make_target(31))[None]
@@ -298,7 +298,7 @@ def test_tags_are_written(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     history = {"train_loss": [2.0, 1.0], "valid_dba": [0.1, 0.5], "valid_top2_34": [3.0, 4.0]}
-    written = EventAccumulator(str(write_tags(tmp_path / "log", history)))
+    written = EventAccumulator(str(write_tags(tmp_path / "log", published_tags(history))))
     written.Reload()
     assert sorted(written.Tags()["scalars"]) == [
         "DBA_score_val/scenario_all", "curr_acc_val/scenario34beam1", "curr_loss_train",

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from conftest import ROOT
-from leansense.core import digest, parameters, record, rows, tables
+from leansense.core import digest, parameters, paths, record, rows, tables
 from leansense.core.paths import write_atomic
 
 
@@ -313,3 +313,46 @@ def test_write_atomic_keeps_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_atomic(target, {"no": "text"})
     assert target.read_text() == "old" and [p.name for p in target.parent.iterdir()] == ["b.txt"]
+
+
+# --- where the repository is ---
+
+
+@pytest.fixture
+def checkouts(tmp_path, monkeypatch):
+    """Two checkouts, one inside the other; the caller stands in a folder of the inner one."""
+    inner = tmp_path / "outer" / "inner"
+    (inner / "nbs").mkdir(parents=True)
+    for folder in (inner.parent, inner):
+        (folder / "settings.ini").write_text("[DEFAULT]\nlib_name = leansense\n")
+    monkeypatch.delenv("LEANSENSE_ROOT")
+    monkeypatch.chdir(inner / "nbs")
+    return inner.parent, inner
+
+
+def test_the_root_is_read_once(checkouts, monkeypatch):
+    reads = []
+
+    class Counting(paths.ConfigParser):
+        def read(self, *given):
+            reads.append(given)
+            return super().read(*given)
+
+    monkeypatch.setattr(paths, "ConfigParser", Counting)
+    assert {paths.root() for _ in range(50)} == {checkouts[1]} and len(reads) <= 1
+
+
+def test_the_root_follows_every_change(checkouts, monkeypatch):
+    outer, inner = checkouts
+    assert paths.root() == inner
+    (inner / "settings.ini").write_text("[DEFAULT]\nlib_name = something_else\n")
+    assert paths.root() == outer
+    (inner / "settings.ini").unlink()
+    assert paths.root() == outer
+    (outer / "settings.ini").rename(inner / "settings.ini")
+    assert paths.root() == inner
+    monkeypatch.setenv("LEANSENSE_ROOT", str(outer))
+    assert paths.root() == outer
+    monkeypatch.delenv("LEANSENSE_ROOT")
+    monkeypatch.chdir(outer)
+    assert paths.root() == ROOT  # none above us any more: the one that was installed

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import message
+from leansense.core.tags import write_tags
 from leansense.core.train import fit
 from leansense.openvocab import data
 from leansense.openvocab.match import Costs
@@ -16,7 +17,6 @@ from leansense.openvocab.task import (
     one_cycle,
     published_tags,
     recipe,
-    write_tags,
 )
 from leansense.openvocab.text import build_text
 
@@ -146,7 +146,7 @@ def test_published_tags(tmp_path):
     assert set(published_tags(history)) == tags
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(write_tags(tmp_path / "log", history)))
+    board = EventAccumulator(str(write_tags(tmp_path / "log", published_tags(history))))
     board.Reload()
     assert set(board.Tags()["scalars"]) == tags
     assert [event.value for event in board.Scalars("val/mAP")] == pytest.approx([0.1, 0.2])

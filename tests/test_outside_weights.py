@@ -137,6 +137,7 @@ def test_one_number_spread_to_a_terabyte_is_refused(tmp_path):
 def test_every_loader_goes_through_the_same_door():
     """No system opens, unwraps or judges weights by itself."""
     loaders = {"leaf": "checkpoint.py", "simbev": "use.py", "beam": "use.py", "xad": "use.py"}
+    loaders["openvocab"] = "use.py"
     for system, name in loaders.items():
         text = (ROOT / "lib/leansense" / system / name).read_text()
         assert (

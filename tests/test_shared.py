@@ -1,5 +1,7 @@
-"""What systems share in core: images, metrics of classifiers, claims, weights, results."""
+"""What systems share in core: images, doctors, answers, tags, metrics, claims, weights, results."""
 
+import ast
+import math
 import pickle
 import threading
 
@@ -10,9 +12,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score
 
-from conftest import message
+from conftest import ROOT, message
 from leansense.core import claims, images, metrics
+from leansense.core.answers import run_command, write_answer, write_picture
+from leansense.core.check import Report, try_files
 from leansense.core.results import history_of, value_of
+from leansense.core.tags import write_tags
 from leansense.core.weights import read_weights
 
 # ---- images
@@ -249,3 +254,100 @@ def test_a_value_that_is_not_there_is_nan():
         assert np.isnan(value_of(lines, name, column))
     assert np.isnan(value_of(lines.iloc[:0], "a", "f1"))
     assert history_of(lines.iloc[1]) == {"loss": [2.0, 1.0]} and history_of(lines.iloc[0]) == {}
+
+
+# ---- doctors: each picture is opened once ----
+
+
+def test_a_picture_is_opened_once_and_measured(photo, tmp_path, monkeypatch):
+    from PIL import Image as module
+
+    opened, real = [], module.open
+    monkeypatch.setattr(module, "open", lambda *a, **k: (opened.append(a[0]), real(*a, **k))[1])
+    assert images.check_image(photo[0]) == images.size_of(photo[0]) == (40, 20)
+    assert opened == [photo[0]] * 2  # one for each of the two calls
+    (tmp_path / "cut.png").write_bytes(photo[0].read_bytes()[:-400])
+    said = message(ValueError, images.check_image, tmp_path / "cut.png", entry="sample")
+    assert said == message(ValueError, images.open_image, tmp_path / "cut.png", entry="sample")
+    assert images.size_of(tmp_path / "cut.png") == (40, 20)  # its header says nothing of it
+
+
+def test_a_file_that_cannot_be_read_costs_its_own_line(photo, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    names = [str(photo[0]), str(tmp_path / "bad.png"), str(tmp_path / "gone.png"), str(photo[0])]
+    report = Report("toy", str(tmp_path))
+    assert try_files(images.check_image, names, report) == [(40, 20), None, None, (40, 20)]
+    assert [one.path for one in report.errors] == names[1:3]
+    assert report.errors[0].fix == "copy it again or remove its row"
+    assert report.errors[1].what == "image is missing"
+
+    def read(pair):
+        raise ValueError(f"{pair[0]}: {pair[1]}")
+
+    report = Report("toy", "")
+    given = [("a", "is bad; mend it; now"), ("b", "is worse"), ("c", "")]
+    assert try_files(read, given, report, of=lambda pair: pair[0], fix="see there") == [None] * 3
+    found = [(one.path, one.what, one.fix) for one in report.errors]
+    assert found[:2] == [("a", "is bad; mend it", "now"), ("b", "is worse", "see there")]
+    assert found[2] == ("c", "ValueError", "see there")
+    with pytest.raises(ZeroDivisionError):  # a fault of ours is no fault of a file
+        try_files(lambda name: 1 / 0, ["a"], report)
+
+
+# ---- answers, and how a command ends ----
+
+
+def test_answers_are_whole_or_absent(tmp_path):
+    from matplotlib.figure import Figure
+
+    stem = tmp_path / "made" / "scene.1"
+    made = write_answer(stem, {"id": "scene/1", "score": 0.5})
+    assert made == tmp_path / "made/scene.1.json"
+    assert made.read_bytes() == b'{"id": "scene/1", "score": 0.5}\n'
+    assert "JSON" in message(ValueError, write_answer, tmp_path / "nan", {"score": math.nan})
+    figure = Figure(figsize=(1, 1))
+    figure.subplots().plot([0, 1])
+    assert write_picture(stem, figure).read_bytes().startswith(b"\x89PNG")
+    found = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
+    assert sorted(found) == ["made/scene.1.json", "made/scene.1.png"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a\x1b[1m.ckpt: no"), OSError("a\x1b[1m.ckpt: no")])
+def test_a_command_ends_with_one_line(error, capsys):
+    def work():
+        raise error
+
+    assert run_command(work) == 1 and run_command(lambda: "2 frames in out") == 0
+    said = capsys.readouterr()
+    assert said.err == "a\\x1b[1m.ckpt: no\n" and said.out == "2 frames in out\n"
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: str(1 / 0))
+
+
+# ---- tags ----
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_tags_count_from_the_first_epoch(tmp_path, first):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(write_tags(tmp_path, {"a/b": [2.0, 1.0], "c": []}, first)))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["a/b"]
+    found = [(event.step, event.value) for event in board.Scalars("a/b")]
+    assert found == [(first, 2.0), (first + 1, 1.0)]
+
+
+def test_what_systems_share_is_written_once():
+    """No system writes its own board, its own threads over pictures, or its own JSON answers."""
+    found = {}
+    for path in sorted((ROOT / "lib/leansense").glob("*/*.py")):
+        names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+        found[path.relative_to(ROOT / "lib/leansense").as_posix()] = names
+    writers = {name for name, used in found.items() if "SummaryWriter" in used}
+    assert writers == {"core/tags.py"}
+    doctors = ["leaf/data", "simbev/data", "beam/data", "openvocab/data", "xad/doctor"]
+    assert all("try_files" in found[f"{name}.py"] for name in doctors)
+    assert not any("ThreadPoolExecutor" in found[f"{name}.py"] for name in doctors)
+    ends = [f"{name}/use.py" for name in ("simbev", "beam", "xad", "openvocab")]
+    assert all({"run_command", "write_answer", "write_picture"} <= found[name] for name in ends)

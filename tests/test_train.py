@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -409,6 +410,27 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path, capsys, kind, message):
         line for line in said if "last.ckpt" in line and message in line and "afresh" in line
     ] == said[-1:]
     assert (tmp_path / "last.ckpt.damaged").read_bytes() == content and result.epochs_run == 1
+
+
+@pytest.mark.parametrize("where", ["weights", "optimiser"])
+def test_resume_refuses_numbers_that_are_none(tmp_path, capsys, where):
+    _, expected = run(tmp_path, ADAM)
+    last = tmp_path / "last.ckpt"
+    kept = load_file(last)
+    state = kept["optimizer_states"][0]["state"]
+    (kept["state_dict"] if where == "weights" else next(iter(state.values())))[
+        "model.0.weight" if where == "weights" else "exp_avg"
+    ].flatten()[0] = math.nan
+    torch.save(kept, last)
+    with pytest.raises(ValueError, match=r"last\.ckpt hold NaN") as error:
+        run(tmp_path / "new", ADAM, resume=last)
+    assert "\n" not in str(error.value)
+    assert ("optimiser" if where == "optimiser" else "model.0.weight") in str(error.value)
+    capsys.readouterr()
+    _, result = run(tmp_path, ADAM, resume="auto")  # from the best epoch, which is sound
+    [said] = capsys.readouterr().out.splitlines()
+    assert "last.ckpt.damaged" in said and "going on from best.ckpt" in said
+    assert result.history == expected.history
 
 
 def test_checkpoint_of_another_model_or_run(tmp_path):

@@ -677,7 +677,7 @@ def test_the_doctor_finds_boxes_and_cameras_in_other_frames(copy):
 def test_the_doctor_reads_scans(copy, data):
     path = next((copy / "samples/LIDAR_TOP").glob("scene-0008*"))
     path.write_bytes(path.read_bytes()[:44])
-    said = f"{path}: lidar scan has 11 numbers, not rows of 5; copy it again"
+    said = f"{path}: lidar scan has 44 bytes, not rows of 5 numbers of 4; copy it again"
     assert said in str(doctor.check("xad", str(copy.parent)))
     shutil.rmtree(copy / "samples/LIDAR_TOP")
     report = doctor.check("xad", str(copy.parent))

@@ -9,6 +9,7 @@ from conftest import message
 from leansense.core.checkpoint import MARK, read_checkpoint
 from leansense.core.loader import loader
 from leansense.core.schedule import param_groups, rates
+from leansense.core.tags import write_tags
 from leansense.core.train import fit
 from leansense.xad.model import BASELINE, DEMO, build, module_groups
 from leansense.xad.task import (
@@ -27,11 +28,11 @@ from leansense.xad.task import (
     losses_of,
     map_loss,
     publish_files,
+    published_tags,
     rate_groups,
     recipe,
     score_cells,
     write_pretrained,
-    write_tags,
 )
 
 # --- losses: the vectors of the published functions ---
@@ -560,11 +561,12 @@ def test_published_tags(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     history = run[2].history
-    board = EventAccumulator(str(write_tags(tmp_path, history)))
+    board = EventAccumulator(str(write_tags(tmp_path, published_tags(history), first=1)))
     board.Reload()
     assert set(board.Tags()["scalars"]) == set(TAGS)
-    values = [event.value for event in board.Scalars("val/bev_miou")]
-    assert values == pytest.approx(history["valid_miou"])
+    events = board.Scalars("val/bev_miou")
+    assert [event.value for event in events] == pytest.approx(history["valid_miou"])
+    assert [event.step for event in events] == list(range(1, len(events) + 1))
 
 
 def test_unknown_losses_are_refused():

@@ -18,4 +18,4 @@ def leave_folder(path: list[str], argv: list[str], own: str) -> None:
             del path[0]
 
 
-leave_folder(sys.path, sys.argv, __file__)
+leave_folder(sys.path, sys.argv, globals().get("__file__", ""))  # a notebook has none

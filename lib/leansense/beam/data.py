@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from . import features
 from .layouts import KINDS, SPLITS, Beam, Sample, beside, load, scan
 from .layouts import Options as Reading
 from .split import make_split
-from ..core.check import Report, file_digests
+from ..core.check import Report, file_digests, try_files
 from ..core.files import warn_outside
-from ..core.images import open_image, stored_rows
+from ..core.images import check_image, open_image, stored_rows
 from ..core.paths import data_root, resolve
 
 # %% ../../../nbs/beam/00_data.ipynb #06cc16c3
@@ -121,11 +120,11 @@ class Frames:
             raise ValueError(f"{data.folder}: not one {kind} frame is there; see the doctor")
         self.row = {path: row for row, path in enumerate(paths)}
         make, channels, dtype, extra = _choose(kind, options, scenario_of)
-        names = {path: str(Path(path).relative_to(root)) for path in paths}
+        names = {path: os.path.relpath(path, root) for path in paths}
         digests = file_digests(root, names.values())
         lines = [f"{names[p]}\t{digests[names[p]][1]}" for p in paths]
         if kind == "image" and options.add_seg:
-            seg = [str(Path(p).relative_to(root)) for p in map(_segmented, paths) if p]
+            seg = [os.path.relpath(p, root) for p in map(_segmented, paths) if p]
             lines += [digest for _, digest in file_digests(root, seg).values()]
         key = hashlib.blake2b("\n".join([*lines, extra]).encode(), digest_size=16).hexdigest()
         name = f"{kind}-v{2 if kind == 'image' else 1}-{options.size}-{key}.npy"
@@ -429,7 +428,7 @@ def loaders(data: Beam, params: dict) -> dict:
 # %% ../../../nbs/beam/00_data.ipynb #0055207b
 SHOWN = 5  # faults of one kind that are listed by name
 _READERS = {
-    "image": lambda path: open_image(path).size,
+    "image": check_image,
     "lidar": lambda path: len(features.read_points(path)),
     "radar": lambda path: features.read_radar(path).shape,
     "position": features.read_place,
@@ -448,23 +447,13 @@ def _group_files(data: Beam) -> dict[tuple[str, int, str], list[str]]:
     return {key: list(names) for key, names in found.items()}
 
 
-def _look(kind: str, path: str):
-    """What a file holds, or the error's text."""
-    try:
-        return _READERS[kind](path)
-    except (OSError, ValueError) as error:
-        return str(error).removeprefix(f"{path}: ")
-
-
 def _check_group(key: tuple, paths: Sequence[str], known: Counter, report: Report) -> str:
     """Report the faults of some files of one kind; a line that counts them."""
     part, scenario, kind = key
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        looks = list(pool.map(lambda path: _look(kind, path), paths))
-    bad = {path: said for path, said in zip(paths, looks) if isinstance(said, str)}
-    for path, said in list(bad.items())[:SHOWN]:
-        what, _, fix = said.rpartition("; ")
-        report.add(path, what or said, fix if what else "see there")
+    own = Report(report.system, report.folder)
+    looks = try_files(_READERS[kind], paths, own, fix="see there")
+    bad = own.errors
+    report.errors += bad[:SHOWN]
     if len(bad) > SHOWN:
         where = f"{part}, scenario {scenario}, {kind}"
         report.add(where, f"{len(bad) - SHOWN} more like the one before", "mend the cause")
@@ -473,7 +462,7 @@ def _check_group(key: tuple, paths: Sequence[str], known: Counter, report: Repor
         usual = shapes.most_common(1)[0][0]
         odd = next(p for p, look in zip(paths, looks) if isinstance(look, tuple) and look != usual)
         report.add(odd, f"radar has another shape than {usual}", "record it again or leave it out")
-    nan = sum("nan" in said.lower() for said in bad.values())
+    nan = sum("nan" in f"{one.what}; {one.fix}".lower() for one in bad)
     found = Counter({"damaged": len(bad) - nan, "NaN": nan}) + known
     said = ", ".join(f"{count} {what}" for what, count in found.items() if count)
     return f"{kind} {len(paths)}" + f" ({said})" * bool(said)
@@ -484,6 +473,8 @@ def check(folder: str | Path) -> Report:
     root = resolve(folder)
     data, report = scan(root, Reading(damaged="error"))
     whole, _ = scan(root, Reading(damaged="absent"))  # rows with a missing frame are in it too
+    if report.ok and not data.samples:
+        report.add(root, "its tables give no window of 5 frames", "copy their rows and files there")
     known, groups = defaultdict(Counter), _group_files(whole)
     for part, scenario, kind, _, what in whole.faults:
         known[part, scenario, kind][what] += 1

@@ -78,7 +78,8 @@ def read_radar(path: str | Path, shape: Sequence[int] = ()) -> np.ndarray:
             return f"radar has shape {found}, not {tuple(shape) or '(4, samples, chirps)'}"
         if dtype.kind != "c":
             return f"radar is {dtype}, not complex"
-        return "" if max(found) <= 4096 else f"radar has shape {found}, more than 4096 a side"
+        fits = 1 <= min(found) and max(found) <= 4096
+        return "" if fits else f"radar has shape {found}, none or more than 4096 a side"
 
     cube = read_array(path, "", accept, what="radar", fix=again)
     if not np.isfinite(cube).all():

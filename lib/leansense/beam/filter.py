@@ -13,8 +13,8 @@ import numpy as np
 
 from .features import DENSE, average_background, read_points, remove_background
 from .layouts import PARTS, number_of
+from ..core.answers import run_command
 from ..core.paths import resolve, write_atomic
-from ..core.text import say
 
 # %% ../../../nbs/beam/09_filter.ipynb #7a4ab7f6
 def write_points(path: Path, points: np.ndarray) -> Path:
@@ -80,13 +80,12 @@ def main(argv: list[str] | None = None) -> int:
     said = "points of a frame of the background; 0: the densest quarter's; -1: as published"
     parser.add_argument("--least", type=int, default=-1, help=said)
     given = parser.parse_args(argv)
-    try:
+
+    def work() -> str:
         done = filter_dataset(given.folder, given.least)
-    except (ValueError, OSError) as error:
-        say(error, error=True)
-        return 1
-    say(*(f"{name}: {count} frames" for name, count in done.items()))
-    return 0
+        return "\n".join(f"{name}: {count} frames" for name, count in done.items())
+
+    return run_command(work)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file

@@ -8,6 +8,7 @@ __all__ = ['PARTS', 'SPLITS', 'KINDS', 'DAMAGED', 'GAP', 'BLOCK', 'Sample', 'Bea
 
 # %% ../../../nbs/beam/02_layouts.ipynb #a9569d01
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from .features import BEAMS, read_power
 from ..core.check import Report, file_digests
-from ..core.files import Refused, read_csv
+from ..core.files import Refused, one_line, read_csv
 from ..core.paths import resolve
 
 # %% ../../../nbs/beam/02_layouts.ipynb #1bfbaba1
@@ -79,7 +80,7 @@ class Beam:
     def fingerprint(self) -> str:
         """A digest of what is read: contents, labels, sequences and splits."""
         root = Path(self.folder)
-        names = [str(Path(name).relative_to(root)) for name in self.files()]
+        names = [os.path.relpath(name, root) for name in self.files()]
         lines = [f"{n}\t{digest}" for n, (_, digest) in sorted(file_digests(root, names).items())]
         lines += [repr((s.id, s.beams, s.sequence, s.split, s.variant)) for s in self.samples]
         return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
@@ -119,8 +120,8 @@ class _Folder:
     def names(self, folder: Path) -> dict[str, int]:
         """{file name: its number} of a directory; empty when it is not there."""
         if folder not in self.known:
-            there = folder.is_dir()
-            names = sorted(p.name for p in folder.iterdir()) if there else []
+            there = os.path.isdir(folder)  # a Path raises where a name is too long
+            names = sorted(os.listdir(folder)) if there else []
             self.known[folder] = {name: number_of(name) for name in names}
         return self.known[folder]
 
@@ -134,7 +135,7 @@ def parse_beams(text: str) -> tuple[int, ...]:
     """0-based beams of a label, `12` or `12_13_13_14_15`; ValueError in words."""
     words = str(text).strip().split("_")
     if not all(re.fullmatch(r"\d{1,9}(\.0{1,9})?", word) for word in words):
-        raise ValueError(f"unit1_beam is {text!r}")
+        raise ValueError(f"unit1_beam is {one_line(text, 80)!r}")
     beams = tuple(int(float(word)) for word in words)
     wrong = [beam for beam in beams if not 1 <= beam <= BEAMS]
     if wrong:
@@ -168,7 +169,7 @@ class Options:
 def _columns(kind: str, names: Sequence[str]) -> list[str]:
     """The columns of a modality's frames, oldest first."""
     stem = {"image": "unit1_rgb", "lidar": "unit1_lidar", "radar": "unit1_radar"}[kind]
-    return sorted((n for n in names if re.fullmatch(rf"{stem}_\d+", n)), key=number_of_column)
+    return sorted((n for n in names if re.fullmatch(rf"{stem}_\d{{1,4}}", n)), key=number_of_column)
 
 
 def number_of_column(name: str) -> int:
@@ -216,7 +217,7 @@ class _Reader:
         found = self.files.find(name) if name else ""
         if not found and self.options.damaged == "error":
             fix = "copy it there or remove the row"
-            what = f"{column} {name!r} is not there"
+            what = f"{column} {one_line(name, 200)!r} is not there"
             self.fault(row, what, fix, FileNotFoundError)
         return found
 
@@ -240,9 +241,10 @@ class _Reader:
 def _read_row(reader: _Reader, row: int, entry: dict) -> Sample | None:
     """The sample of a table's row; None, and a report or a count, when there is none."""
     o, last = reader.options, str(entry.get("unit1_rgb_5") or "")
-    scenario = re.search(r"scenario(\d+)", last)
+    scenario = re.search(r"scenario(\d{1,9})(?!\d)", last)
     if not scenario:
-        reader.fault(row, f"unit1_rgb_5 {last!r} names no scenario", "write ./scenario32/unit1/…")
+        said = f"unit1_rgb_5 {one_line(last, 80)!r} names no scenario"
+        reader.fault(row, said, "write ./scenario32/unit1/…")
         return None
     scenario, beams, before = int(scenario[1]), (), len(reader.report.errors)
     if reader.part != "challenge":

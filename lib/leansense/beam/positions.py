@@ -74,12 +74,21 @@ def _read_array(path: Path, columns: int) -> np.ndarray:
     wanted = (rows, columns) if columns else (rows,)
 
     def accept(shape: tuple, dtype: np.dtype) -> str:
-        return "" if shape == wanted else f"has shape {shape}, not {wanted}"
+        said = f"is {dtype}, of complex numbers" if dtype.kind == "c" else ""
+        return said if shape == wanted else f"has shape {shape}, not {wanted}"
 
     array = read_array(path, "", accept, what="array", fix=again)
     if not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0])
         raise ValueError(f"{path}: row {row} is not finite; {again} or remove the scenario")
+    if columns == 2 and (np.abs(array) > (90, 180)).any():
+        row = int(np.argwhere(np.abs(array) > (90, 180))[0][0])
+        fix = "give latitude and longitude in degrees"
+        raise ValueError(f"{path}: row {row} is nowhere on Earth, {array[row].tolist()}; {fix}")
+    if columns == BEAMS and (array.max(1, initial=0) <= 0).any():
+        row = int((array.max(1, initial=0) <= 0).argmax())
+        fix = "give received powers as they are, no decibels, or remove the row"
+        raise ValueError(f"{path}: row {row} has no power above 0; {fix}")
     return array
 
 # %% ../../../nbs/beam/07_positions.ipynb #42c700c8

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['LOSSES', 'FIRST', 'DELTA', 'SCENARIOS', 'RESTART', 'FLOOR', 'PLAIN', 'focal_loss', 'ce_loss', 'rank_beams',
            'sum_errors', 'score_sums', 'score', 'BeamScores', 'recipe', 'BeamTask', 'predict', 'evaluate',
-           'published_tags', 'write_tags', 'name_run', 'name_rebuilding']
+           'published_tags', 'name_run', 'name_rebuilding']
 
 # %% ../../../nbs/beam/20_task.ipynb #926026a1
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -254,17 +253,6 @@ def published_tags(row: Mapping) -> dict[str, object]:
         for part in ("trans", "contrast", "distance", "fusion")
     }
     return {tag: row[name] for tag, name in names.items() if name in row}
-
-
-def write_tags(folder: str | Path, history: Mapping[str, Sequence[float]]) -> Path:
-    """A TensorBoard log of a training's history under the published tags, written to `folder`."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for tag, values in published_tags(history).items():
-            for epoch, value in enumerate(values):
-                writer.add_scalar(tag, value, epoch)
-    return Path(folder)
 
 # %% ../../../nbs/beam/20_task.ipynb #50e3083f
 def name_run(

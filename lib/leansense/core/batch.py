@@ -179,7 +179,7 @@ def _holds(stamp: Path, key: str) -> bool:
         was = json.loads(stamp.read_bytes())
         files = {root() / path: digest for path, digest in was["files"].items()}
         return was["key"] == key and all(_content(path) == found for path, found in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 # %% ../../../nbs/core/16_batch.ipynb #52cd3a87
@@ -506,7 +506,7 @@ def set_aside(check: Callable[[dict], object] = dict) -> list[str]:
             continue
         try:
             fits(json.loads(path.read_bytes()))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             target = memory / "damaged" / path.name
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
@@ -685,7 +685,7 @@ def _closing(system: str, scale: str, data: str) -> str:
             Path(path)
             for path in json.loads(results_stamp(system, scale, data).read_bytes())["files"]
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"{system}: no tables"
     shown = Counter(path.parent.as_posix() for path in files if path.suffix in (".tex", ".pdf"))
     pdf = pdf_wanted(system, scale, data) and pdf_current(system, scale, data)
@@ -749,7 +749,7 @@ def _unlock() -> None:
     """Clear away what a crash left: locks, half-written files, damaged memory of Snakemake's."""
     with own_lock():
         found, lines = sweep(), set_aside()
-    print(*lines, f"unlocked; {found} half-written file{'s' * (found != 1)} swept", sep="\n")
+    say(*lines, f"unlocked; {found} half-written file{'s' * (found != 1)} swept")
 
 # %% ../../../nbs/core/16_batch.ipynb #a7b03341
 def _readme() -> list[str]:
@@ -805,7 +805,7 @@ def main(argv: list[str] | None = None) -> int:
         say(cause(error) if isinstance(error, OSError) else error, error=True)
         return 2
     except KeyboardInterrupt as stopped:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        say("\nstopped; the same command goes on from here", error=True)
         return 128 + stopped.args[0] if stopped.args else 130
     for line in failed:
         say(f"failed: {line}", error=True)

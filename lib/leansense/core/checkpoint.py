@@ -8,6 +8,7 @@ __all__ = ['MARK', 'naming_file', 'copy_checkpoint', 'AtomicIO', 'check_finite',
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #35489d9e
 import contextlib
+import json
 import os
 import random
 import re
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
+
+from .text import shorten, terminal
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #be2ac39b
 @contextlib.contextmanager
@@ -75,6 +78,19 @@ class AtomicIO(TorchCheckpointIO):
         return load_file(path) if handed_over else read_checkpoint(path)
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #4757818c
+def _spell(name: object) -> str:
+    """The name of a tensor as a message quotes it."""
+    return terminal(shorten(name, 120), keep="")
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object whose names are there once; ValueError if one is not."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
 def _damage(path: Path) -> str:
     """What is wrong with the zip archive that torch.save writes; empty: nothing, or no archive."""
     if not zipfile.is_zipfile(path):
@@ -86,8 +102,17 @@ def _damage(path: Path) -> str:
     return f"damaged: {bad} does not fit its checksum" if bad else ""
 
 
-def _tensors(content: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+_DEPTH = 50  # levels of a checkpoint: an optimiser's state has five
+
+
+class _Nested(ValueError):
+    """More levels than a checkpoint has."""
+
+
+def _tensors(content: object, name: str = "", level: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors inside `content` by name, without the optimiser's and the loop's own."""
+    if level > _DEPTH:
+        raise _Nested(f"{_spell(name[:20])}… is nested too deeply: save its state_dict alone")
     others = {
         MARK,
         "optimizer_states",
@@ -102,26 +127,31 @@ def _tensors(content: object, name: str = "") -> Iterator[tuple[str, torch.Tenso
         entries = content.items() if isinstance(content, dict) else enumerate(content)
         for key, value in entries:
             if name or key not in others:
-                yield from _tensors(value, f"{name}.{key}" if name else str(key))
+                yield from _tensors(value, f"{name}.{key}" if name else str(key), level + 1)
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #2f74bb2b
 def check_finite(weights: object, path: str | Path) -> None:
     """ValueError naming `path` and the first tensor inside `weights` that holds NaN or Inf."""
     for name, value in _tensors(weights):
+        value = value.float() if value.itemsize == 1 else value  # PyTorch asks no 8-bit float
         if value.is_floating_point() and not value.isfinite().all():
             what = "NaN" if value.isnan().any() else "Inf"
             raise ValueError(
-                f"weights of {path} hold {what} ({name}): train again or name another file"
+                f"weights of {path} hold {what} ({_spell(name)}): train again or name another file"
             )
 
 
 def check_spread(weights: object, path: str | Path) -> None:
-    """ValueError when a tensor stands for far more numbers than the file at `path` holds."""
+    """ValueError when a tensor is no plain one, or stands for far more numbers than are there."""
     room = (64 << 20) + 16 * Path(path).stat().st_size
     for name, value in _tensors(weights):
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            said = "sparse, quantised or without numbers"
+            raise ValueError(f"{path}: {_spell(name)} is {said}: save it as a plain tensor")
         if value.numel() * value.element_size() > room:
             shape = tuple(value.shape)
-            raise ValueError(f"{path}: {name} is one number spread to {shape}: save it written out")
+            said = f"is one number spread to {shape}"
+            raise ValueError(f"{path}: {_spell(name)} {said}: save it written out")
 
 
 MARK = "leansense"  # the key under which a checkpoint of ours keeps what Lightning does not
@@ -136,9 +166,12 @@ def load_file(path: str | Path, finite: bool = False) -> object:
         raise ValueError(f"{path}: not a file: name the file of weights itself")
     why = "truncated or not a checkpoint"
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file as load_safe
 
+            with path.open("rb") as file:  # it is no error there that two tensors have one name
+                length = min(int.from_bytes(file.read(8), "little"), 100_000_000)
+                json.loads(file.read(length), object_pairs_hook=_once)
             content = load_safe(path)
         else:
             damaged = _damage(path)
@@ -160,9 +193,12 @@ def load_file(path: str | Path, finite: bool = False) -> object:
         why = f"holds objects other than numbers{named}" if objects else why
     if content is None:
         raise ValueError(f"{path}: cannot be read ({why}): delete it or name another")
-    check_spread(content, path)
-    if finite:
-        check_finite(content, path)
+    try:
+        check_spread(content, path)
+        if finite:
+            check_finite(content, path)
+    except _Nested as error:
+        raise ValueError(f"{path}: {error}") from None
     return content
 
 # %% ../../../nbs/core/26_checkpoint.ipynb #2b523d72
@@ -189,17 +225,18 @@ def check_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: str
     }
     given = {name: tuple(value.shape) for name, value in weights.items() if torch.is_tensor(value)}
     for name in sorted(weights.keys() - given.keys() - module.state_dict().keys()):
-        raise ValueError(f"{path}: {name} is no tensor: save the state_dict alone")
+        raise ValueError(f"{path}: {_spell(name)} is no tensor: save the state_dict alone")
     for name in [*have, *given]:
         if have.get(name) != given.get(name):
             model, file = (f"shape {d[name]}" if name in d else "none" for d in (have, given))
             raise ValueError(
                 f"{path}: weights of another model:"
-                f" {name} has {model} in the model, {file} in the file"
+                f" {_spell(name)} has {model} in the model, {file} in the file"
             )
     for name, own in module.state_dict().items():
         if torch.is_tensor(own) and own.is_floating_point() != weights[name].is_floating_point():
-            raise ValueError(f"{path}: {name} is {weights[name].dtype}, the model has {own.dtype}")
+            given = weights[name].dtype
+            raise ValueError(f"{path}: {_spell(name)} is {given}, the model has {own.dtype}")
 
 
 def load_weights(module: nn.Module, path: str | Path) -> nn.Module:

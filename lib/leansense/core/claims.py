@@ -16,8 +16,19 @@ from .outside import read_yaml
 from .parameters import nearest
 from .paths import resolve
 from .tables import DASH, Column, verdict
+from .text import shorten
 
 ENTRIES = ("statement", "unit", "claimed", "tolerance", "measure", "block", "cannot", "read")
+
+
+def _find_fault(claim: Mapping) -> str:
+    """Why a claim's numbers cannot be compared with a measured one; empty if they can."""
+    given = claim["claimed"] if isinstance(claim["claimed"], list) else [claim["claimed"]] * 2
+    numbers = [*given, claim["tolerance"]]
+    if len(given) != 2 or any(type(v) not in (int, float) or math.isnan(v) for v in numbers):
+        shown = shorten(f"claimed {claim['claimed']!r}, tolerance {claim['tolerance']!r}", 80)
+        return f"{shown}: give a number, or a list of two, and a number"
+    return ""
 
 
 def read_claims(path: str | Path) -> list[dict]:
@@ -34,8 +45,12 @@ def read_claims(path: str | Path) -> list[dict]:
             raise ValueError(f"{where}: give its statement and its unit")
         if not claim.keys() & {"measure", "cannot", "read"}:
             raise ValueError(f"{where}: give measure, cannot or read, so that it can be judged")
+        if not all(isinstance(claim[word], str | None) for word in ("statement", "unit")):
+            raise ValueError(f"{where}: its statement and its unit are texts")
         if "measure" in claim and not {"claimed", "tolerance"} <= claim.keys():
             raise ValueError(f"{where}: give what is claimed and the tolerance of its measure")
+        if "measure" in claim and (said := _find_fault(claim)):
+            raise ValueError(f"{where}: {said}")
     return claims
 
 # %% ../../../nbs/core/42_claims.ipynb #4191f26d

@@ -212,14 +212,16 @@ def _cells(path: Path, stamp: tuple, top: Path, system: str) -> tuple[str, froze
             continue
         try:
             tree = cell_tree(source)
-        except (SyntaxError, ValueError) as error:
+            parts += [normalised(tree)] if tree.body else []
+            needs |= imports(tree, "", system)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             start = (source.strip().splitlines() or [""])[0][:40]
+            deep = isinstance(error, RecursionError | MemoryError)
+            said = "nested too deeply" if deep else getattr(error, "msg", error)
             raise ValueError(
                 f"{path.name}, cell {number} ({start!r}): not code that Jupyter can run "
-                f"({getattr(error, 'msg', error)}); mend or delete it"
+                f"({said}); mend or delete it"
             ) from None
-        parts += [normalised(tree)] if tree.body else []
-        needs |= imports(tree, "", system)
     return _hash("\n".join(parts)), frozenset(needs)
 
 

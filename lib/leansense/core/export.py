@@ -41,7 +41,8 @@ def write_onnx(
         import onnxscript  # noqa: F401
     except ImportError:
         raise ValueError(f"{path}: needs the extra onnx: pip install 'leansense[onnx]'") from None
-    shapes = {name: {0: torch.export.Dim("batch")} for name in inputs} if batch else None
+    sides = torch.export.Dim("batch") if batch else None
+    shapes = tuple({0: sides} for _ in inputs) if batch else None
     program = torch.onnx.export(
         module, tuple(inputs.values()), dynamo=True, input_names=list(inputs),
         output_names=[output], dynamic_shapes=shapes, verbose=False,

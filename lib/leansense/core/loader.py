@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .text import say
+
 # %% ../../../nbs/core/24_loader.ipynb #70672048
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator that sample `index` draws its augmentation from in epoch `epoch`."""
@@ -80,7 +82,7 @@ def usable_workers(asked: int) -> int:
     """`asked` loader processes, at most the cores of this process; says so once when it cuts."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if asked > cores:
-        print(f"{asked} workers asked for, {cores} cores here: {cores} load")
+        say(f"{asked} workers asked for, {cores} cores here: {cores} load")
     return min(asked, cores)
 
 # %% ../../../nbs/core/24_loader.ipynb #0e7ef90e

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .paths import try_lock
+from .text import say
 
 # %% ../../../nbs/core/13_lock.ipynb #b1a6c7c9
 _held: dict[Path, list] = {}  # folder: [open .lock file, how often this process claimed it]
@@ -76,7 +77,7 @@ def _locked(folder: Path):
         file = open(folder / ".lock", "a+", encoding="utf-8")  # not "w": that empties the holder's
         free = try_lock(file.fileno())
         if free is None:  # a network disk without locks
-            print(f"{folder}: cannot be locked here; let no other run use it")
+            say(f"{folder}: cannot be locked here; let no other run use it")
             return file
         if not free:
             file.seek(0)

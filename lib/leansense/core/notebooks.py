@@ -249,10 +249,10 @@ def store_all(notebooks: list[Path], jobs: int = 1) -> list[str]:
                 try:
                     red = done.result()
                     size = waiting[done].stat().st_size // 1000
-                    print(f"{name}: {size} kB", f"(in red: {red[:200]})" if red else "", flush=True)
+                    say(f"{name}: {size} kB" + (f" (in red: {red[:200]})" if red else ""))
                 except (RuntimeError, ValueError, OSError) as error:
                     wrong.append(str(error))
-                    print(f"failed: {error}", flush=True)
+                    say(f"failed: {error}")
     return wrong
 
 
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         say(error, error=True)
         return 1
-    print(f"{len(notebooks) - len(wrong)} of {len(notebooks)} notebooks have their outputs")
+    say(f"{len(notebooks) - len(wrong)} of {len(notebooks)} notebooks have their outputs")
     return int(bool(wrong))
 
 

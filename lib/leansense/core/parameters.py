@@ -11,7 +11,6 @@ __all__ = ['TYPES', 'FILES', 'OWNED', 'MEMORY', 'Parameter', 'notebook_cells', '
 import ast
 import builtins
 import difflib
-import json
 import math
 import tokenize
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from .files import TEXT, Refused, read_json
 from .outside import find_misnomer
 from .paths import resolve
 from .text import shorten
@@ -51,8 +51,8 @@ class Parameter:
 def notebook_cells(notebook: Path) -> list[dict]:
     """The cells of a notebook file, texts too; one-line ValueError when it is not a notebook."""
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        return [
+        cells = read_json(notebook, dict, TEXT, finite=False)["cells"]
+        found = [
             cell
             | {
                 "metadata": cell["metadata"],
@@ -61,9 +61,12 @@ def notebook_cells(notebook: Path) -> list[dict]:
             }
             for cell in cells
         ]
+        if all(isinstance(cell["metadata"].get("tags", []), list) for cell in found):
+            return found
+        raise TypeError
     except FileNotFoundError:
         raise FileNotFoundError(f"{notebook}: no such notebook") from None
-    except (ValueError, KeyError, TypeError):
+    except (Refused, KeyError, TypeError, AttributeError):
         raise ValueError(f"{notebook}: not a notebook; restore it from git") from None
 
 
@@ -104,7 +107,7 @@ def _parameter(node: ast.stmt, comment: str, where: str) -> Parameter:
     kinds = [word for word in words if word != "None"]
     try:
         default = ast.literal_eval(node.value)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError, MemoryError):
         raise ValueError(f"{where}: the default of '{name}' is not a literal") from None
     if len(kinds) != 1 or kinds[0] not in TYPES:
         raise ValueError(
@@ -128,6 +131,8 @@ def parse(source: str, where: str = "parameters cell") -> dict[str, Parameter]:
         raise ValueError(
             f"{where}, line {error.lineno}: not Python ({error.msg}); mend it"
         ) from None
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{where}: nested too deeply; write it shorter") from None
     comments = {
         token.start[0]: token.string.lstrip("# ").strip()
         for token in tokenize.generate_tokens(StringIO(source).readline)

@@ -16,16 +16,28 @@ import shutil
 import time
 from collections.abc import Iterator
 from configparser import ConfigParser
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import leansense
 
 # %% ../../../nbs/core/00_paths.ipynb #87b554d1
+@lru_cache(maxsize=256)
+def _is_ours(settings: Path, stamp: tuple) -> bool:
+    """Whether a settings.ini is this project's; `stamp` renews the memory when it was changed."""
+    ini = ConfigParser()
+    return bool(ini.read(settings)) and ini["DEFAULT"].get("lib_name") == "leansense"
+
+
 def _is_root(folder: Path) -> bool:
     """Whether `folder` holds the settings.ini of this project."""
-    ini = ConfigParser()
-    return bool(ini.read(folder / "settings.ini")) and ini["DEFAULT"].get("lib_name") == "leansense"
+    settings = folder / "settings.ini"
+    try:
+        stat = os.stat(settings)
+    except OSError:
+        return False
+    return _is_ours(settings, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
 
 
 def root() -> Path:

@@ -22,9 +22,11 @@ from importlib import metadata
 from pathlib import Path
 
 from .digest import code_key, digest
+from .files import TEXT, read_json
 from .lock import hold_folder
 from .parameters import MEMORY, OWNED, check_parameters, find_rebound, read_parameters
 from .paths import resolve, root, write_atomic
+from .text import say
 
 # %% ../../../nbs/core/14_record.ipynb #231ed21e
 _QUOTED = re.compile(r"""(["'`])(?:file://)?(/[^"'`\n]+)\1""")
@@ -235,17 +237,13 @@ def _sound(record: object) -> bool:
     )
 
 
-def _no_number(word: str):
-    raise ValueError(f"{word} is no number of JSON")
-
-
 def read(path: str | Path) -> dict:
     """The record at `path`; ValueError when it is none of ours, NewerRecord for a later schema."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+        record = read_json(path, limit=TEXT)
     except FileNotFoundError:
         raise
-    except (ValueError, OSError, RecursionError):
+    except ValueError:  # not JSON, not finite, not a file
         record = None
     schema = record.get("schema") if isinstance(record, dict) else None
     if type(schema) is int and schema > SCHEMA:
@@ -264,7 +262,7 @@ def _ready(out: Path) -> None:
             raise ValueError(f"out={out}: is a folder; name a file")
         aside = tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.")
         shutil.move(out, aside)
-        print(f"{out}: a folder in the place of a record; moved to {aside}")
+        say(f"{out}: a folder in the place of a record; moved to {aside}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
@@ -444,7 +442,7 @@ VOUCHER = (
 def _vouchers(path: Path, stamp: tuple) -> list[dict]:
     """The entries of a vouched.json; `stamp` (mtime, size) renews the memory after a change."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path, list, TEXT)
         if all(isinstance(entry[word], str) for entry in entries for word in VOUCHER):
             return entries
     except (ValueError, TypeError, KeyError):
@@ -532,7 +530,7 @@ def _another(path: Path, record: dict) -> bool:
 
 def stale(path: str | Path, params: dict, code: dict[str, str], fingerprint: str) -> str:
     """Why the record at `path` is not of these parameters, code and data; empty if it is."""
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))  # a link that leads to itself is no record
     if not path.exists():
         return "no record yet"
     try:

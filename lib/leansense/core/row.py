@@ -14,12 +14,13 @@ from types import ModuleType
 
 from torch.utils.data import DataLoader
 
-from .checkpoint import MARK, copy_checkpoint, read_checkpoint
+from .checkpoint import MARK, copy_checkpoint
 from .cost import gpu_hours, hardware
 from .parameters import Parameter, parse, read_parameters
 from .record import Run
 from .task import Task
-from .train import FitResult, Settings, fit, seed_everything
+from .text import say
+from .train import FitResult, Settings, fit, read_run, seed_everything
 
 # %% ../../../nbs/core/29_row.ipynb #0c57ae8f
 SHARED: dict[str, Parameter] = parse(
@@ -138,7 +139,7 @@ class Row(Run):
         result = fit(task, self.loaders["train"], self.loaders.get("valid"), **given)
         self.stages[stage], self.training_of = result, Settings(**given)
         where, monitor = f"{stage}: " if stage else "", self.training_of.monitor
-        print(
+        say(
             f"{where}best epoch {result.best_epoch} of {result.epochs_run},"
             f" {monitor} {result.best_score:.4f}"
         )
@@ -148,8 +149,8 @@ class Row(Run):
         """What this stage resumes from: a checkpoint that was named is of one stage only."""
         if not stage or str(path) in ("", "auto"):
             return path
-        identity = json.loads(read_checkpoint(path)[MARK]["config"])
-        return path if identity["config"].get("stage") == stage else "auto"
+        own = json.loads(read_run(path)[MARK]["config"]).get("config")
+        return path if isinstance(own, dict) and own.get("stage") == stage else "auto"
 
     def best(self, stage: str = "") -> Path:
         """The best checkpoint of a stage that has been trained here."""

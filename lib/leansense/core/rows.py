@@ -126,6 +126,7 @@ _WORDS = {
 }
 
 
+_HEAD = ("table", "row", "metric", "name")
 _MAPPINGS = {"params", "real", "scales", "claim"}
 
 
@@ -138,6 +139,22 @@ def _quote(value: object) -> str:
     return shorten(repr(value), 80)
 
 
+def _misfits(block: dict) -> list[str]:
+    """Complaints about words of a block whose value is of another kind than they need."""
+    head, lines = block.get("headline") or {}, []
+    if block.get("only") not in (None, "standin", "real"):
+        lines.append(f"only: expected standin or real, got {_quote(block['only'])}")
+    for word in ("title", "label", "holds"):
+        if isinstance(block.get(word), list | dict):
+            lines.append(f"{word}: expected a text, got {_quote(block[word])}")
+    if any(isinstance(value, list | dict) for value in (block.get("claim") or {}).values()):
+        lines.append(f"claim: expected numbers or texts, got {_quote(block['claim'])}")
+    texts = [head.get(word) for word in _HEAD] if isinstance(head, dict) else [None]
+    if head and not all(isinstance(text, str) for text in texts):
+        lines.append(f"headline: expected {', '.join(_HEAD)} and their texts, got {_quote(head)}")
+    return lines
+
+# %% ../../../nbs/core/10_rows.ipynb #b3f1d0a6
 def _foreign(block: object, kind: str, where: str) -> list[str]:
     """Complaints about a block that is no mapping or holds words that mean nothing there."""
     if not isinstance(block, dict):
@@ -156,6 +173,7 @@ def _foreign(block: object, kind: str, where: str) -> list[str]:
     needs = block.get("needs") or {}
     if not (isinstance(needs, dict) and all(type(v) in (str, type(None)) for v in needs.values())):
         lines.append(f"{where}: needs: expected `parameter: table/row`, got {_quote(needs)}")
+    lines += [f"{where}: {line}" for line in _misfits(block)]
     for name, scale in (block.get("scales") or {}).items():
         if name not in SCALES:
             lines.append(f"{where}: unknown scale '{name}'; {nearest(str(name), SCALES)}")
@@ -215,6 +233,8 @@ def _expand(
             [*wrong, f"{where}: seeds must be a list of whole numbers, got {_quote(seeds)}"],
             [],
         )
+    if len(set(seeds)) < len(seeds):
+        wrong.append(f"{where}: seeds names one twice, {_quote(seeds)}; take it away")
     if cores != "all" and not (type(cores) is int and cores > 0):
         wrong.append(f"{where}: cores must be a whole number or 'all', got {_quote(cores)}")
     here = str(place(data)) if data and "data" in parameters else ""
@@ -337,7 +357,7 @@ def _blocks(block: object, kind: str, where: str) -> tuple[dict, list[str]]:
         elif str(name) in found:
             wrong.append(f"{where}: '{name}' is there twice; take one away")
         else:
-            found[str(name)] = inner
+            found[str(name)] = {} if inner is None and kind == "row" else inner
     if not isinstance(block or {}, dict):
         wrong.append(f"{where}: expected `name: ...` lines, got {_quote(block)}")
     return found, wrong

@@ -11,7 +11,6 @@ import errno
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,10 @@ from pathlib import Path
 
 from .check import content_digest, file_digests
 from .paths import naming, release, sweep, temporary, try_lock, write_atomic
+from .text import say
 
 # %% ../../../nbs/core/62_store.ipynb #a0a7f926
 _HINT = ", or name another folder in LEANSENSE_DATA"
-
-
-def _say(line: str) -> None:
-    """Tell whoever is watching, whatever reads our output."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def _take(handle: int, path: Path, patience: float) -> None:
@@ -35,7 +30,7 @@ def _take(handle: int, path: Path, patience: float) -> None:
     while try_lock(handle) is False:
         if time.monotonic() > until:
             holder = os.pread(handle, 20, 0).decode(errors="replace").strip()
-            _say(f"{path}: waiting for process {holder or '?'}, which is making it")
+            say(f"{path}: waiting for process {holder or '?'}, which is making it", error=True)
             try_lock(handle, wait=True)
             return
         time.sleep(0.05)
@@ -84,7 +79,7 @@ def _listed(manifest: Path) -> dict[str, list]:
         sound = kinds <= {(int, str)}
     except FileNotFoundError:
         raise ValueError("there is no list of its files") from None
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise ValueError("the list of its files cannot be read")
@@ -145,7 +140,7 @@ def _draw(folder: Path, write: Callable[[Path], None], fault: str) -> None:
     aside = _keeping(folder) if old else None
     if old:
         kept = f", the old one is kept as {aside.name}" if aside else ""
-        _say(f"{folder}: {fault}; drawn again{kept}")
+        say(f"{folder}: {fault}; drawn again{kept}", error=True)
     with temporary(folder, folder=True) as made, temporary(folder, folder=True) as trash:
         write(made)
         _write_list(made / LIST, {name: made / name for name in _names(made)})
@@ -235,7 +230,7 @@ def stored_array(path: str | Path, shape: tuple[int, ...], dtype, fill: Callable
             return _opened(path, *wanted)  # somebody made it while we waited
         except ValueError as error:
             if os.path.lexists(path):
-                _say(f"{path}: {error}; made again")
+                say(f"{path}: {error}; made again", error=True)
         sweep(path.parent, deep=False)
         _filled(path, *wanted, fill)
         return _opened(path, *wanted, verify=False)

@@ -47,6 +47,7 @@ from tqdm import tqdm
 from leansense.core.checkpoint import (
     MARK,
     AtomicIO,
+    check_finite,
     check_weights,
     copy_checkpoint,
     load_file,
@@ -59,6 +60,7 @@ from .parameters import nearest
 from .paths import write_atomic
 from .schedule import Group, Recipe, horizon, param_groups
 from .task import NonFiniteLoss, Task
+from .text import say
 
 # %% ../../../nbs/core/20_train.ipynb #a05fc8de
 @dataclass(frozen=True)
@@ -409,12 +411,19 @@ def read_run(path: str | Path) -> dict:
         "processes": list,
     }
     keeper = callbacks.get(Keeper.__qualname__) if isinstance(callbacks, dict) else None
-    if not all(isinstance(own.get(name), kind) for name, kind in kinds.items()) or not isinstance(
-        keeper, dict
-    ):
+    sound = all(isinstance(own.get(name), kind) for name, kind in kinds.items())
+    sound = sound and [type(number) for number in own["position"]] == [int, int]
+    sound = sound and isinstance(keeper, dict) and type(keeper.get("best_epoch")) is int
+    try:
+        sound = sound and isinstance(json.loads(own["config"]), dict)
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
         raise ValueError(
             f"{path}: holds weights, but nothing to go on training from: name a last.ckpt"
         )
+    check_finite(kept, path)
+    check_finite({"optimiser": kept.get("optimizer_states")}, path)
     return kept
 
 
@@ -436,7 +445,7 @@ def best_file(kept: dict, path: Path) -> Path | None:
 def _say(text: object) -> None:
     """One line for the person in front of the notebook, from the first process only."""
     if not rank_zero_only.rank:
-        print(text)
+        say(text)
 
 
 def _newest(folder: Path, identity: str) -> tuple[str, dict]:

@@ -261,7 +261,7 @@ def vouch(names: list[str], given: str = "", workers: int = 2) -> list[str]:
     """Vouch for the changed code of systems that computes the same; the refusals, a line each."""
     refused, found = [], [group for name in names for group in groups(name)]
     if not found:
-        print("nothing to vouch for: no record is stale by its code alone")
+        say("nothing to vouch for: no record is stale by its code alone")
         return []
     with tempfile.TemporaryDirectory(prefix="leansense-vouch-") as scratch:
         folder, trees, smoke = Path(scratch), {}, {name: smoke_rows(name) for name in names}
@@ -274,7 +274,7 @@ def vouch(names: list[str], given: str = "", workers: int = 2) -> list[str]:
             }
             rows = [row for rows in tables.values() for row in rows]
             which = "today's code" if tree == root() else f"the code of {own[0].commit[:9]}"
-            print(f"{len(rows)} smoke rows under {which}", flush=True)
+            say(f"{len(rows)} smoke rows under {which}")
             sides[tree] = measure(rows, tree, folder / f"side{number}", workers)
         for tree, own in trees.items():
             for group in own:
@@ -282,7 +282,7 @@ def vouch(names: list[str], given: str = "", workers: int = 2) -> list[str]:
                 refused += [why] if why else []
                 if not why:
                     enter(group, metrics)
-                    print(f"{group.system} {group.table}: {len(group.records)} records vouched for")
+                    say(f"{group.system} {group.table}: {len(group.records)} records vouched for")
     return refused
 
 # %% ../../../nbs/core/18_vouch.ipynb #a4bcf112

@@ -75,7 +75,11 @@ def fit_weights(module: nn.Module, weights: Mapping, path: str | Path) -> nn.Mod
     weights = strip_prefixes(weights, module.state_dict().keys())
     check_weights(module, weights, path)
     check_finite(weights, path)
-    module.load_state_dict(weights)
+    try:
+        module.load_state_dict(weights)
+    except (ValueError, RuntimeError, TypeError) as error:  # what a part says of its own numbers
+        said = shorten(" ".join(str(error).split()), 300)
+        raise ValueError(f"{path}: its weights cannot be taken: {said}") from None
     return module
 
 

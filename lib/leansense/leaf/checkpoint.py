@@ -17,6 +17,7 @@ from torch import nn
 from ..core.checkpoint import check_finite, load_file
 from ..core.paths import write_atomic
 from ..core.record import plain, portable, versions
+from ..core.text import shorten
 from ..core.weights import LARGEST, unwrap
 from ..core.weights import rebuild as rebuild_network
 from .model import build, check_size
@@ -82,7 +83,10 @@ def _is_number(value: object, least: float) -> bool:
 def _find_fault(meta: dict) -> str:
     """What is wrong with the meta of a checkpoint; empty when a prediction can be made with it."""
     config, ids = meta[NETWORK], meta.get("label2id")
-    variant = (meta.get("params") or {}).get("variant")
+    params = meta.get("params") or {}
+    if not isinstance(params, dict):
+        return f"its parameters are {shorten(repr(params), 40)}"
+    variant = params.get("variant")
     if not isinstance(ids, dict) or not ids:
         return "holds no class names (label2id)"
     if any(type(k) is not int for k in ids.values()) or sorted(ids.values()) != list(

@@ -7,14 +7,12 @@ __all__ = ['PARAMETERS', 'SPLITTINGS', 'prepare', 'map_pixels', 'LeafDataset', '
            'identify', 'loaders']
 
 # %% ../../../nbs/leaf/00_data.ipynb #e73f7130
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.check import Report
-from ..core.files import find_reason, one_line, warn_outside
+from ..core.check import Report, try_files
+from ..core.files import one_line, warn_outside
 from ..core.images import Mapped, fit_square, normalise, open_image, stored_rows, to_tensor
 from ..core.parameters import nearest
 from ..core.paths import data_root
@@ -113,20 +111,11 @@ def collate(items: Sequence[dict]) -> dict:
 def _decode_all(samples: Sequence[Sample], report: Report) -> set[str]:
     """Report each image that cannot be decoded; the paths of these."""
 
-    def find_fault(path: str) -> tuple[str, str] | None:
-        try:
-            prepare(path, 224)  # what training does with it
-            return None
-        except (OSError, ValueError) as error:
-            return find_reason(error, path)
+    def read(path: str) -> tuple:
+        return prepare(path, 224).shape  # what training does with it
 
-    paths, bad = list(dict.fromkeys(s.path for s in samples)), set()
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for path, said in zip(paths, pool.map(find_fault, paths)):
-            if said:
-                bad.add(path)
-                report.add(path, *said)
-    return bad
+    paths = list(dict.fromkeys(s.path for s in samples))
+    return {p for p, shape in zip(paths, try_files(read, paths, report)) if not shape}
 
 
 def _warn_of_copies(data: Leaf, report: Report) -> None:

@@ -84,7 +84,8 @@ def read_categories(entries: Sequence[dict], where: str) -> dict[object, Mention
     """{number: its phrase} of the categories of a file; ValueError if one has no name."""
     found = {}
     for entry in entries:
-        number, name = entry.get("id"), " ".join(str(entry.get("name") or "").split())
+        number, given = entry.get("id"), entry.get("name")
+        name = " ".join(str(given).split()) if type(given) in (str, int) else ""
         if type(number) not in (int, str) or not name:
             raise ValueError(
                 f"{where}: the phrase of category {one_line(number, 40)} is empty; write its name"
@@ -101,7 +102,7 @@ def read_categories(entries: Sequence[dict], where: str) -> dict[object, Mention
 def _read_box(entry: dict, size: tuple[int, int], where: str) -> tuple[float, ...]:
     """x1, y1, x2, y2 of an annotation; ValueError naming it if that is no box in the picture."""
     box = entry.get("bbox")
-    numbers = isinstance(box, list) and [isinstance(v, (int, float)) for v in box] == [True] * 4
+    numbers = isinstance(box, list) and [type(v) in (int, float) for v in box] == [True] * 4
     if not numbers or not all(abs(v) < 1e9 for v in box):  # NaN is not below either
         said = f"bbox {one_line(box, 80)} is no box"
         raise ValueError(f"{where}: {said}; write x, y, width and height")
@@ -128,6 +129,9 @@ def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report
         elif not _is_known(kind, categories):
             what = f"category {one_line(kind, 40)} is unknown"
             report.add(where, what, "list it in categories or remove this")
+        elif entry.get("iscrowd") not in (None, 0, 1):
+            said = f"iscrowd is {one_line(entry['iscrowd'], 40)}"
+            report.add(where, said, "write 1 for a crowd, else 0")
         else:
             try:
                 box = _read_box(entry, images[number][1], where)
@@ -147,21 +151,25 @@ def _find_folder(path: Path, root: Path, name: str) -> Path:
         places = [path.parent, path.parent / "images"]
     else:
         places = [root / own, root / "images" / own, root / "images", root, path.parent]
-    return next((place for place in places if (place / name).is_file()), places[0])
+    # a Path raises where a name is too long
+    return next((place for place in places if os.path.isfile(place / name)), places[0])
 
 
 def _read_images(found: dict, path: Path, root: Path, report: Report) -> dict:
     """{number: (file, (width, height))} of the pictures of a file."""
     images, names = {}, set()
-    first = next((str(e["file_name"]) for e in found["images"] if e.get("file_name")), "")
+    given = (e.get("file_name") for e in found["images"])
+    first = next((name for name in given if name and isinstance(name, str)), "")
     folder = _find_folder(path, root, first)
     for entry in found["images"]:
-        number, name = entry.get("id"), str(entry.get("file_name") or "")
+        number, name = entry.get("id"), entry.get("file_name")
         where = f"{path}, image {one_line(number, 40)}"
-        if type(number) not in (int, str) or not name:
+        if isinstance(name, str) and ("\0" in name or max(map(len, name.split("/"))) > 255):
+            report.add(where, f"file_name {one_line(name, 80)!r} can name no file", "correct it")
+        elif type(number) not in (int, str) or not name or not isinstance(name, str):
             report.add(where, "it has no id or no file_name", "write both")
         elif number in images or name in names:
-            report.add(where, f"{name} is there twice", "remove one")
+            report.add(where, f"{one_line(name, 80)} is there twice", "remove one")
         else:
             names.add(name)
             size = entry.get("width"), entry.get("height")

@@ -7,20 +7,21 @@ __all__ = ['LISTS', 'PARAMETERS', 'QUERIES', 'Options', 'prepare', 'map_pixels',
            'identify', 'loaders', 'check']
 
 # %% ../../../nbs/openvocab/00_data.ipynb #aef2787f
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..core.check import Report
-from ..core.files import Refused, find_reason, refusing, warn_outside
+from ..core.check import Report, try_files
+from ..core.files import Refused, refusing, warn_outside
 from ..core.images import Mapped, index_content, open_image, size_of, stored_rows
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
+from ..core.text import say
 from . import coco, flickr
 from .flickr import SPLITS, OpenVocab, Sample
 from leansense.openvocab.targets import (
@@ -81,8 +82,13 @@ def map_pixels(data: OpenVocab, side: int) -> tuple[list[int], np.ndarray]:
             open_image(s.path, entry="annotation")  # says what is missing
     rows, files, key = index_content(data.folder, names)
     size_in = {name: (s.width, s.height) for name, s in zip(names, data.samples)}
-    target = data_root() / "cache" / "openvocab" / f"pixels-v2-{side}-{key}.npy"
-    root = Path(data.folder)
+    told, root = [size_in[name] for name in files], Path(data.folder)
+    for s, row in zip(data.samples, rows):
+        if (s.width, s.height) != told[row]:  # two copies of a picture: one annotation is wrong
+            prepare(s.path, side, (s.width, s.height))
+            prepare(root / files[row], side, told[row])
+    mark = hashlib.blake2b(repr((key, told)).encode(), digest_size=16).hexdigest()
+    target = data_root() / "cache" / "openvocab" / f"pixels-v3-{side}-{mark}.npy"
     return rows, stored_rows(
         target,
         (side, side, 3),
@@ -237,7 +243,7 @@ def loaders(data: OpenVocab, params: dict) -> dict:
         part = PhraseDataset(data, split, seed=seed, **named)
         beyond = count_unreachable(part.samples, queries, part.options.protocol) if queries else 0
         if beyond:
-            print(f"{split}: {beyond} boxes are beyond {queries} queries; nothing can find them")
+            say(f"{split}: {beyond} boxes are beyond {queries} queries; nothing can find them")
         found[split] = loader(
             part,
             size,
@@ -254,13 +260,9 @@ def loaders(data: OpenVocab, params: dict) -> dict:
 QUERIES = 20  # of the published network
 
 
-def _look(sample: Sample) -> tuple[str, str] | None:
-    """What is wrong with the picture of a sample and what to do, or None."""
-    try:
-        prepare(sample.path, 16, (sample.width, sample.height))
-        return None
-    except (OSError, ValueError) as error:
-        return find_reason(error, sample.path)
+def _look(sample: Sample) -> tuple:
+    """The shape of a sample's picture, prepared."""
+    return prepare(sample.path, 16, (sample.width, sample.height)).shape
 
 
 def _count(sample: Sample) -> dict[str, int]:
@@ -328,13 +330,9 @@ def check(folder: str | Path) -> Report:
     root = resolve(folder)
     data, report = coco.scan(root) if coco.recognise(root) else flickr.scan(root)
     warn_outside(report, root, data.files)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        looks = list(pool.map(_look, data.samples))
-    for sample, said in zip(data.samples, looks):
-        if said:
-            report.add(sample.path, *said)
+    looks = try_files(_look, data.samples, report, of=lambda sample: sample.path)
     if data.samples:
         _note_counts(data, report)
-        good = tuple(s for s, said in zip(data.samples, looks) if not said)
+        good = tuple(s for s, shape in zip(data.samples, looks) if shape)
         _warn_of_copies(replace(data, samples=good), report)
     return report

@@ -101,7 +101,7 @@ def read_sentences(path: str | Path) -> tuple[Sentence, ...]:
     fix = "copy it there or take the picture out of its list"
     try:
         data = read_bytes(path, what="sentence file", absent=fix)
-        lines = data.decode("utf-8").splitlines()
+        lines = re.split("\r\n|\r|\n", data.decode("utf-8-sig"))  # Unicode's others are words
     except UnicodeDecodeError as error:
         place = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {place}: not UTF-8; save the file as UTF-8") from None
@@ -279,8 +279,9 @@ def read_list(path: str | Path) -> list[str]:
         if name in found:
             said = f"{name} stands in line {found[name]} already"
             raise ValueError(f"{path}, line {number}: {said}; remove one")
-        if len(name.split()) > 1 or "/" in name:
-            raise ValueError(f"{path}, line {number}: {name!r} is no identity; write one a line")
+        if len(name) > 200 or name in (".", "..") or re.search(r"[\s/\\\x00-\x1f\x7f]", name):
+            said = f"{one_line(name, 80)!r} is no identity"
+            raise ValueError(f"{path}, line {number}: {said}; write one a line")
         found[name] = number
     return list(found)
 
@@ -292,12 +293,13 @@ def read_unrelated(path: str | Path) -> set[tuple[str, int]]:
     found = set()
     for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.split()
-        sound = len(words) == 2 and words[1].isdecimal() and 1 <= int(words[1]) <= CAPTIONS
+        sound = len(words) == 2 and words[1] in map(str, range(1, CAPTIONS + 1))
         if sound:
             found.add((words[0].removesuffix(".jpg"), int(words[1])))
         elif words and not line.lstrip().startswith("#"):
             fix = f"write an identity and a number from 1 to {CAPTIONS}"
-            raise ValueError(f"{path}, line {number}: {line.strip()!r} names no caption; {fix}")
+            said = f"{one_line(line, 80)!r} names no caption"
+            raise ValueError(f"{path}, line {number}: {said}; {fix}")
     return found
 
 # %% ../../../nbs/openvocab/02_flickr.ipynb #4ae7cd8d

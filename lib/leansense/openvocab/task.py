@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'RISE', 'CHANGES', 'KEPT', 'recipe', 'one_cycle', 'Drawn', 'limit_validation', 'text_settings',
-           'build_detector', 'OpenVocabTask', 'published_tags', 'write_tags']
+           'build_detector', 'OpenVocabTask', 'published_tags']
 
 # %% ../../../nbs/openvocab/20_task.ipynb #5e448402
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -214,14 +213,3 @@ def published_tags(row: Mapping) -> dict[str, object]:
         names |= {f"{tag}/{name}": f"{part}_{name}" for name in _PARTS}
         names[f"{tag}/total_loss"] = f"{part}_loss"
     return {tag: row[name] for tag, name in names.items() if name in row}
-
-
-def write_tags(folder: str | Path, history: Mapping[str, Sequence[float]]) -> Path:
-    """A TensorBoard log of a training's history under the published tags, written to `folder`."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for tag, values in published_tags(history).items():
-            for epoch, value in enumerate(values):
-                writer.add_scalar(tag, value, epoch)
-    return Path(folder)

@@ -7,17 +7,16 @@ __all__ = ['AUGMENTS', 'PARAMETERS', 'Options', 'SimBEVDataset', 'collate', 'rea
            'identify']
 
 # %% ../../../nbs/simbev/00_data.ipynb #978d22b8
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..core.check import Report
-from ..core.files import find_reason, warn_outside
-from ..core.images import Mapped, normalise, to_tensor
+from ..core.check import Report, try_files
+from ..core.files import warn_outside
+from ..core.images import Mapped, check_image, normalise, to_tensor
 from ..core.paths import resolve
 from leansense.layers.conventions import (
     EXTRINSICS,
@@ -42,8 +41,6 @@ from leansense.simbev.frames import (
     make_rig,
     make_target,
     mask_ego,
-    read_image,
-    read_size,
 )
 from .layouts import CAMERAS, Frame, SimBEV, load, parse_classes, scan
 from .overlap import report_agreement, report_headings
@@ -258,21 +255,9 @@ def loaders(data: SimBEV, params: dict) -> dict:
 # %% ../../../nbs/simbev/00_data.ipynb #7db9b19d
 def _check_images(frames: Sequence[Frame], report: Report) -> dict[str, tuple[int, int]]:
     """Report each image that cannot be decoded; (width, height) of the others."""
-
-    def look(path: str):
-        try:
-            read_image(path)
-            return read_size(path)  # of the file, which may be decoded smaller
-        except (OSError, ValueError) as error:
-            return find_reason(error, path)
-
-    paths, sizes = list(dict.fromkeys(path for f in frames for path in f.images)), {}
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for path, found in zip(paths, pool.map(look, paths)):
-            if isinstance(found[0], str):
-                report.add(path, *found)
-            else:
-                sizes[path] = found
+    paths = list(dict.fromkeys(path for f in frames for path in f.images))
+    read = partial(check_image, upright=False, entry="sample")
+    sizes = {p: size for p, size in zip(paths, try_files(read, paths, report)) if size}
     report.facts.append(
         f"{len(sizes)} of {len(paths)} images decoded, {len(set(sizes.values()))} size(s)"
     )
@@ -294,20 +279,11 @@ def _check_intrinsics(frames: Sequence[Frame], sizes: dict, report: Report) -> N
 def _check_labels(frames: Sequence[Frame], report: Report) -> list[Frame]:
     """Report each label that cannot be used; the frames that show a vehicle within 50 m."""
 
-    def look(frame: Frame):
-        try:
-            found = make_target(frame, ("vehicle",), SQUARE, SQUARE)
-            return bool((found[0] & ~mask_ego(SQUARE, SQUARE)).any())
-        except (OSError, ValueError) as error:
-            return str(error).removeprefix(f"{frame.label}: ")
+    def look(frame: Frame) -> bool:
+        found = make_target(frame, ("vehicle",), SQUARE, SQUARE)
+        return bool((found[0] & ~mask_ego(SQUARE, SQUARE)).any())
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(look, frames))
-    for frame, said in zip(frames, found):
-        if isinstance(said, str):
-            report.add(
-                frame.label, *(said.rsplit("; ", 1) if "; " in said else (said, "write it again"))
-            )
+    found = try_files(look, frames, report, of=lambda frame: frame.label)
     shown = [frame for frame, said in zip(frames, found) if said is True]
     report.facts.append(
         f"{len(shown)} frames with and {found.count(False)} without a vehicle within 50 m"
@@ -336,8 +312,8 @@ def check(
     scenes = len({(frame.split, frame.scene) for frame in frames})
     named = ", ".join(f"{count} {split}" for split, count in counts.items())
     report.facts.append(f"{layout} layout, {scenes} scenes, frames: {named}")
-    read = ((*f.files, *f.depth, f.lidar, f.semantic) for f in frames)
-    warn_outside(report, root, [path for paths in read for path in paths if path])
+    sensors = [(*f.files, *f.depth, *filter(None, (f.lidar, f.semantic))) for f in frames]
+    warn_outside(report, root, [path for paths in sensors for path in paths])
     sizes = _check_images(frames, report)
     before = len(report.errors)
     _check_intrinsics(frames, sizes, report)

@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report, fingerprint
-from ..core.files import Refused, one_line, read_array, read_bytes
+from ..core.files import Refused, one_line, read_array, read_bytes, warn_outside
 from ..core.files import read_json as read_guarded
 from ..core.images import open_image
+from ..core.outside import read_yaml
 from ..core.parameters import nearest
 from ..core.paths import resolve
 from leansense.layers.conventions import (
@@ -381,7 +382,7 @@ def _pose(
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         sound = False
-    if not sound or not np.linalg.norm(rotation):
+    if not sound or not 1e-3 < np.abs(rotation).max() < 1e3:
         need = "sensor2ego_rotation (w, x, y, z) and sensor2ego_translation"
         report.add(where, f"metadata of {sensor} has no sound {need}", "write the infos again")
         return None
@@ -402,7 +403,9 @@ def _lenses(metadata: dict, where: str, report: Report) -> np.ndarray | None:
             report,
         )
     own = {
-        name: metadata[name][known[0]] for name in named if known[0] in (metadata.get(name) or {})
+        name: metadata[name][known[0]]
+        for name in named
+        if isinstance(metadata.get(name), dict) and known[0] in metadata[name]
     }
     by_name = metadata.get(known[1]) or own
     missing = (
@@ -513,6 +516,30 @@ def _files(entry: dict, root: Path) -> dict | None:
 
 # %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9a
 RESOLUTION = 0.4  # metres a cell of the published data set
+_SIZES = ("bev_res", "bev_dim")
+
+
+def _read_config(path: str) -> object:
+    """What the config of a scene says of its labels, as YAML; one-line ValueError or OSError."""
+    text = read_bytes(path, 1 << 22).decode("utf-8", "replace")
+    bare = re.sub(r"(?m)#.*", "", text)
+    lines = re.findall(r"(?m)^\s*(bev_res|bev_dim)\s*:\s*([\w.+-]+)\s*$", bare)
+    if len(dict(lines)) == len(lines) == len(re.findall("bev_res|bev_dim", bare)):
+        return dict(lines)  # as SimBEV writes it; YAML would take 50 ms for each scene
+    return read_yaml(path, "config")
+
+
+def _find_sizes(content: object) -> dict[str, list]:
+    """{bev_res, bev_dim: values} wherever they stand in a config."""
+    found, rest = {}, [content]
+    while rest:
+        one = rest.pop()
+        for key, value in one.items() if isinstance(one, dict) else ():
+            if key in _SIZES:
+                found.setdefault(key, []).append(value)
+        parts = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        rest += [part for part in parts if isinstance(part, (dict, list))]
+    return found
 
 
 def read_label_grid(
@@ -525,29 +552,30 @@ def read_label_grid(
     info, said = scene.get("scene_info"), {}
     config = info.get("config") if isinstance(info, dict) else None
     if isinstance(config, dict):
-        said = {key: config[key] for key in ("bev_res", "bev_dim") if key in config}
-    elif isinstance(config, str) and not os.path.isfile(reroot(config, root)):
+        said = _find_sizes(config)
+    elif isinstance(config, str) and not os.path.exists(reroot(config, root)):
         known = any("its config is not there" in problem.what for problem in report.warnings)
         if not (resolution or known):
             what = f"its config is not there ({one_line(reroot(config, root), 200)})"
             report.warn(where, what, "copy configs/ too: it says how large a label's cell is")
     elif isinstance(config, str):
         where = reroot(config, root)
+        warn_outside(report, root, [where])
         try:
-            text = read_bytes(where, 1 << 22).decode("utf-8", "replace")
-        except (Refused, FileNotFoundError) as error:
-            report.add(where, getattr(error, "reason", "is missing"), "write it again")
+            said = _find_sizes(_read_config(where))
+        except (ValueError, OSError) as error:
+            what = getattr(error, "reason", "") or str(error).rpartition("; ")[0]
+            report.add(where, what.removeprefix(f"{where}: "), "write it again")
             return None
-        for key, value in re.findall(r"^\s*(bev_res|bev_dim)\s*:\s*([^\s#]*)", text, re.M):
-            said[key] = value
     numbers = {}
-    for key, value in said.items():
+    for key, values in said.items():
         try:
-            numbers[key] = float(value)
-        except (TypeError, ValueError):
+            (numbers[key],) = {math.nan if isinstance(v, bool) else float(v) for v in values}
+        except (TypeError, ValueError, OverflowError):
             numbers[key] = math.nan
         if not 0 < numbers[key] < math.inf or (key == "bev_dim" and numbers[key] % 1):
-            report.add(where, f"{key} is {value!r}", "give a positive number")
+            found = " and ".join(one_line(repr(value), 60) for value in values[:3])
+            report.add(where, f"{key} is {found}", "give one positive number")
             return None
     own = numbers.get("bev_res")
     if own and resolution and abs(own - resolution) > 1e-9:

@@ -16,18 +16,30 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..core.answers import run_command, write_answer, write_picture
 from ..core.checkpoint import read_checkpoint
 from ..core.export import write_onnx
-from ..core.paths import resolve, write_atomic
-from ..core.text import say
-from ..core.weights import rebuild, unwrap
+from ..core.paths import resolve
+from ..core.weights import LARGEST, find_excess, rebuild, unwrap
 from ..layers.bev_drawing import draw_sample
 from ..layers.bev_metrics import count_overlap, iou
 from ..layers.bev_pool import CELLS, Grid
 from ..layers.conventions import INPUTS, SQUARE
-from .data import dataset, loaders
+from .data import Options, dataset, loaders, read_options
 from .layouts import SPLITS, parse_classes
 from .model import GRID_CONF, build, example
+
+# %% ../../../nbs/simbev/40_use.ipynb #d81c5e07
+def _count_classes(params: dict, path: str | Path) -> int:
+    """The classes that a row's parameters name; ValueError where no folder can be read by them."""
+    excess = find_excess({name: params.get(name) for name in ("H", "W")}, LARGEST)
+    if excess:
+        raise ValueError(f"{path}: its pictures cannot be brought to this size: {excess}")
+    try:
+        Options(**read_options(params))
+        return len(parse_classes(params.setdefault("classes", "vehicle")))
+    except ValueError as error:
+        raise ValueError(f"{path}: its parameters are not sound ({error}): train again") from None
 
 # %% ../../../nbs/simbev/40_use.ipynb #c372e6e2
 def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
@@ -36,7 +48,7 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
     try:
         settings = json.loads(kept["settings"])
         config, params = dict(settings["model"]), dict(settings["params"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(
             f"{path}: says nothing sound of its network and data (settings): {again}"
         ) from None
@@ -63,8 +75,7 @@ def _described(kept: Mapping, path: str | Path) -> tuple[dict, dict]:
             raise ValueError(
                 f"{path}: {name} is {said} in its parameters and {value} in its network: {again}"
             )
-    count = len(parse_classes(params.setdefault("classes", "vehicle")))
-    if count != (made := config.get("outC", 1)):
+    if (count := _count_classes(params, path)) != (made := config.get("outC", 1)):
         said = f"{count} classes in its parameters, {made} in its network"
         raise ValueError(f"{path}: {said}: {again}")
     return config, params
@@ -80,7 +91,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
         )
     try:
         config, params = _described(kept, path)
-    except (TypeError, KeyError, AttributeError) as error:  # settings of another kind
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:  # of another kind
         raise ValueError(f"{path}: its settings are not sound ({error}): train again") from None
     return rebuild(build, config, weights, path), params
 
@@ -127,19 +138,18 @@ def write_predictions(
     """Write <out>/<id>.json and .png for each frame; returns the JSON files."""
     from matplotlib.figure import Figure
 
-    from leansense.core.figures import PAGE, save, style
+    from leansense.core.figures import PAGE, style
 
     model, params = load_checkpoint(resolve(checkpoint))
     bounds = [params.get(name, SQUARE) for name in ("xbound", "ybound")]
     made = []
     for answer, item, found in predict(model, params, folder, split, limit):
         stem = resolve(out) / answer["id"].replace("/", "_")
-        text = json.dumps(answer, allow_nan=False) + "\n"
-        made.append(write_atomic(stem.with_name(stem.name + ".json"), text))
+        made.append(write_answer(stem, answer))
         with style():
             figure = Figure(figsize=(PAGE, 1.9), layout="constrained")
             draw_sample(figure, item, found, *bounds)
-            save(figure, stem)[0].unlink()  # the PDF; one picture is enough
+            write_picture(stem, figure)
     return made
 
 # %% ../../../nbs/simbev/40_use.ipynb #44df10b5
@@ -171,14 +181,12 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("where", help="the ONNX file to write")
     parser.add_argument("--cameras", type=int, default=6, help="that it will be used with")
     given = parser.parse_args(argv)
-    try:
-        checkpoint, where = resolve(given.checkpoint), resolve(given.where)
-        error = export_onnx(checkpoint, where, given.cameras)
-    except (ValueError, OSError) as found:
-        say(found, error=True)
-        return 1
-    say(f"{given.where}: largest difference from PyTorch {error:.1e}")
-    return 0
+
+    def work() -> str:
+        error = export_onnx(resolve(given.checkpoint), resolve(given.where), given.cameras)
+        return f"{given.where}: largest difference from PyTorch {error:.1e}"
+
+    return run_command(work)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,16 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/predictions", help="where JSON and PNG files go")
     parser.add_argument("--split", default="valid", choices=SPLITS)
     parser.add_argument("--limit", type=int, default=0, help="frames; 0: all")
-    given = parser.parse_args(argv)
-    try:
-        made = write_predictions(
-            given.checkpoint, given.folder, given.out, given.split, given.limit
-        )
-    except (ValueError, OSError) as error:
-        say(error, error=True)
-        return 1
-    say(f"{len(made)} frames in {given.out}")
-    return 0
+    given = vars(parser.parse_args(argv))
+    return run_command(lambda: f"{len(write_predictions(**given))} frames in {given['out']}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file

@@ -9,14 +9,14 @@ __all__ = ['YAWS', 'check']
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ..core.check import Report
+from ..core.check import Report, try_files
 from ..core.files import warn_outside
-from ..core.images import open_image
+from ..core.images import check_image
 from ..core.paths import resolve
 from ..layers.conventions import SQUARE, ego_to_camera
 from ..layers.splat_overlap import check_heading, compare_flips, mark_cells
@@ -36,16 +36,10 @@ def _try(report: Report, path: str, read) -> object:
         return None
 
 # %% ../../../nbs/xad/07_doctor.ipynb #a66b1636
-def _decode(path: str) -> tuple[int, int]:
-    """The size of a picture that can be decoded whole."""
-    return open_image(path, upright=False, entry="sample").size
-
-
 def _check_content(frames: Sequence[Frame], report: Report) -> list[tuple[Frame, np.ndarray]]:
     """Open every picture, map and label of the frames; the frames with their maps [x, y]."""
     paths = list(dict.fromkeys(path for frame in frames for path in frame.images))
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        sizes = list(pool.map(lambda p: _try(report, p, lambda: _decode(p)), paths))
+    sizes = try_files(partial(check_image, upright=False, entry="sample"), paths, report)
     found = [(f, _try(report, f.map, lambda f=f: read_map(f.map))) for f in frames]
     labels = {"action": 4, "description": 8}
     for name, count in labels.items():

@@ -24,15 +24,27 @@ from .labels import fill_cells, fill_published
 VEHICLES = ("car", "truck", "bus", "trailer", "construction_vehicle", "motorcycle", "bicycle")
 
 
+def _numbers(values, name: str, *shape: int) -> np.ndarray:
+    """Finite numbers of a shape, 0 for any length; ValueError with their name."""
+    found = np.asarray(values, float)
+    fits = found.ndim == len(shape) and all(n in (0, m) for n, m in zip(shape, found.shape))
+    if not fits or not np.isfinite(found).all():
+        raise ValueError(f"{name} is of shape {found.shape}, or not finite")
+    return found
+
+
 def _pose(entry: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(rotation (3, 3), translation (3,)) of NAME_rotation and NAME_translation."""
-    turn = quaternion_to_matrix(entry[f"{name}_rotation"])
-    return turn, np.asarray(entry[f"{name}_translation"], float)
+    turn, shift = (_numbers(entry[f"{name}_{what}"], what, n)
+                   for what, n in (("rotation", 4), ("translation", 3)))  # fmt: skip
+    if not 1e-3 < np.abs(turn).max() < 1e3:
+        raise ValueError(f"{name}_rotation is {turn.tolist()}, no quaternion")
+    return quaternion_to_matrix(turn), shift
 
 
 def _boxes(content: dict) -> Boxes:
     """The annotated boxes in the ego frame of the lidar's instant."""
-    rows = np.asarray(content["ann_infos"][0], float)
+    rows = _numbers(content["ann_infos"][0], "ann_infos", len(content["gt_names"]), 9)
     c, s = np.cos(rows[:, 6]), np.sin(rows[:, 6])
     turned = np.zeros((len(rows), 3, 3))
     turned[:, 0, 0], turned[:, 0, 1], turned[:, 1, 0], turned[:, 1, 1] = c, -s, s, c
@@ -57,7 +69,7 @@ def read_frame(folder: str | Path) -> Frame:
         content = read_yaml(path, path.name, "copy it again")
         cameras = [content["cams"][name] for name in CAMERAS]
         rots, trans = zip(*(_pose(entry, "sensor2ego") for entry in cameras))
-        k = np.array([entry["cam_intrinsic"] for entry in cameras], float)
+        k = _numbers([entry["cam_intrinsic"] for entry in cameras], "cam_intrinsic", 6, 3, 3)
         boxes, lidar = _boxes(content), _pose(content, "lidar2ego")
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         said = one_line(error)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.check import Report
-from ..core.files import read_bytes
+from ..core.files import one_line, read_bytes
 from ..core.paths import resolve
 from ..layers.conventions import check_intrinsics
 from .split import choose_scenes
@@ -143,7 +143,7 @@ class _Reader:
 
     def __init__(self, root: Path, tables: Tables, labelled: bool, report: Report):
         self.root, self.tables, self.labelled, self.report = root, tables, labelled, report
-        self.rows = key_frames(tables, (*CAMERAS, "LIDAR_TOP"))
+        self.rows = key_frames(tables, (*CAMERAS, "LIDAR_TOP"), report)
         self.boxes = tables.group("sample_annotation", "sample_token")
         self.files = {
             f"{channel}/{name}": path
@@ -183,6 +183,9 @@ class _Reader:
             return None
         lidar = tables["calibrated_sensor"][rows["LIDAR_TOP"]["calibrated_sensor_token"]]
         where = f"{tables.folder / 'calibrated_sensor.json'} token {lidar['token']}"
+        placed = read_pose(lidar, where, report)
+        if placed is None:
+            return None
         labels = ("action_all", "desc_all") if self.labelled else ()
         return Frame(
             name, scene["name"], split, str(scene.get("description", "")),
@@ -191,7 +194,7 @@ class _Reader:
             self.label("local_binmap", f"{name}.npy"),
             *(self.label(folder, f"{name}.json") for folder in labels or ()),
             **{"lidar": self.path(rows["LIDAR_TOP"]["filename"]),
-               "lidar_to_ego": read_pose(lidar, where, report)},
+               "lidar_to_ego": placed},
         )  # fmt: skip
 
 # %% ../../../nbs/xad/03_frames.ipynb #58a97ba1
@@ -205,12 +208,14 @@ def _check_files(frames: Sequence[Frame], report: Report) -> None:
     for what, field, folder in _KINDS:
         named = [getattr(frame, field) for frame in frames]
         paths = [p for part in named for p in (part if isinstance(part, tuple) else [part]) if p]
-        bad = [p for p in dict.fromkeys(paths) if not os.path.exists(p) or not os.path.getsize(p)]
+        bad = [p for p in dict.fromkeys(paths) if not os.path.isfile(p) or not os.path.getsize(p)]
         fix = f"copy {folder} completely, or leave its scene out"
         for path in bad[:5]:
             there = os.path.exists(path)
-            said = f"{what} file is {'empty' if there else 'missing'}"
-            report.add(path, said, fix, ValueError if there else FileNotFoundError)
+            sort = "empty" if os.path.isfile(path) else "a folder or a pipe, not a file"
+            said = f"{what} file is {sort if there else 'missing'}"
+            error = ValueError if there else FileNotFoundError
+            report.add(one_line(path, 300), said, fix, error)
         if len(bad) > 5:
             said = f"{len(bad) - 5} more {what} files are missing or empty"
             report.add(Path(bad[5]).parent, said, fix, FileNotFoundError)
@@ -235,7 +240,11 @@ def scan(
     tables = read_tables(find_folders(root, f"v1.0-{version}")[-1], report)
     if not report.ok:
         return root, [], report
-    by_name = {row["name"]: row for row in tables["scene"].values()}
+    by_name = {}
+    for row in tables["scene"].values():
+        if by_name.setdefault(row["name"], row) is not row:
+            said = f"scene {row['name']} occurs twice"
+            report.add(tables.folder / "scene.json", said, "give each scene its own name")
     parts = choose_scenes(split, root, by_name)
     reader = _Reader(root, tables, not split.startswith("pretrain"), report)
     samples, frames = tables.group("sample", "scene_token"), []
@@ -254,9 +263,11 @@ def read_scan(frame: Frame) -> np.ndarray:
     """The lidar's points (n, 3) of a frame in the ego frame, metres; one-line errors."""
     words = {"what": "lidar scan", "fix": "copy it again", "absent": "copy it again"}
     data = read_bytes(frame.lidar, 1 << 26, **words)
-    rows = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
-    if not len(rows) or len(rows) % 5 or not np.isfinite(rows).all():
-        said = f"lidar scan has {len(rows)} numbers, not rows of 5"
+    if not data or len(data) % 20:
+        said = f"lidar scan has {len(data)} bytes, not rows of 5 numbers of 4"
         raise ValueError(f"{frame.lidar}: {said}; copy it again")
+    rows = np.frombuffer(data, "<f4")
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{frame.lidar}: lidar scan holds NaN or infinity; copy it again")
     turn, shift = frame.lidar_to_ego
     return rows.reshape(-1, 5)[:, :3] @ turn.T + shift

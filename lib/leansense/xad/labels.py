@@ -89,6 +89,8 @@ def read_map(path: str) -> np.ndarray:
     fix = "write it again as [y, x] with 0 other, 2 drivable, 3 divider"
 
     def accept(shape: tuple, dtype: np.dtype) -> str:
+        if dtype.kind == "c":
+            return f"map is {dtype}, of complex numbers"
         return "" if shape == (200, 200) else f"map has shape {shape}, not (200, 200)"
 
     words = {"what": "map file", "fix": fix, "absent": "copy local_binmap there"}

@@ -43,6 +43,8 @@ def _misfit(row: dict) -> str:
     for key in ("token", "name", "channel", "filename"):
         if key in row and not isinstance(row[key], str):
             return f"{key} is {one_line(row[key], 40)}, not text"
+    if row.get("is_key_frame", 0) not in (0, 1):
+        return f"is_key_frame is {one_line(row['is_key_frame'], 40)}, not true or false"
     moment = row.get("timestamp", 0)
     sound = type(moment) in (int, float) and abs(moment) < 1e18
     return "" if sound else f"timestamp is {one_line(moment, 40)}, not a number"
@@ -170,7 +172,7 @@ def read_pose(row: dict, where: str, report: Report):
     try:
         turn, shift = (np.asarray(row[key], float) for key in ("rotation", "translation"))
         if turn.shape == (4,) and shift.shape == (3,) and np.isfinite([*turn, *shift]).all():
-            if np.linalg.norm(turn) > 0:
+            if 1e-3 < np.abs(turn).max() < 1e3:  # of any length that is no accident
                 return quaternion_to_matrix(turn), shift
     except (TypeError, ValueError, OverflowError):
         pass
@@ -185,8 +187,13 @@ def quaternion(yaw: float) -> list[float]:
     return [cos(yaw / 2), 0.0, 0.0, sin(yaw / 2)]
 
 
-def key_frames(tables: Tables, channels: Iterable[str]) -> dict[str, dict[str, dict]]:
-    """The key frames of the named channels: sample token -> channel -> row of sample_data."""
+def key_frames(
+    tables: Tables, channels: Iterable[str], report: Report | None = None
+) -> dict[str, dict[str, dict]]:
+    """The key frames of the named channels: sample token -> channel -> row of sample_data.
+
+    report: takes note of a sample with two of one channel.
+    """
     of = {
         token: tables["sensor"][row["sensor_token"]]["channel"]
         for token, row in tables["calibrated_sensor"].items()
@@ -195,5 +202,9 @@ def key_frames(tables: Tables, channels: Iterable[str]) -> dict[str, dict[str, d
     for row in tables["sample_data"].values():
         channel = of[row["calibrated_sensor_token"]]
         if row["is_key_frame"] and channel in wanted:
-            found.setdefault(row["sample_token"], {})[channel] = row
+            other = found.setdefault(row["sample_token"], {}).setdefault(channel, row)
+            if other is not row and report is not None:
+                where = f"{tables.folder / 'sample_data.json'} token {row['token']}"
+                said = f"sample {row['sample_token']} has two key frames of {channel}"
+                report.add(where, said, "keep one of them")
     return found

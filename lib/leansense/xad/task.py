@@ -7,7 +7,7 @@ __all__ = ['CELLS', 'KINDS', 'LOSSES', 'FACTORS', 'DEPTHS', 'VOVNETS', 'STAGED',
            'losses_of', 'class_ious', 'score_cells', 'MapScores', 'LabelScores', 'rate_groups', 'recipe', 'inputs_of',
            'normalise_on', 'XadTask', 'published_entries', 'publish_files', 'network_settings', 'split_stage',
            'write_pretrained', 'on_device', 'answers', 'evaluate', 'score_samples', 'condition', 'by_condition',
-           'pick_samples', 'encode_map', 'decode_map', 'find_map', 'blind_scores', 'write_tags']
+           'pick_samples', 'encode_map', 'decode_map', 'find_map', 'blind_scores', 'published_tags']
 
 # %% ../../../nbs/xad/20_task.ipynb #389e6b53
 import inspect
@@ -597,12 +597,6 @@ TAGS = {  # published tag: column of the history
 }
 
 
-def write_tags(folder: str | Path, history: Mapping[str, Sequence[float]]) -> Path:
-    """A TensorBoard log of a training's history under the published tags, written to `folder`."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for tag, column in TAGS.items():
-            for epoch, value in enumerate(history.get(column, ())):
-                writer.add_scalar(tag, value, epoch + 1)
-    return Path(folder)
+def published_tags(row: Mapping) -> dict[str, object]:
+    """{published TensorBoard tag: value} of a row, or of the whole history, of a training."""
+    return {tag: row[column] for tag, column in TAGS.items() if column in row}

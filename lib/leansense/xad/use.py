@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..core.answers import run_command, write_answer, write_picture
 from ..core.checkpoint import MARK, read_checkpoint
-from ..core.paths import resolve, write_atomic
-from ..core.text import say
-from ..core.weights import rebuild
+from ..core.paths import resolve
+from ..core.weights import LARGEST, find_excess, rebuild
 from ..layers.bev_pool import CELLS, Grid
 from ..layers.conventions import SQUARE
-from .data import CLASSES, collate, dataset, loaders
+from .data import CLASSES, Options, collate, dataset, loaders, read_options
 from .draw import draw_scene
 from .model import build
 from .split import PARTS
@@ -34,7 +34,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         config = json.loads(kept[MARK]["config"])["config"]
         params, stage = dict(config["params"]), config.get("stage", "")
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: says nothing of its network (parameters): {again}") from None
     if "lss_version" not in params:
         raise ValueError(f"{path}: its parameters name no lss_version: {again}")
@@ -44,7 +44,11 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         settings = network_settings(params) | files
         cells = math.prod(Grid(**settings["grid_conf"]).nx)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        size = Options(**read_options(params))  # an error for what no folder could be read with
+        excess = find_excess({"H": size.H, "W": size.W}, LARGEST)
+        if excess:
+            raise ValueError(excess)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: its parameters are not sound ({error}): {again}") from None
     if cells > CELLS:
         raise ValueError(f"{path}: its grid has {cells} cells, {CELLS} are the most: {again}")
@@ -121,7 +125,7 @@ def write_predictions(
     """Write <out>/<id>.json and .png for each sample; returns the JSON files."""
     from matplotlib.figure import Figure
 
-    from leansense.core.figures import PAGE, save, style
+    from leansense.core.figures import PAGE, style
 
     model, params = load_checkpoint(resolve(checkpoint))
     bounds = [params.get(name, SQUARE) for name in ("xbound", "ybound")]
@@ -132,12 +136,11 @@ def write_predictions(
             given = answer[f"{kind}s"]
             chances = [one["probability"] for one in given]
             labels[f"{kind}s"] = ([one["name"] for one in given], chances, item.get(kind))
-        text = json.dumps(answer, allow_nan=False) + "\n"
-        made.append(write_atomic(stem.with_name(stem.name + ".json"), text))
+        made.append(write_answer(stem, answer))
         with style():
             figure = Figure(figsize=(PAGE, 2.0), layout="constrained")
             draw_scene(figure, item, classes, labels, *bounds, names)
-            save(figure, stem)[0].unlink()  # the PDF; one picture is enough
+            write_picture(stem, figure)
     return made
 
 # %% ../../../nbs/xad/40_use.ipynb #5add7937
@@ -153,15 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/answers", help="where JSON and PNG files go")
     parser.add_argument("--part", default="test", choices=list(PARTS.values()))
     parser.add_argument("--limit", type=int, default=0, help="samples; 0: all")
-    given = parser.parse_args(argv)
-    folder = given.folder if given.folder == "standin" else resolve(given.folder)
-    try:
-        made = write_predictions(given.checkpoint, folder, given.out, given.part, given.limit)
-    except (ValueError, OSError) as error:
-        say(error, error=True)
-        return 1
-    say(f"{len(made)} samples in {given.out}")
-    return 0
+    given = vars(parser.parse_args(argv))
+    if given["folder"] != "standin":
+        given["folder"] = resolve(given["folder"])
+    return run_command(lambda: f"{len(write_predictions(**given))} samples in {given['out']}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # a notebook has no file
