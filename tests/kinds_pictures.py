@@ -887,7 +887,11 @@ TABLES = {
         "is not CSV", lambda f: loads(listed(f, "a" * 200_000 + ",blast,train"))),
     "a missing picture": (
         "image is missing", lambda f: loads(listed(f, "blast/9.png,blast,train"))),
-    "a folder for a picture": ("blast: image", lambda f: loads(listed(f, "blast,blast,train"))),
+    "a folder for a picture": ("image is a folder", lambda f: loads(listed(f, "blast,blast,train"))),
+    "a device for a picture": (
+        "image is a device", lambda f: loads(listed(f, "/dev/zero,blast,train"))),
+    "a class without a name": (
+        "names a class ''", lambda f: loads(listed(f, ids=b'{"blast": 0, "": 1, "healthy": 2}'))),
     "a damaged picture": ("is none of JPEG", damaged),
     "no table": ("metadata file not found", loads),
     "a pipe for a table": ("metadata.csv: ", piped),
