@@ -106,7 +106,7 @@ def tiff(array, tags=(), **options) -> bytes:
 
 def plain_tiff(array, white: int) -> bytes:
     """A TIFF of one strip, byte by byte; `white`: 0: zero is white, 1: zero is black."""
-    kind = 3 if array.dtype.kind == "f" else 1
+    kind = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
     tags = ((256, SIDE), (257, SIDE), (258, 8 * array.itemsize), (259, 1), (262, white),
             (273, 200), (277, 1), (278, SIDE), (279, array.nbytes), (339, kind))  # fmt: skip
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
@@ -221,6 +221,16 @@ DEPTHS = {
         "a.png", lambda: deep(4095, 2, chunk(b"sBIT", b"\x0c\x0c\x0c")), COLOUR, 1),
     "12-bit colour and alpha in 16, sBIT declared": (
         "a.png", lambda: deep(4095, 6, chunk(b"sBIT", b"\x0c" * 4)), COLOUR, 1),
+    "dark colour of 12 bits, sBIT declared": (
+        "a.png", lambda: deep(500, 2, chunk(b"sBIT", b"\x0c" * 3)), COLOUR * (500 / 4095), 1),
+    "dark colour of 16 bits, sBIT declared": (
+        "a.png", lambda: deep(5000, 2, chunk(b"sBIT", b"\x10" * 3)), COLOUR * (5000 / 65535), 1),
+    "dark grey of 16 bits, sBIT declared": (
+        "a.png", lambda: deep(5000, 0, chunk(b"sBIT", b"\x10")), GREY * (5000 / 65535), 1),
+    "16 bits, sBIT of 12 exceeded": (
+        "a.png", lambda: deep(65535, 2, chunk(b"sBIT", b"\x0c" * 3)), COLOUR, 1),
+    "16 bits, a sBIT that cannot be": (
+        "a.png", lambda: deep(65535, extra=chunk(b"sBIT", b"\xff")), GREY, 1),
     "16 bits, all black": ("a.png", lambda: deep(0), GREY * 0, 0),
     "16-bit TIFF whose 0 is white": (
         "a.tif", lambda: plain_tiff(RAMP.astype(np.uint16) * 257, 0), 255 - GREY, 1),
@@ -245,6 +255,8 @@ FORMS = {
     "progressive JPEG": ("a.jpg", lambda: jpeg(progressive=True), COLOUR, 2),
     "JPEG for a printing press (CMYK)": ("a.jpg", cmyk, COLOUR, 2),
     "JPEG with bytes behind its end": ("a.jpg", lambda: jpeg() + bytes(999), COLOUR, 2),
+    "JPEG with a picture in its EXIF": (
+        "a.jpg", lambda: jpeg(exif=b"Exif\0\0" + saved(RAMP, "JPEG")), COLOUR, 2),
     "JPEG called .png": ("a.png", jpeg, COLOUR, 2),
     "two pictures in a JPEG (MPO)": ("a.jpg", lambda: moving("MPO", quality=98), GREY, 1),
     "BMP": ("a.bmp", lambda: saved(COLOUR, "BMP"), COLOUR, 0),
@@ -281,6 +293,8 @@ REFUSED = {
         "a.tif", lambda: tiff((RAMP * 257.0).astype(np.float32)), "declares no range"),
     "32-bit TIFF, nothing declared": (
         "a.tif", lambda: tiff(RAMP.astype(np.int32) << 22), "declares no range"),
+    "signed 16-bit TIFF, nothing declared": (
+        "a.tif", lambda: plain_tiff(RAMP.astype(np.int16) * 100, 1), "declares no range"),
     "float TIFF with negative values": (
         "a.tif", lambda: tiff((RAMP - 9.0).astype(np.float32)), "values from -9"),
     "float TIFF with NaN": (
@@ -311,6 +325,12 @@ NONE = {
     "half a TIFF": ("a.tif", lambda: half(tiff(COLOUR)), "image cannot be decoded"),
     "half a WebP": ("a.webp", lambda: half(saved(COLOUR, "WEBP")), "image cannot be decoded"),
     "a PNG with a wrong byte": ("a.png", scratched, "image cannot be decoded"),
+    "a JPEG whose end is zeros": (
+        "a.jpg", lambda: half(jpeg()) + bytes(len(jpeg()) // 2), "image cannot be decoded"),
+    "a JPEG with a picture in its EXIF whose end is zeros": (
+        "a.jpg", lambda: jpeg(exif=b"Exif\0\0" + saved(RAMP, "JPEG"))[:-900] + bytes(900),
+        "image cannot be decoded"),
+    "a JPEG without its last bytes": ("a.jpg", lambda: jpeg()[:-4], "image cannot be decoded"),
     "a PNG without pixels": ("a.png", lambda: png((64, 64), 8, 2), "image cannot be decoded"),
     "a PNG of no size": ("a.png", lambda: png((0, 64), 8, 2), "image "),
     "a strip of 65500 x 1": (
@@ -681,6 +701,7 @@ CLASS_FOLDERS = {
 
 
 IDS = b'{"blast": 0, "healthy": 1}'
+NOTED = "path,label,split,note"
 ROWS = [f"{c}/{k}.png,{c},{p}" for c in ("blast", "healthy")
         for k, p in enumerate(("train", "train", "valid", "test"))]  # fmt: skip
 
@@ -822,6 +843,8 @@ TABLES = {
     "a picture in two parts": (
         "is listed 2 times", lambda f: loads(listed(f, "./blast/0.png,blast,test"))),
     "tabs": ("", rewritten(lambda b: b.replace(b",", b"\t"))),
+    "a quote within a cell": (
+        "", lambda f: loads(listed(f, 'healthy/0.png,healthy,train,5" wide', header=NOTED), 9)),
     "a line sep=; for Excel": (
         "", rewritten(lambda b: b"sep=;\r\n" + b.replace(b",", b";").replace(b"\n", b"\r\n"))),
     "2000 classes without a picture": ("", many_classes),
@@ -864,7 +887,11 @@ TABLES = {
         "is not CSV", lambda f: loads(listed(f, "a" * 200_000 + ",blast,train"))),
     "a missing picture": (
         "image is missing", lambda f: loads(listed(f, "blast/9.png,blast,train"))),
-    "a folder for a picture": ("blast: image", lambda f: loads(listed(f, "blast,blast,train"))),
+    "a folder for a picture": ("image is a folder", lambda f: loads(listed(f, "blast,blast,train"))),
+    "a device for a picture": (
+        "image is a device", lambda f: loads(listed(f, "/dev/zero,blast,train"))),
+    "a class without a name": (
+        "names a class ''", lambda f: loads(listed(f, ids=b'{"blast": 0, "": 1, "healthy": 2}'))),
     "a damaged picture": ("is none of JPEG", damaged),
     "no table": ("metadata file not found", loads),
     "a pipe for a table": ("metadata.csv: ", piped),

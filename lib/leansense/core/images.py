@@ -9,6 +9,7 @@ __all__ = ['FORMATS', 'ENDINGS', 'PIXELS', 'LONGER', 'MEAN', 'STD', 'size_of', '
 # %% ../../../nbs/core/64_images.ipynb #e75824bb
 import contextlib
 import hashlib
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -80,11 +81,16 @@ def _opened(path: str | Path, entry: str) -> Iterator:
             raise Refused(f"image cannot be decoded ({said})") from None
 
 
+def _stored_size(file) -> tuple[int, int]:
+    """(width, height) of the pixels as a PIL file stores them."""
+    tags = getattr(file, "tag_v2", None)  # PIL gives the size of a TIFF once it is turned
+    return (tags[256], tags[257]) if tags else file.size
+
+
 def size_of(path: str | Path, entry: str = "row") -> tuple[int, int]:
     """(width, height) of the stored pixels, from the header alone; the errors of `open_image`."""
     with _opened(path, entry) as file:
-        tags = getattr(file, "tag_v2", None)  # PIL gives the size of a TIFF once it is turned
-        return (tags[256], tags[257]) if tags else file.size
+        return _stored_size(file)
 
 # %% ../../../nbs/core/64_images.ipynb #69c7e0b6
 def _declared(file) -> float:
@@ -101,7 +107,7 @@ def _declared(file) -> float:
             start = stream.read(4096).partition(b"IDAT")[0]
         length, found, bits = start.partition(b"sBIT")
         bits = max(bits[: length[-1]], default=0) if found and length else 0
-        return 2.0**bits - 1 if 8 < bits < 16 else 0.0
+        return 2.0**bits - 1 if 8 < bits <= 16 else 0.0
     return 0.0
 
 # %% ../../../nbs/core/64_images.ipynb #7c288191
@@ -117,7 +123,8 @@ def _to_eight_bits(image, top: float):
     whole, said = image.mode != "F", f"image holds values from {low:g} to {high:g}"
     if low < 0:
         raise Refused(f"{said}: save it with 8 bits, from 0 to 255")
-    if whole and 2**14 <= high < 2**16 and not high <= top:  # the range of 16 bits, used
+    least = 2**14 if image.mode.startswith("I;16") else 2**15  # else they may be signed
+    if whole and least <= high < 2**16 and not high <= top:  # the range of 16 bits, used
         return Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
     if not 0 < high <= top:
         top = 255 if whole and high <= 255 else 1
@@ -178,6 +185,19 @@ def _turn(image, way: int | None, back: bool = False):
     return image.transpose(known[way]) if way in known else image
 
 # %% ../../../nbs/core/64_images.ipynb #cbae525e
+def _is_whole(path: str | Path) -> bool:
+    """Whether the data of a JPEG comes to its end mark, or is zeros there like half a download."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(-2, os.SEEK_END)
+        if file.read(2) == b"\xff\xd9":
+            return True
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:  # more lies behind it
+            place = 2
+            while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
+                place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            return data.rfind(b"\xff\xd9") > place
+
+
 def _load(file, draft: int) -> None:
     """Decode a PIL file: a JPEG no smaller than `draft` needs, and one above PIXELS smaller."""
     if draft:
@@ -189,6 +209,8 @@ def _load(file, draft: int) -> None:
     width, height = file.size
     with _ONE if width * height > _LARGE else contextlib.nullcontext():
         file.load()
+    if file.format in ("JPEG", "MPO") and not _is_whole(file.filename):
+        raise Refused("image cannot be decoded (its data does not come to an end)")
 
 # %% ../../../nbs/core/64_images.ipynb #abaf62e4
 def _decode(file, draft: int, upright: bool):
@@ -202,7 +224,7 @@ def _decode(file, draft: int, upright: bool):
         turn = file.getexif().get(274) if upright else way
         image = _turn(image, turn, back=not upright)
     image = _to_rgb(image, file)
-    if deep and max(high for _, high in image.getextrema()) < 64:
+    if deep and not top and max(high for _, high in image.getextrema()) < 64:
         said = "image has 16 bits a channel and uses less than a quarter of their range"
         raise Refused(f"{said}, as a 12-bit camera writes: save it with 8 bits, or scale it")
     return image
@@ -223,7 +245,7 @@ def open_image(path: str | Path, draft: int = 0, upright: bool = True, entry: st
 def check_image(path: str | Path, upright: bool = True, entry: str = "row") -> tuple[int, int]:
     """`size_of` a picture that can be decoded whole; the errors of `open_image`."""
     with _opened(path, entry) as file:
-        size = file.size  # a very large one is decoded smaller
+        size = _stored_size(file)  # a very large one is decoded smaller
         _decode(file, 0, upright)
         return size
 

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..core.check import Report, fingerprint
-from ..core.files import Refused, one_line, read_csv, read_json, walk_files
+from ..core.files import Refused, check_file, one_line, read_csv, read_json, walk_files
 from ..core.images import ENDINGS, index_content
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve, write_atomic
@@ -179,6 +179,9 @@ def read_classes(path: Path, report: Report) -> tuple[str, ...]:
         what = f"the numbers are {one_line(numbers, 80)}" if numbers else "holds no class"
         report.add(path, what, f"number the classes 0 to {max(len(numbers) - 1, 0)}, each once")
         return ()
+    if not all(map(str.strip, ids)):
+        report.add(path, "names a class ''", "give it a name, or remove it")
+        return ()
     return tuple(sorted(ids, key=ids.get))
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #1c65bf9c
@@ -314,18 +317,20 @@ def _check_rows(
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #3a3e210f
 def find_absent(samples: Sequence[Sample], report: Report) -> set[str]:
-    """Report images that are missing or empty; the paths of these."""
+    """Report images that are missing, empty or no files; the paths of these."""
     bad = set()
     for path in dict.fromkeys(s.path for s in samples):
+        said = "image is empty (0 bytes)"
         try:
-            if os.path.isfile(path) and os.path.getsize(path):
+            if check_file(path):
                 continue
-            there = os.path.isfile(path)
-        except OSError:
-            there = False
+        except Refused as error:  # a folder, a pipe
+            said = f"image {error}"
+        except (OSError, ValueError):
+            said = ""
         bad.add(path)
-        if there:
-            report.add(path, "image is empty (0 bytes)", "copy it again or remove its row")
+        if said:
+            report.add(path, said, "copy it again or remove its row")
         else:
             report.add(
                 path, "image is missing", "copy it there or correct the row", FileNotFoundError
