@@ -503,6 +503,10 @@ META = {
     "two classes of one number": ("numbers its classes", {"label2id": dict(a=0, b=1, c=2, d=2)}),
     "a picture of no number": ("not a number of pixels", {"image_size": True}),
     "a side of 10^6 in meta": ("is the most", {"image_size": 10**6}),
+    "a class name that is a pair": (
+        "names a class",
+        {"label2id": {(1, 2): 0, "b": 1, "c": 2, "d": 3}},
+    ),
     "class names that are a list": ("class names", {"label2id": ["a", "b", "c", "d"]}),
     "a threshold of NaN": ("unsure_below is nan", {"unsure_below": math.nan}),
     "parameters that are a list": ("best.ckpt", {"params": [1]}),
@@ -943,6 +947,9 @@ BROKEN: dict[str, Callable] = {
     "a number of 5,000 digits": lambda: _record().replace(b"1.5", b"9" * 5000),
     "10^5 brackets": lambda: b"[" * 10**5,
     "marks of a merge": lambda: b"<<<<<<< HEAD\n" + _record() + b"=======\n>>>>>>> x\n",
+    "a metric of 400 digits": lambda: _changed(metrics={"score": 10**400}),
+    "parents that are a list": lambda: _changed(needs=[1]),
+    "a parent without its code": lambda: _changed(needs={"main/two.s0": None}),
     "seconds that are a text": lambda: _changed(cost={"seconds": "x"}),
     "a fingerprint that is a list": lambda: _changed(
         data=json.loads(_record())["data"] | {"fingerprint": []}
@@ -992,6 +999,27 @@ def _overwritten(folder: Path) -> object:
             assert path.read_bytes() == _changed(schema=99)
 
 
+def _tabled(value: object, shown: str, folder: Path) -> object:
+    """True: a table prints this metric so."""
+    from leansense.core import tables
+
+    with _placed(lambda: _changed(metrics={"score": value})):
+        paper = tables.Paper("toy")
+        lines = paper.runs("main")
+        found = paper.table("x", lines, [tables.Column("metrics.score", "score", best=max)])
+        return found["score"].iloc[0] == shown or found["score"].iloc[0]
+
+
+RECORDS += [
+    Kind("record", f"{said}, in a table", "core.tables", "", partial(_tabled, value, shown))
+    for said, value, shown in (
+        ("a number", 1.5, "1.50"),
+        ("null", None, "–"),
+        ("a list", [1, 2], "[1,\u00a02]"),
+        ("a text of commands", r"\foo", r"\foo"),
+        ("a mapping", {"a": 1}, "–"),
+    )
+]
 RECORDS += [
     Kind("record", said, "core.record", "", partial(_dated, reason, make))
     for said, (reason, make) in DATED.items()
@@ -1259,7 +1287,27 @@ def _named(words: tuple, folder: Path) -> object:
         return ask(rows.main, *words)
 
 
+def _phrase(given: tuple, folder: Path) -> object:
+    """True: a detector answers each phrase under its own words."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), "green").save(folder / "p.png")
+    path = _saved("openvocab", folder / "best.ckpt")
+    said = ask(_main("openvocab"), path, folder / "p.png", *given, "--out", folder / "out")
+    return [answer["phrase"] for answer in json.loads(said)["answers"]] == list(given)
+
+
+PHRASES = {
+    "a formula that is none": ("", (r"$\foo$",)), "an escape": ("", ("\x1b[2Jball",)),
+    "Chinese and an emoji": ("", ("水 🌾", "a ball")), "signs alone": ("", ("!!!",)),
+    "100 times one": ("", ("ball",) * 100), "a blank": ("a phrase is empty", (" ",)),
+    "half of a pair": ("not valid text", ("caf\udce9",)),
+}  # fmt: skip
 NAMES = [
+    Kind("phrase", said, "openvocab", words, partial(_phrase, given))
+    for said, (words, given) in PHRASES.items()
+]
+NAMES += [
     Kind("name", said, "core.rows, command", words or "DATA", partial(_named, given))
     for said, (words, given) in NAMES_REFUSED.items()
 ]
