@@ -196,6 +196,15 @@ def _named_oddly(system: str, folder: Path) -> object:
     return _same(system, _saved(system, folder / "größte übung $(x) 'a'.ckpt"))
 
 
+def _started(system: str, folder: Path) -> object:
+    """Settings that name the files and the hub that the network began from: none is opened."""
+    names = {"leaf": "weights", "simbev": "weights", "xad": "weights", "beam": "map_weights"}
+    settings = {names.get(system, "backbone_weights"): "/none/start.pt", "pretrained": True}
+    if system in ("beam", "openvocab"):
+        del settings["pretrained"]
+    return _same(system, _saved(system, folder / "best.ckpt", settings=settings))
+
+
 def _linked(system: str, folder: Path) -> object:
     _saved(system, folder / "real.ckpt")
     (folder / "best.ckpt").symlink_to("real.ckpt")
@@ -421,6 +430,7 @@ for _system in SYSTEMS:
         _add("bfloat16", _system, "", partial(_rounded, _system, torch.bfloat16)),
         _add("with an optimiser's NaN beside it", _system, "", partial(_beside, _system)),
         _add("umlauts and shell words in its path", _system, "", partial(_named_oddly, _system)),
+        _add("settings that name other files", _system, "", partial(_started, _system)),
         _add("a link to it", _system, "", partial(_linked, _system)),
     ]
     CHECKPOINTS += [
@@ -550,6 +560,17 @@ def _header(length: int, text: bytes = b"{}") -> Callable:
     return lambda path: path.write_bytes(length.to_bytes(8, "little") + text)
 
 
+def _hole(size: int, path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def _cycle(path: Path) -> None:
+    content = {"a": torch.ones(1)}
+    content["model"] = content
+    torch.save(content, path)
+
+
 def _pickled(path: Path) -> object:
     from leansense.core.weights import read_weights
 
@@ -573,6 +594,11 @@ FILES = {  # kind: (words, name, what writes it)
         {"model": {"state_dict": PLAIN}}, p)),
     "parameters, not tensors": ("", "w.pt", lambda p: torch.save(
         {n: torch.nn.Parameter(v) for n, v in PLAIN.items()}, p)),
+    "complex numbers with NaN": ("hold NaN", "w.pt", lambda p: torch.save(
+        {"w": torch.tensor([complex(math.nan, 1)])}, p)),
+    "a dictionary inside itself": ("nested", "w.pt", _cycle),
+    "64 GB of a hole": ("cannot be read", "w.pt", partial(_hole, 1 << 36)),
+    "64 GB of a hole, safetensors": ("cannot be read", "w.safetensors", partial(_hole, 1 << 36)),
     "weights with NaN": ("hold NaN", "w.pt", lambda p: torch.save(
         PLAIN | {"bias": torch.tensor([0, math.nan, 0])}, p)),
     "safetensors with infinity": ("hold Inf", "w.safetensors", lambda p: _safe(
