@@ -196,6 +196,15 @@ def _named_oddly(system: str, folder: Path) -> object:
     return _same(system, _saved(system, folder / "größte übung $(x) 'a'.ckpt"))
 
 
+def _started(system: str, folder: Path) -> object:
+    """Settings that name the files and the hub that the network began from: none is opened."""
+    names = {"leaf": "weights", "simbev": "weights", "xad": "weights", "beam": "map_weights"}
+    settings = {names.get(system, "backbone_weights"): "/none/start.pt", "pretrained": True}
+    if system in ("beam", "openvocab"):
+        del settings["pretrained"]
+    return _same(system, _saved(system, folder / "best.ckpt", settings=settings))
+
+
 def _linked(system: str, folder: Path) -> object:
     _saved(system, folder / "real.ckpt")
     (folder / "best.ckpt").symlink_to("real.ckpt")
@@ -368,15 +377,22 @@ SPOILED = {  # kind: (words, what is done to a sound file at the path)
     "a whole network (an object)": ("save its state_dict alone", lambda p: torch.save(
         {"model": Net(2, 3)}, p)),
     "arrays of NumPy": ("best.ckpt", _arrays),
-    "lists nested 100,000 deep": ("best.ckpt", _deep),
     "one number": ("not a checkpoint", lambda p: torch.save(3, p)),
     "a list of tensors": ("not a checkpoint", lambda p: torch.save([torch.ones(2)], p)),
     "weights alone": ("not a checkpoint", lambda p: torch.save({"w": torch.ones(2)}, p)),
 }  # fmt: skip
 
 
+@cache
+def _sound(system: str) -> bytes:
+    """A sound checkpoint's bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        return _saved(system, Path(name) / "best.ckpt").read_bytes()
+
+
 def _spoiled(system: str, spoil: Callable, folder: Path) -> object:
-    path = _saved(system, folder / "best.ckpt")
+    path = folder / "best.ckpt"
+    path.write_bytes(_sound(system))
     spoil(path)
     return _use(system, path)
 
@@ -421,6 +437,7 @@ for _system in SYSTEMS:
         _add("bfloat16", _system, "", partial(_rounded, _system, torch.bfloat16)),
         _add("with an optimiser's NaN beside it", _system, "", partial(_beside, _system)),
         _add("umlauts and shell words in its path", _system, "", partial(_named_oddly, _system)),
+        _add("settings that name other files", _system, "", partial(_started, _system)),
         _add("a link to it", _system, "", partial(_linked, _system)),
     ]
     CHECKPOINTS += [
@@ -503,6 +520,10 @@ META = {
     "two classes of one number": ("numbers its classes", {"label2id": dict(a=0, b=1, c=2, d=2)}),
     "a picture of no number": ("not a number of pixels", {"image_size": True}),
     "a side of 10^6 in meta": ("is the most", {"image_size": 10**6}),
+    "a class name that is a pair": (
+        "names a class",
+        {"label2id": {(1, 2): 0, "b": 1, "c": 2, "d": 3}},
+    ),
     "class names that are a list": ("class names", {"label2id": ["a", "b", "c", "d"]}),
     "a threshold of NaN": ("unsure_below is nan", {"unsure_below": math.nan}),
     "parameters that are a list": ("best.ckpt", {"params": [1]}),
@@ -546,6 +567,17 @@ def _header(length: int, text: bytes = b"{}") -> Callable:
     return lambda path: path.write_bytes(length.to_bytes(8, "little") + text)
 
 
+def _hole(size: int, path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def _cycle(path: Path) -> None:
+    content = {"a": torch.ones(1)}
+    content["model"] = content
+    torch.save(content, path)
+
+
 def _pickled(path: Path) -> object:
     from leansense.core.weights import read_weights
 
@@ -569,6 +601,12 @@ FILES = {  # kind: (words, name, what writes it)
         {"model": {"state_dict": PLAIN}}, p)),
     "parameters, not tensors": ("", "w.pt", lambda p: torch.save(
         {n: torch.nn.Parameter(v) for n, v in PLAIN.items()}, p)),
+    "complex numbers with NaN": ("hold NaN", "w.pt", lambda p: torch.save(
+        {"w": torch.tensor([complex(math.nan, 1)])}, p)),
+    "a dictionary inside itself": ("nested", "w.pt", _cycle),
+    "lists nested 100,000 deep": ("w.pt", "w.pt", _deep),
+    "64 GB of a hole": ("cannot be read", "w.pt", partial(_hole, 1 << 36)),
+    "64 GB of a hole, safetensors": ("cannot be read", "w.safetensors", partial(_hole, 1 << 36)),
     "weights with NaN": ("hold NaN", "w.pt", lambda p: torch.save(
         PLAIN | {"bias": torch.tensor([0, math.nan, 0])}, p)),
     "safetensors with infinity": ("hold Inf", "w.safetensors", lambda p: _safe(
@@ -943,6 +981,9 @@ BROKEN: dict[str, Callable] = {
     "a number of 5,000 digits": lambda: _record().replace(b"1.5", b"9" * 5000),
     "10^5 brackets": lambda: b"[" * 10**5,
     "marks of a merge": lambda: b"<<<<<<< HEAD\n" + _record() + b"=======\n>>>>>>> x\n",
+    "a metric of 400 digits": lambda: _changed(metrics={"score": 10**400}),
+    "parents that are a list": lambda: _changed(needs=[1]),
+    "a parent without its code": lambda: _changed(needs={"main/two.s0": None}),
     "seconds that are a text": lambda: _changed(cost={"seconds": "x"}),
     "a fingerprint that is a list": lambda: _changed(
         data=json.loads(_record())["data"] | {"fingerprint": []}
@@ -992,6 +1033,27 @@ def _overwritten(folder: Path) -> object:
             assert path.read_bytes() == _changed(schema=99)
 
 
+def _tabled(value: object, shown: str, folder: Path) -> object:
+    """True: a table prints this metric so."""
+    from leansense.core import tables
+
+    with _placed(lambda: _changed(metrics={"score": value})):
+        paper = tables.Paper("toy")
+        lines = paper.runs("main")
+        found = paper.table("x", lines, [tables.Column("metrics.score", "score", best=max)])
+        return found["score"].iloc[0] == shown or found["score"].iloc[0]
+
+
+RECORDS += [
+    Kind("record", f"{said}, in a table", "core.tables", "", partial(_tabled, value, shown))
+    for said, value, shown in (
+        ("a number", 1.5, "1.50"),
+        ("null", None, "–"),
+        ("a list", [1, 2], "[1,\u00a02]"),
+        ("a text of commands", r"\foo", r"\foo"),
+        ("a mapping", {"a": 1}, "–"),
+    )
+]
 RECORDS += [
     Kind("record", said, "core.record", "", partial(_dated, reason, make))
     for said, (reason, make) in DATED.items()
@@ -1259,7 +1321,27 @@ def _named(words: tuple, folder: Path) -> object:
         return ask(rows.main, *words)
 
 
+def _phrase(given: tuple, folder: Path) -> object:
+    """True: a detector answers each phrase under its own words."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), "green").save(folder / "p.png")
+    path = _saved("openvocab", folder / "best.ckpt")
+    said = ask(_main("openvocab"), path, folder / "p.png", *given, "--out", folder / "out")
+    return [answer["phrase"] for answer in json.loads(said)["answers"]] == list(given)
+
+
+PHRASES = {
+    "a formula that is none": ("", (r"$\foo$",)), "an escape": ("", ("\x1b[2Jball",)),
+    "Chinese and an emoji": ("", ("水 🌾", "a ball")), "signs alone": ("", ("!!!",)),
+    "20 times one": ("", ("ball",) * 20), "a blank": ("a phrase is empty", (" ",)),
+    "half of a pair": ("not valid text", ("caf\udce9",)),
+}  # fmt: skip
 NAMES = [
+    Kind("phrase", said, "openvocab", words, partial(_phrase, given))
+    for said, (words, given) in PHRASES.items()
+]
+NAMES += [
     Kind("name", said, "core.rows, command", words or "DATA", partial(_named, given))
     for said, (words, given) in NAMES_REFUSED.items()
 ]

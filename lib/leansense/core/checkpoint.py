@@ -133,8 +133,10 @@ def _tensors(content: object, name: str = "", level: int = 0) -> Iterator[tuple[
 def check_finite(weights: object, path: str | Path) -> None:
     """ValueError naming `path` and the first tensor inside `weights` that holds NaN or Inf."""
     for name, value in _tensors(weights):
+        if not (value.is_floating_point() or value.is_complex()):
+            continue
         value = value.float() if value.itemsize == 1 else value  # PyTorch asks no 8-bit float
-        if value.is_floating_point() and not value.isfinite().all():
+        if not value.isfinite().all():
             what = "NaN" if value.isnan().any() else "Inf"
             raise ValueError(
                 f"weights of {path} hold {what} ({_spell(name)}): train again or name another file"
@@ -145,7 +147,8 @@ def check_spread(weights: object, path: str | Path) -> None:
     """ValueError when a tensor is no plain one, or stands for far more numbers than are there."""
     room = (64 << 20) + 16 * Path(path).stat().st_size
     for name, value in _tensors(weights):
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        plain = value.layout == torch.strided and not (value.is_quantized or value.is_nested)
+        if not plain or value.is_meta:
             said = "sparse, quantised or without numbers"
             raise ValueError(f"{path}: {_spell(name)} is {said}: save it as a plain tensor")
         if value.numel() * value.element_size() > room:

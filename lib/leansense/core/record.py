@@ -218,6 +218,13 @@ class NewerRecord(ValueError):
     """A record of a later schema, in one line."""
 
 
+def _fits(value: object) -> bool:
+    """Whether every number in `value` is one that a float can hold."""
+    if isinstance(value, dict | list):
+        return all(map(_fits, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or abs(value) < 1 << 1000
+
+
 def _sound(record: object) -> bool:
     """Whether all blocks of a record (schema 1 or ours) are there and of their kind."""
     if (
@@ -234,6 +241,9 @@ def _sound(record: object) -> bool:
         and bool(record["metrics"])
         and isinstance(record["data"].get("fingerprint", ""), str)
         and type(seconds) in (int, float)
+        and isinstance(needs := record.get("needs", {}), dict)
+        and all(isinstance(key, str) for key in needs.values())
+        and _fits([record["metrics"], record["cost"]])
     )
 
 

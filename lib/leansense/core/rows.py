@@ -116,22 +116,8 @@ class Row:
         """Where it leaves its best weights, for rows that start from them."""
         return self.folder / "best.ckpt"
 
-# %% ../../../nbs/core/10_rows.ipynb #eb20d762
-_COMMON = {"seeds", "params", "cores", "needs"}
-_WORDS = {
-    "file": {"title", "headline", "notebook", "tables", "scales"} | _COMMON,
-    "scale": {"real"} | _COMMON,
-    "table": {"notebook", "scales", "rows", "grid", "only", "holds"} | _COMMON,
-    "row": {"label", "scales", "claim"} | _COMMON,
-}
-
-
+# %% ../../../nbs/core/10_rows.ipynb #b3f1d0a6
 _HEAD = ("table", "row", "metric", "name")
-_MAPPINGS = {"params", "real", "scales", "claim"}
-
-
-class RowsError(ValueError):
-    """What is wrong with a rows.yaml, a line each."""
 
 
 def _quote(value: object) -> str:
@@ -154,7 +140,23 @@ def _misfits(block: dict) -> list[str]:
         lines.append(f"headline: expected {', '.join(_HEAD)} and their texts, got {_quote(head)}")
     return lines
 
-# %% ../../../nbs/core/10_rows.ipynb #b3f1d0a6
+# %% ../../../nbs/core/10_rows.ipynb #eb20d762
+_COMMON = {"seeds", "params", "cores", "needs"}
+_WORDS = {
+    "file": {"title", "headline", "notebook", "tables", "scales"} | _COMMON,
+    "scale": {"real"} | _COMMON,
+    "table": {"notebook", "scales", "rows", "grid", "only", "holds"} | _COMMON,
+    "row": {"label", "scales", "claim"} | _COMMON,
+}
+
+
+_MAPPINGS = {"params", "real", "scales", "claim"}
+
+
+class RowsError(ValueError):
+    """What is wrong with a rows.yaml, a line each."""
+
+
 def _foreign(block: object, kind: str, where: str) -> list[str]:
     """Complaints about a block that is no mapping or holds words that mean nothing there."""
     if not isinstance(block, dict):
@@ -378,6 +380,9 @@ def _strayed(rows: list[Row]) -> list[str]:
     return wrong
 
 # %% ../../../nbs/core/10_rows.ipynb #71faa544
+_LINES = 100  # complaints that are shown
+
+
 def read_rows(system: str, scale: str = "demo", data: str = "", every: bool = False) -> list[Row]:
     """All rows of a system in the file's order; RowsError with all complaints if one cannot run.
 
@@ -405,8 +410,9 @@ def read_rows(system: str, scale: str = "demo", data: str = "", every: bool = Fa
                 found, wrong = found + more, wrong + lines
     wrong += _strayed(found) if not wrong else []
     found, more = _linked(found, here) if not wrong else ([], [])
-    if wrong + more:
-        raise RowsError("\n".join(wrong + more))
+    if wrong := wrong + more:
+        rest = [f"{here}: {len(wrong) - _LINES} more complaints"] if len(wrong) > _LINES else []
+        raise RowsError("\n".join(wrong[:_LINES] + rest))
     return found
 
 # %% ../../../nbs/core/10_rows.ipynb #3edcef92

@@ -118,9 +118,11 @@ class Column:
     def cell(self, line: pd.Series) -> str:
         """The printed value of one line; a dash when it was not measured."""
         value = line.get(self.source)
-        if value is None or (not isinstance(value, str) and pd.isna(value)):
+        if isinstance(value, str | list):
+            return str(value)
+        if value is None or pd.isna(value):
             return DASH
-        if self.text or isinstance(value, str):
+        if self.text:
             return str(value)
         spread = line.get(f"{self.source} sd", math.nan) if self.sd else math.nan
         number = round(value * self.scale, self.digits) + 0.0  # no "-0.0"

@@ -89,6 +89,9 @@ def _find_fault(meta: dict) -> str:
     variant = params.get("variant")
     if not isinstance(ids, dict) or not ids:
         return "holds no class names (label2id)"
+    for name in ids:
+        if not isinstance(name, str | int):
+            return f"label2id names a class {shorten(repr(name), 40)}, no text"
     if any(type(k) is not int for k in ids.values()) or sorted(ids.values()) != list(
         range(len(ids))
     ):

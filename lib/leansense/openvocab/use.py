@@ -56,6 +56,8 @@ def make_batch(picture, phrases: Sequence[str], side: int) -> dict:
     for phrase in phrases:
         if not str(phrase).strip():
             raise ValueError("a phrase is empty: leave it out or write what is looked for")
+        if any("\ud800" <= letter <= "\udfff" for letter in str(phrase)):
+            raise ValueError(f"phrase {phrase!r} is not valid text: write it in UTF-8")
     width, height = picture.size
     frame = make_frame(width, height, side)
     x1, y1, x2, y2 = find_extent(frame, width, height)
