@@ -2326,3 +2326,69 @@ def spoil_weights(path: Path) -> None:
     name = next(n for n, v in weights.items() if v.ndim > 1)
     weights[name] = spoil(weights[name], np.nan)
     save_file(weights, path, metadata={"format": "pt"})
+
+
+# ---- more of the same sorts, found by attacks
+
+meta(
+    "image_size of 400 digits",
+    "image_size",
+    sample(lambda s: s.update(image_size=[10**400, 10**400])),
+)
+sensor(
+    "points of which some are NaN",
+    "",
+    read_points,
+    "a.npz",
+    npz(data=np.r_[POINTS, [[np.nan, 0, 0]]].astype(np.float32)),
+    lambda x: np.array_equal(x, POINTS),
+)
+cube("values of 1e300", "above 1e15", array(CUBE.astype(complex) * 1e300))
+moment(
+    "splits.json",
+    "a part as text",
+    "no list of scene names",
+    lambda root: change(root / "splits.json", lambda s: s["nu_a2d"].update(val="scene-0008")),
+)
+moment("label names", "in the set: a pipe", "not a file", put("labels.yaml", pipe))
+moment("label names", "in the set: too deep", "levels deep", put("labels.yaml", "[" * 900))
+coco("a picture's name with half a character", "can name no file", of("images", file_name="\ud800"))
+coco("a category's name with half a character", "write its name", of("categories", name="\ud800"))
+coco("a category as true", "is unknown", of("annotations", category_id=True))
+
+
+def beside(said, right, content, look=right_instances):
+    """A kind of captions beside the instances."""
+
+    def run(folder: Path):
+        root = copy(folder, draw_coco)
+        path = root / COCO_FILE.replace("instances", "captions")
+        content(path) if callable(content) else save(path, content)
+        return look(*same(openvocab.check, phrases_of, root), root)
+
+    KINDS.append(Kind("COCO captions", said, "openvocab", right, run))
+
+
+def caption(**fields) -> dict:
+    return {"annotations": [{"id": 5, "image_id": 3, "caption": "A cat ."} | fields]}
+
+
+beside(
+    "as they should be",
+    "",
+    caption(),
+    lambda f, r, root: (
+        [x.sentence for s in f[0].samples for x in s.sentences] == ["A cat ."]
+        and right_instances(f)
+    ),
+)
+for said, right, content in (
+    ("of an unknown picture", "image 99 is unknown", caption(image_id=99)),
+    ("a caption as a list", "is no text", caption(caption=["a", "b"])),
+    ("an empty caption", "is no text", caption(caption=" ")),
+    ("half a character", "is no text", caption(caption="\ud800")),
+    ("no annotations", "has no annotations", {}),
+    ("brackets 100,000 deep", "nested too deeply", DEEP),
+    ("a pipe", "is a pipe", os.mkfifo),
+):
+    beside(said, right, content)
