@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import kinds_scenes as scenes
 from conftest import message
 from leansense.beam import features
 from leansense.beam.data import prepare_image
 from leansense.beam.layouts import parse_beams
-from leansense.core.check import Report
+from leansense.core.check import Report, check, systems
 from leansense.leaf import data as leaf
 from leansense.leaf.layouts import describe_gaps, write_metadata
 from leansense.leaf.split import main as split_main
@@ -400,3 +401,33 @@ def test_instances_from_outside(tmp_path, kind):
     (tmp_path / "instances_train.json").write_text(content)
     _, report = coco.scan(tmp_path)
     assert any(said in str(problem) for problem in report.errors), str(report)
+
+
+# ---- files outside the folder
+
+
+def draw_leaves(root: Path) -> None:
+    sets(root)
+    assert split_main(["split", str(root)]) == 0
+
+
+SETS = {  # how a small set is drawn, and one of its folders
+    "leaf": (draw_leaves, (), "blast"),
+    "simbev": (scenes.draw_plain, ("native", 0.5, 200), "ground-truth"),
+    "beam": (scenes.draw_windows, (), "Multi_Modal/scenario32"),
+    "xad": (scenes.draw_scenes, (), "trainval/local_binmap"),
+    "openvocab": (scenes.draw_flickr, (), "flickr30k_images"),
+}
+
+
+@pytest.mark.parametrize("system", systems())
+def test_each_doctor_warns_of_files_outside(tmp_path, system):
+    """2.4: nothing beyond the folder is read without a word, in any system."""
+    make, arguments, name = SETS[system]
+    root = scenes.copy(tmp_path, make, *arguments)
+    report = check(system, str(root))
+    assert report.ok and "outside" not in str(report)
+    (root / name).rename(tmp_path / "elsewhere")
+    (root / name).symlink_to(tmp_path / "elsewhere")
+    report = check(system, str(root))
+    assert report.ok and "of the files that are read lie outside this folder" in str(report)

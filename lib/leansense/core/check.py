@@ -210,6 +210,11 @@ def main(arguments: list[str] | None = None) -> int:
             error=True,
         )
         return 2
+    except (RecursionError, MemoryError, OverflowError) as error:
+        said = f"{type(error).__name__}: {error}"
+        fix = "look for what is too deep or too large"
+        say(f"{given.folder}: cannot be read ({said}); {fix}", error=True)
+        return 2
     say(report)
     return 0 if report.ok else 1
 

@@ -80,13 +80,18 @@ def _read_json(path: Path, needed: Sequence[str]) -> dict:
     return found
 
 # %% ../../../nbs/openvocab/03_coco.ipynb #b1678ba0
+def _is_text(words: object) -> bool:
+    """Whether it is a text that can be written down: JSON can hold half a character."""
+    return isinstance(words, str) and not any("\ud800" <= c <= "\udfff" for c in words)
+
+
 def read_categories(entries: Sequence[dict], where: str) -> dict[object, Mention]:
     """{number: its phrase} of the categories of a file; ValueError if one has no name."""
     found = {}
     for entry in entries:
         number, given = entry.get("id"), entry.get("name")
         name = " ".join(str(given).split()) if type(given) in (str, int) else ""
-        if type(number) not in (int, str) or not name:
+        if type(number) not in (int, str) or not name or not _is_text(name):
             raise ValueError(
                 f"{where}: the phrase of category {one_line(number, 40)} is empty; write its name"
             )
@@ -114,7 +119,7 @@ def _read_box(entry: dict, size: tuple[int, int], where: str) -> tuple[float, ..
 
 def _is_known(number: object, known: dict) -> bool:
     """Whether a file's number (or word) is a key; a list or an object never is."""
-    return isinstance(number, (int, str, float)) and number in known
+    return type(number) in (int, str, float) and number in known
 
 # %% ../../../nbs/openvocab/03_coco.ipynb #09fa3d01
 def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report: Report) -> dict:
@@ -144,6 +149,15 @@ def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report
     return placed
 
 # %% ../../../nbs/openvocab/03_coco.ipynb #f517b0c8
+def _can_name(name: str) -> bool:
+    """Whether a file can have this name: no NUL, no half character, no part that is too long."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in b"".join(parts) and max(map(len, parts)) < 256
+
+
 def _find_folder(path: Path, root: Path, name: str) -> Path:
     """The folder that holds the pictures of an instances file, by the first one's name."""
     own = path.stem.partition("_")[2]
@@ -164,7 +178,7 @@ def _read_images(found: dict, path: Path, root: Path, report: Report) -> dict:
     for entry in found["images"]:
         number, name = entry.get("id"), entry.get("file_name")
         where = f"{path}, image {one_line(number, 40)}"
-        if isinstance(name, str) and ("\0" in name or max(map(len, name.split("/"))) > 255):
+        if isinstance(name, str) and not _can_name(name):
             report.add(where, f"file_name {one_line(name, 80)!r} can name no file", "correct it")
         elif type(number) not in (int, str) or not name or not isinstance(name, str):
             report.add(where, "it has no id or no file_name", "write both")
@@ -191,12 +205,15 @@ def _beside(name: str) -> str:
 def _read_captions(path: Path, images: dict, report: Report) -> dict:
     """{picture: sentences} of the captions beside an instances file, if there are some."""
     beside, found = path.with_name(_beside(path.name)), {}
-    if beside == path or not beside.is_file():
+    if beside == path or not beside.exists():
         return found
     for entry in _read_json(beside, ("annotations",))["annotations"]:
-        number, text = entry.get("image_id"), " ".join(str(entry.get("caption") or "").split())
-        if not _is_known(number, images):
-            where = f"{beside}, annotation {one_line(entry.get('id'), 40)}"
+        number, given = entry.get("image_id"), entry.get("caption")
+        text = " ".join(given.split()) if _is_text(given) else ""
+        where = f"{beside}, annotation {one_line(entry.get('id'), 40)}"
+        if not text:
+            report.add(where, f"caption {one_line(given, 40)!r} is no text", "write it or remove it")
+        elif not _is_known(number, images):
             report.add(where, f"image {one_line(number, 40)} is unknown", "remove this caption")
         else:
             own = found.setdefault(number, [])

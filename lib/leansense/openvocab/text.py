@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.check import content_digest
-from ..core.checkpoint import check_finite
 from ..core.files import one_line, read_json
 from ..core.parameters import nearest
 from ..core.paths import data_root, resolve
@@ -268,6 +267,8 @@ def _transformers(kind: str):
 
 def _load(folder: Path) -> tuple[nn.Module, Callable]:
     """The text encoder and the tokenizer in a folder; ValueError, one line, when there is none."""
+    from leansense.core.checkpoint import check_finite
+
     transformers = _transformers("path")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no text encoder: there is no config.json")

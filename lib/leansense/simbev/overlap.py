@@ -43,7 +43,8 @@ def read_points(path: str) -> np.ndarray:
 
     words = {"what": "lidar scan", "fix": "copy it again"}
     try:
-        return read_array(path, "data", accept, **words)[:, :3]
+        points = read_array(path, "data", accept, **words)[:, :3]
+        return points[np.isfinite(points).all(1)]  # a ray without an echo is no point
     except Refused as error:
         said = f"lidar scan cannot be read ({error.reason})"
         raise ValueError(f"{path}: {said}; copy it again") from None

@@ -21,7 +21,7 @@ from ..core.paths import resolve
 from ..layers.conventions import SQUARE, ego_to_camera
 from ..layers.splat_overlap import check_heading, compare_flips, mark_cells
 from .frames import CAMERAS, Frame, read_scan, scan
-from .labels import fill_cells, read_list, read_map
+from .labels import fill_cells, read_list, read_map, read_names
 from .split import PARTS, SPLITS, find_leaks
 from .tables import find_root
 
@@ -147,6 +147,9 @@ def check(folder: str | Path, split: str = "") -> Report:
         where, _, said = str(error).partition(": ")
         report.add(where, *(said.rsplit("; ", 1) if "; " in said else (said, "see there")))
         return report
+    names = Path(root) / "labels.yaml"
+    if names.exists():
+        _try(report, str(names), lambda: read_names(names))
     parts = Counter(frame.split for frame in frames)
     named = ", ".join(f"{parts[part]} {part}" for part in PARTS.values())
     scenes = len({frame.scene for frame in frames})

@@ -109,7 +109,8 @@ def _declared(path: Path) -> dict:
         found = read_json(path, dict)
         for split in found.values():
             for part, scenes in split.items():
-                if part not in PARTS or not all(isinstance(name, str) for name in scenes):
+                texts = isinstance(scenes, list) and all(isinstance(s, str) for s in scenes)
+                if part not in PARTS or not texts:
                     raise ValueError(f"{part} is no list of scene names")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         said = getattr(error, "reason", "") or one_line(error)
