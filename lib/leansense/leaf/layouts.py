@@ -231,6 +231,7 @@ def _read_samples(
 ) -> list[Sample]:
     """Samples of rows (line, path, label, split); `names`: of the table and of the class list."""
     labels, splits, samples = defaultdict(list), defaultdict(list), []
+    base = os.path.join(where.parent, "")
     for line, name, label, split in rows:
         label, split = label if label in classes else label.strip(), split.strip()
         if not (name.strip() and label and split):
@@ -241,7 +242,9 @@ def _read_samples(
         splits[split].append(line)
         if label in classes and split in SPLITS:
             name, path = _find_file(where.parent, name)
-            name = name if os.path.isabs(name) else os.path.relpath(path, where.parent)
+            if not os.path.isabs(name):
+                inside = path.startswith(base)  # quicker than relpath, which says the same
+                name = path[len(base) :] if inside else os.path.relpath(path, where.parent)
             samples.append(Sample(Path(name).as_posix(), path, classes.index(label), split))
     if classes:
         known = f"add it to {names[1]} or correct the row"
