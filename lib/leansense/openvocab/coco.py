@@ -212,7 +212,9 @@ def _read_captions(path: Path, images: dict, report: Report) -> dict:
         text = " ".join(given.split()) if _is_text(given) else ""
         where = f"{beside}, annotation {one_line(entry.get('id'), 40)}"
         if not text:
-            report.add(where, f"caption {one_line(given, 40)!r} is no text", "write it or remove it")
+            report.add(
+                where, f"caption {one_line(given, 40)!r} is no text", "write it or remove it"
+            )
         elif not _is_known(number, images):
             report.add(where, f"image {one_line(number, 40)} is unknown", "remove this caption")
         else:

@@ -217,7 +217,9 @@ def _sample(entry, where: str, label: str, report: Report) -> tuple | None:
     extrinsics = extrinsics if extrinsics is None else extrinsics[order]
     check_extrinsics(extrinsics, where, report)
     size = entry.get("image_size")
-    sound = isinstance(size, list) and [type(k) is int and 0 < k < 10**6 for k in size] == [True] * 2
+    sound = (
+        isinstance(size, list) and [type(k) is int and 0 < k < 10**6 for k in size] == [True] * 2
+    )
     if size is not None and not sound:
         report.add(
             where,
