@@ -887,7 +887,8 @@ TABLES = {
         "is not CSV", lambda f: loads(listed(f, "a" * 200_000 + ",blast,train"))),
     "a missing picture": (
         "image is missing", lambda f: loads(listed(f, "blast/9.png,blast,train"))),
-    "a folder for a picture": ("image is a folder", lambda f: loads(listed(f, "blast,blast,train"))),
+    "a folder for a picture": (
+        "image is a folder", lambda f: loads(listed(f, "blast,blast,train"))),
     "a device for a picture": (
         "image is a device", lambda f: loads(listed(f, "/dev/zero,blast,train"))),
     "a class without a name": (
