@@ -182,7 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (RecursionError, MemoryError, OverflowError) as error:
         said = f"{type(error).__name__}: {error}"
-        say(f"{given.folder}: cannot be read ({said}); look for what is too deep or too large", error=True)
+        say(
+            f"{given.folder}: cannot be read ({said}); look for what is too deep or too large",
+            error=True,
+        )
         return 2
     say(report)
     return 0 if report.ok else 1

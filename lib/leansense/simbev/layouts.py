@@ -217,7 +217,9 @@ def _sample(entry, where: str, label: str, report: Report) -> tuple | None:
     extrinsics = extrinsics if extrinsics is None else extrinsics[order]
     check_extrinsics(extrinsics, where, report)
     size = entry.get("image_size")
-    sound = isinstance(size, list) and [type(k) is int and 0 < k < 10**6 for k in size] == [True] * 2
+    sound = (
+        isinstance(size, list) and [type(k) is int and 0 < k < 10**6 for k in size] == [True] * 2
+    )
     if size is not None and not sound:
         report.add(
             where,
@@ -513,8 +515,7 @@ def _files(entry: dict, root: Path) -> dict | None:
         "semantic": there("SEG-LIDAR"),
     }
 
-# %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9a
-RESOLUTION = 0.4  # metres a cell of the published data set
+# %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9b
 _SIZES = ("bev_res", "bev_dim")
 
 
@@ -539,6 +540,9 @@ def _find_sizes(content: object) -> dict[str, list]:
         parts = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
         rest += [part for part in parts if isinstance(part, (dict, list))]
     return found
+
+# %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9a
+RESOLUTION = 0.4  # metres a cell of the published data set
 
 
 def read_label_grid(
