@@ -148,7 +148,7 @@ def _place_boxes(found: dict, path: Path, images: dict, categories: dict, report
             placed[number][bool(entry.get("iscrowd"))].append(Object(box, (chain,)))
     return placed
 
-# %% ../../../nbs/openvocab/03_coco.ipynb #f517b0c8
+# %% ../../../nbs/openvocab/03_coco.ipynb #f517b0c9
 def _can_name(name: str) -> bool:
     """Whether a file can have this name: no NUL, no half character, no part that is too long."""
     try:
@@ -157,7 +157,7 @@ def _can_name(name: str) -> bool:
         return False
     return b"\0" not in b"".join(parts) and max(map(len, parts)) < 256
 
-
+# %% ../../../nbs/openvocab/03_coco.ipynb #f517b0c8
 def _find_folder(path: Path, root: Path, name: str) -> Path:
     """The folder that holds the pictures of an instances file, by the first one's name."""
     own = path.stem.partition("_")[2]

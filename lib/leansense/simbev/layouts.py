@@ -516,8 +516,7 @@ def _files(entry: dict, root: Path) -> dict | None:
         "semantic": there("SEG-LIDAR"),
     }
 
-# %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9a
-RESOLUTION = 0.4  # metres a cell of the published data set
+# %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9b
 _SIZES = ("bev_res", "bev_dim")
 
 
@@ -542,6 +541,9 @@ def _find_sizes(content: object) -> dict[str, list]:
         parts = one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
         rest += [part for part in parts if isinstance(part, (dict, list))]
     return found
+
+# %% ../../../nbs/simbev/02_layouts.ipynb #55f4bc9a
+RESOLUTION = 0.4  # metres a cell of the published data set
 
 
 def read_label_grid(

@@ -20,10 +20,7 @@ from .data import AUGMENTS, read_image
 from .frames import CAMERAS, Boxes, Frame, read_scan
 from .labels import fill_cells, fill_published
 
-# %% ../../../nbs/xad/08_real_frame.ipynb #ca828e46
-VEHICLES = ("car", "truck", "bus", "trailer", "construction_vehicle", "motorcycle", "bicycle")
-
-
+# %% ../../../nbs/xad/08_real_frame.ipynb #ca828e47
 def _numbers(values, name: str, *shape: int) -> np.ndarray:
     """Finite numbers of a shape, 0 for any length; ValueError with their name."""
     found = np.asarray(values, float)
@@ -40,6 +37,9 @@ def _pose(entry: dict, name: str) -> tuple[np.ndarray, np.ndarray]:
     if not 1e-3 < np.abs(turn).max() < 1e3:
         raise ValueError(f"{name}_rotation is {turn.tolist()}, no quaternion")
     return quaternion_to_matrix(turn), shift
+
+# %% ../../../nbs/xad/08_real_frame.ipynb #ca828e46
+VEHICLES = ("car", "truck", "bus", "trailer", "construction_vehicle", "motorcycle", "bicycle")
 
 
 def _boxes(content: dict) -> Boxes:
