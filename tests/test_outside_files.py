@@ -168,7 +168,10 @@ def test_csv_of_other_programs(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes("\ufeffpath;label\r\n a.jpg;ä\r\n\r\nb.jpg\r\n".encode())
     header, rows = files.read_csv(path)
-    assert header == ["path", "label"] and rows == [(2, [" a.jpg", "ä"]), (4, ["b.jpg", ""])]
+    assert header == ["path", "label"] and rows == [
+        (2, {"path": " a.jpg", "label": "ä"}),
+        (4, {"path": "b.jpg", "label": ""}),
+    ]
     path.write_text("path,label,label\n")
     assert "two columns 'label'" in one_line(files.read_csv, path)
     path.write_text(",".join(f"c{k}" for k in range(100_000)) + "\n")

@@ -205,7 +205,7 @@ class _Reader:
             said = error.reason if isinstance(error, Refused) else str(error)
             self.report.add(self.table, f"cannot be read ({said})", "write it again")
             return []
-        rows = [dict(zip(self.names, cells)) for _, cells in lines]
+        rows = [row for _, row in lines]
         for name in _need(self.names, self.part != "challenge"):
             fix = f"it needs unit1_rgb_1 to _5 and the like; it has {', '.join(self.names[:4])}, …"
             self.report.add(self.table, f"has no column {name}", fix)

@@ -205,18 +205,21 @@ def _check_header(header: list[str]) -> None:
         raise Refused(f"has two columns {one_line(twice[0], 40)!r}")
 
 
-def _fill_row(line: int, row: list[str], width: int) -> tuple[int, list[str]]:
-    """(line, cells), as many as the header; Refused when there are more that hold something."""
+def _fill_row(line: int, row: list[str], width: int) -> list[str]:
+    """A row's cells, as many as the header's; Refused when there are more that hold something."""
     if any(map(str.strip, row[width:])):
         more = f"{len(row)} cells, its header {width}"
         raise Refused(f"line {line} has {more}: a text with a comma needs quotes")
-    return line, row[:width] + [""] * (width - len(row))
+    return row[:width] + [""] * (width - len(row))
 
 
 def read_csv(
     path: str | Path, limit: int = LISTS, **words: str
-) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """(header, [(line number, cells)]) of a csv file; as many cells as the header has."""
+) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """(header, [(line number, {name: cell})]) of a csv file; an absent cell is empty.
+
+    A row without anything in it is no row; it is what a spreadsheet leaves at the end.
+    """
     with refusing(path, **words):
         text = read_text(path, limit, **words)
         first = text.partition("\n")[0]
@@ -229,13 +232,12 @@ def read_csv(
             header = [name.strip() for name in next(reader, [])]
             _check_header(header)
             width = len(header)
-            rows = [
-                (reader.line_num, row)
-                if len(row) == width
-                else _fill_row(reader.line_num, row, width)
-                for row in reader
-                if row
-            ]
+            rows = []
+            for row in reader:
+                if len(row) != width:
+                    row = _fill_row(reader.line_num, row, width) if row else None
+                if row and (row[0].strip() or any(map(str.strip, row))):
+                    rows.append((reader.line_num, dict(zip(header, row))))
         except csv.Error as error:
             raise Refused(f"is not CSV (line {reader.line_num}: {error})") from None
         return header, rows

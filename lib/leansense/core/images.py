@@ -29,6 +29,7 @@ _JPEG, _STEPS = 1_000_000_000, 300_000_000  # pixels of a JPEG that is read smal
 
 # %% ../../../nbs/core/64_images.ipynb #c4494176
 _LARGE, _SMALL, _ONE = 50_000_000, 10_000_000, threading.Lock()
+_KEPT = 4  # blocks of at most 16 MB that PIL keeps for the next picture, not 0
 
 
 def _check_size(file, stored: int) -> None:
@@ -55,6 +56,8 @@ def _opened(path: str | Path, entry: str) -> Iterator:
     """The PIL file at `path`, header read and found in order; all errors inside in one line."""
     from PIL import Image
 
+    if not Image.core.get_blocks_max():  # new memory for each picture costs a fifth of its reading
+        Image.core.set_blocks_max(_KEPT)
     words = f"copy it again or remove its {entry}", f"copy it there or correct the {entry}"
     with refusing(path, "image", *words):
         stored = check_file(path)

@@ -139,16 +139,11 @@ def _read_table(path: Path, report: Report) -> tuple[list[str], list[tuple[int, 
         report.add(path, "metadata file not found", fix, FileNotFoundError)
         return [], []
     try:
-        header, lines = read_csv(path)
+        return read_csv(path)
     except (Refused, OSError) as error:
         said = error.reason if isinstance(error, Refused) else str(error)
         report.add(path, said, "correct it and save it as CSV UTF-8")
         return [], []
-    return header, [
-        (line, dict(zip(header, row)))
-        for line, row in lines
-        if row[0].strip() or any(map(str.strip, row))  # the first alone is quicker
-    ]
 
 # %% ../../../nbs/leaf/02_layouts.ipynb #2cd5a2f7
 def _has_columns(path: Path, header: list[str], needed: Sequence[str], report: Report) -> bool:
