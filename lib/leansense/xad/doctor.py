@@ -120,7 +120,7 @@ def _check_lidar(frames: Sequence[Frame], report: Report, count: int = 12) -> No
         fix = "compare ego_pose and sample_annotation with the notebook xad/08_real_frame"
         report.add(report.folder, "boxes do not lie where the lidar sees something stand", fix)
 
-# %% ../../../nbs/xad/07_doctor.ipynb #30bc40cf
+# %% ../../../nbs/xad/07_doctor.ipynb #5e7a11c0
 def _version(root: Path) -> str:
     """The version of the tables in a data set's folder; one-line FileNotFoundError without any."""
     for version in ("trainval", "mini", "test"):
@@ -132,7 +132,7 @@ def _version(root: Path) -> str:
     fix = "give the folder that has trainval/v1.0-trainval"
     raise FileNotFoundError(f"{root}: no tables of nuScenes in it; {fix}")
 
-
+# %% ../../../nbs/xad/07_doctor.ipynb #30bc40cf
 def check(folder: str | Path, split: str = "") -> Report:
     """Everything that is wrong with the data set in `folder`; opens every picture and label.
 
