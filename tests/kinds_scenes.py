@@ -1024,7 +1024,11 @@ table(
 )
 table("a million columns", "columns, more than", lambda text: b"a," * 10**6 + text)
 table("not UTF-8", "UTF-8", lambda text: text.replace(b"seq", b"\xe9q"))
-table("an open quote", "is not CSV (line 4", lambda text: text.replace(b"./scenario32", b'"./scenario32', 1))
+table(
+    "an open quote",
+    "is not CSV (line 4",
+    lambda text: text.replace(b"./scenario32", b'"./scenario32', 1),
+)
 table("no rows", "window", lambda text: text.splitlines()[0] + b"\n")
 table("empty", "has no column", lambda text: b"")
 window("DeepSense table", "a pipe", "holds no table", lambda root: pipe(root / TABLE_OF))
