@@ -170,14 +170,14 @@ def try_files(
         try:
             return read(file), None
         except (OSError, ValueError) as error:
-            return None, find_reason(error, of(file))
+            what, way = find_reason(error, of(file))
+            return None, (what, way) if what else (way or type(error).__name__, fix)
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         found = list(pool.map(look, files))
     for file, (_, said) in zip(files, found):
         if said:
-            what, advice = said
-            report.add(of(file), what or advice, advice if what else fix)
+            report.add(of(file), *said)
     return [answer for answer, _ in found]
 
 # %% ../../../nbs/core/60_check.ipynb #12e80b32
