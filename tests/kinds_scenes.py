@@ -2026,22 +2026,18 @@ for said, right, content in (
     ("a backslash", "is no identity", f"{LAST}\n..\\9\n"),
 ):
     listing(said, right, content)
-listing(
-    "unrelated captions",
-    content=f"# id number\n{LAST} 2\n",
-    name="UNRELATED_CAPTIONS",
-    look=first_sample(
-        lambda s, r: [x.related for x in s.sentences] == [True, False, True, True, True]
-    ),
-)
-listing(
-    "unrelated captions with a byte-order mark",
-    content=f"\ufeff{LAST} 2\n",
-    name="UNRELATED_CAPTIONS",
-    look=first_sample(
-        lambda s, r: [x.related for x in s.sentences] == [True, False, True, True, True]
-    ),
-)
+for said, content in (
+    ("unrelated captions", f"# id number\n{LAST} 2\n"),
+    ("unrelated captions with a byte-order mark", f"\ufeff{LAST} 2\n"),
+):
+    listing(
+        said,
+        content=content,
+        name="UNRELATED_CAPTIONS",
+        look=first_sample(
+            lambda s, r: [x.related for x in s.sentences] == [True, False, True, True, True]
+        ),
+    )
 for said, right, content in (
     ("of the 6th caption", "names no caption", f"{LAST} 6\n"),
     ("in words", "names no caption", f"{LAST} two\n"),

@@ -1,6 +1,7 @@
 """What systems share in core: images, doctors, answers, tags, metrics, claims, weights, results."""
 
 import ast
+import json
 import math
 import pickle
 import threading
@@ -14,7 +15,7 @@ from sklearn.metrics import confusion_matrix, f1_score
 
 from conftest import ROOT, message
 from leansense.core import claims, images, metrics
-from leansense.core.answers import run_command, write_answer, write_picture
+from leansense.core.answers import read_trained, run_command, write_answer, write_picture
 from leansense.core.check import Report, try_files
 from leansense.core.results import history_of, value_of
 from leansense.core.tags import write_tags
@@ -310,6 +311,21 @@ def test_answers_are_whole_or_absent(tmp_path):
     assert write_picture(stem, figure).read_bytes().startswith(b"\x89PNG")
     found = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
     assert sorted(found) == ["made/scene.1.json", "made/scene.1.png"]
+    (tmp_path / "made/scene.1.pdf").write_text("the user's own")
+    assert write_picture(stem, figure) == tmp_path / "made/scene.1.png"
+    assert (tmp_path / "made/scene.1.pdf").read_text() == "the user's own"
+
+
+@pytest.mark.parametrize(
+    "config", [None, 3, "{", "[]", '{"config": []}', '{"config": {"params": 1}}', "[" * 100_000]
+)
+def test_a_checkpoint_of_no_row_is_one_line(tmp_path, config):
+    torch.save({"leansense": {"config": config}, "state_dict": {}}, tmp_path / "a.ckpt")
+    said = message(ValueError, read_trained, tmp_path / "a.ckpt", "name another")
+    assert said.endswith("a.ckpt: says nothing of its network (parameters): name another")
+    right = json.dumps({"config": {"params": {"lr": 1}, "stage": "pretrain"}})
+    torch.save({"leansense": {"config": right}, "state_dict": {}}, tmp_path / "b.ckpt")
+    assert read_trained(tmp_path / "b.ckpt", "")[1:] == ({"lr": 1}, "pretrain")
 
 
 @pytest.mark.parametrize("error", [ValueError("a\x1b[1m.ckpt: no"), OSError("a\x1b[1m.ckpt: no")])

@@ -40,8 +40,7 @@ from leansense.beam.layouts import (
 from .model import build
 from .rebuild import RebuildTask
 from .split import make_split
-from ..core.answers import run_command, write_answer, write_picture
-from ..core.checkpoint import MARK, read_checkpoint
+from ..core.answers import read_trained, run_command, write_answer, write_picture
 from ..core.paths import resolve
 from ..core.schedule import Recipe
 from ..core.text import shorten
@@ -55,20 +54,17 @@ READING = (  # numbers that say how a folder is read
 )  # fmt: skip
 
 
-def _described(kept: Mapping, path: str | Path) -> dict:
-    """The row's parameters in a checkpoint; ValueError, one line, when there are none."""
+def _read(path: str | Path) -> tuple[dict, dict]:
+    """(content, the row's parameters) of a checkpoint; ValueError, one line: it is none."""
     again = "name the best.ckpt of a row that trained a network or a rebuilding"
-    try:
-        params = dict(json.loads(kept[MARK]["config"])["config"]["params"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path}: says nothing of its network (parameters): {again}") from None
+    kept, params, _ = read_trained(path, again)
     if "arch" not in params:
         raise ValueError(f"{path}: its parameters name no arch: {again}")
     for name in READING:
         if not isinstance(params.get(name, 0), int | float):
             said = shorten(repr(params[name]), 40)
             raise ValueError(f"{path}: {name} is {said} in its parameters, no number: {again}")
-    return params
+    return kept, params
 
 
 def _settings(params: Mapping) -> dict:
@@ -91,8 +87,7 @@ def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
 
     The network of a rebuilding answers with its target sensors rebuilt, whatever it is given.
     """
-    kept = read_checkpoint(path)
-    params, parts = _described(kept, path), ("model.", "base.", "rebuild.")
+    (kept, params), parts = _read(path), ("model.", "base.", "rebuild.")
     weights = {n.replace("_orig_mod.", ""): v for n, v in unwrap(kept["state_dict"]).items()}
     while weights and all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}

@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.ops import nms
 
-from ..core.answers import run_command, write_answer, write_picture
-from ..core.checkpoint import MARK, read_checkpoint
+from ..core.answers import read_trained, run_command, write_answer, write_picture
 from ..core.images import open_image
 from ..core.paths import resolve
 from ..core.text import plot
@@ -37,12 +36,8 @@ NETWORK = (  # what a row's parameters say of its network, without the files tha
 
 def load_detector(path: str | Path) -> tuple[nn.Module, dict]:
     """The network, in evaluation mode, and the row's parameters; ValueError, one line: no good."""
-    kept = read_checkpoint(resolve(path))
     again = "name the best.ckpt of a row that trained a detector"
-    try:
-        params = dict(json.loads(kept[MARK]["config"])["config"]["params"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path}: says nothing of its network (parameters): {again}") from None
+    kept, params, _ = read_trained(resolve(path), again)
     if not {"preset", "text_encoder"} <= params.keys():
         raise ValueError(f"{path}: its parameters name no preset and no text encoder: {again}")
     settings = {name: params[name] for name in NETWORK if name in params}

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.answers import run_command, write_answer, write_picture
-from ..core.checkpoint import MARK, read_checkpoint
+from ..core.answers import read_trained, run_command, write_answer, write_picture
 from ..core.paths import resolve
 from ..core.weights import LARGEST, find_excess, rebuild
 from ..layers.bev_pool import CELLS, Grid
@@ -30,12 +29,8 @@ from .task import inputs_of, network_settings
 # %% ../../../nbs/xad/40_use.ipynb #9f70fea3
 def load_checkpoint(path: str | Path) -> tuple[nn.Module, dict]:
     """The network, in evaluation mode, and the row's parameters; ValueError, one line: no good."""
-    kept, again = read_checkpoint(path), "name the best.ckpt of a row that trained a network"
-    try:
-        config = json.loads(kept[MARK]["config"])["config"]
-        params, stage = dict(config["params"]), config.get("stage", "")
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path}: says nothing of its network (parameters): {again}") from None
+    again = "name the best.ckpt of a row that trained a network"
+    kept, params, stage = read_trained(path, again)
     if "lss_version" not in params:
         raise ValueError(f"{path}: its parameters name no lss_version: {again}")
     if params.get("pretrain") or stage == "pretrain":
